@@ -1,0 +1,296 @@
+"""The Wan2.1 diffusion transformer: one class for teacher, critic and student.
+
+Bidirectional, streaming and teacher-forced use differ only in the attention that is handed in (`models/attention.py`),
+in the positions, and in whether there is a cached context. The network writes nothing: it returns the live frames'
+fresh keys and values. Source: Wan-Video/Wan2.1 wan/modules/model.py.
+"""
+
+import dataclasses
+import functools
+import math
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow
+from adastate_jax.models import attention as attention_lib
+from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.rope import rotation
+from adastate_jax.sharding import constrain
+
+REMAT_POLICIES = ("none", "block", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and numerics of the transformer; the defaults are Wan2.1-T2V-1.3B.
+
+    Attributes:
+        prediction: what the head's output is: `flow` (Wan2.1), or `clean` latents, turned into a flow by
+            (x_σ − x̂_0) / max(σ, 0.05), which learns faster at toy sizes.
+        param_dtype, dtype: of the weights, and of matrix products and the residual stream. Modulation, norms,
+            rotations, timestep embedding and head run in float32 whatever `dtype` is.
+        attention: a backend of `models/attention.py`.
+        remat: what the backward pass keeps of a block: `none` recomputes nothing, `block` keeps only block inputs,
+            `attention` also keeps attention outputs.
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    prediction: str = "flow"
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "block"
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be an even multiple of num_heads {self.num_heads}")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size must keep frames apart (1, height, width), got {self.patch_size}")
+        if self.prediction not in ("flow", "clean"):
+            raise ValueError(f"prediction must be flow or clean, got {self.prediction!r}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        if self.attention not in attention_lib.BACKENDS:
+            raise ValueError(f"attention must be one of {', '.join(attention_lib.BACKENDS)}, got {self.attention!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def frame_tokens(self, height: int, width: int) -> int:
+        """Tokens per latent frame of height × width latents; raises ValueError if patches do not tile it."""
+        _, patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(f"latent frames of {height}x{width} are not tiled by patches {self.patch_size[1:]}")
+        return (height // patch_height) * (width // patch_width)
+
+
+def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without gain and bias over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+class Attention(nnx.Module):
+    """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(
+            nnx.Linear, config.dim, config.dim, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+        )
+        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
+        self.normalize = config.qk_norm
+        if config.qk_norm:
+            norm = functools.partial(
+                nnx.RMSNorm,
+                config.dim,
+                epsilon=config.eps,
+                dtype=jnp.float32,
+                param_dtype=config.param_dtype,
+                rngs=rngs,
+            )
+            self.norm_query, self.norm_key = norm(), norm()
+        self.num_heads = config.num_heads
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return einops.rearrange(x, "b t (heads d) -> b t heads d", heads=self.num_heads)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, T, heads, head_dim]."""
+        query = self.query(x)
+        return self._heads(self.norm_query(query).astype(query.dtype) if self.normalize else query)
+
+    def keys_values(self, x: jax.Array) -> KeyValues:
+        """[B, T, D] → keys and values [B, T, heads, head_dim]."""
+        key = self.key(x)
+        key = self.norm_key(key).astype(key.dtype) if self.normalize else key
+        return KeyValues(self._heads(key), self._heads(self.value(x)))
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        """[B, T, heads, head_dim] → [B, T, D], through the output projection."""
+        return self.output(einops.rearrange(x, "b t heads d -> b t (heads d)"))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, modulated per frame by the timestep."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        self.self_attention = Attention(config, rngs=rngs)
+        self.cross_attention = Attention(config, rngs=rngs)
+        self.ffn_in = linear(config.dim, config.ffn_dim)
+        self.ffn_out = linear(config.ffn_dim, config.dim)
+        if config.cross_attn_norm:
+            self.norm_cross = nnx.LayerNorm(
+                config.dim, epsilon=config.eps, dtype=jnp.float32, param_dtype=config.param_dtype, rngs=rngs
+            )
+        self.normalize_cross = config.cross_attn_norm
+        scale = 1 / math.sqrt(config.dim)
+        self.modulation = nnx.Param(scale * jax.random.normal(rngs.params(), (6, config.dim), config.param_dtype))
+        self.eps = config.eps
+        self.backend = config.attention
+
+    def __call__(self, x, time, text: KeyValues, attend) -> tuple[jax.Array, KeyValues]:
+        """Args:
+            x: residual stream [B, F, S, D], S tokens per frame.
+            time: projected timestep embedding [B, F, 6, D] float32.
+            text: this layer's text keys and values [B, T, heads, head_dim].
+            attend: (query, keys and values) → output, all [B, F·S, heads, head_dim].
+
+        Returns:
+            The stream, and the frames' own self-attention keys (un-rotated) and values.
+        """
+        frames, dtype = x.shape[1], x.dtype
+        modulation = self.modulation[...].astype(jnp.float32) + time
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, :, None, i] for i in range(6))
+
+        def tokens(y):
+            return einops.rearrange(y, "b f s d -> b (f s) d")
+
+        def gated(residual, gate, y):
+            return (residual.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(dtype)
+
+        def framed(y):
+            return einops.rearrange(y, "b (f s) d -> b f s d", f=frames)
+
+        y = tokens((_layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype))
+        fresh = self.self_attention.keys_values(y)
+        y = checkpoint_name(attend(self.self_attention.queries(y), fresh), "attention_output")
+        x = gated(x, gate, framed(self.self_attention.merge(y)))
+
+        y = tokens(self.norm_cross(x).astype(dtype) if self.normalize_cross else x)
+        y = attention_lib.attention(self.cross_attention.queries(y), text.key, text.value, self.backend)
+        x = x + framed(self.cross_attention.merge(checkpoint_name(y, "attention_output")))
+
+        y = (_layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
+        x = gated(x, ffn_gate, self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)))
+        return x, fresh
+
+
+class DiT(nnx.Module):
+    """The transformer. A plain pytree of weights; every block's leaf is stacked along a leading layer axis."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        exact = functools.partial(nnx.Linear, dtype=jnp.float32, param_dtype=config.param_dtype, rngs=rngs)
+        patch = math.prod(config.patch_size)
+        self.config = config
+        self.patch_embedding = linear(patch * config.in_channels, config.dim)
+        self.text_in = linear(config.text_dim, config.dim)
+        self.text_out = linear(config.dim, config.dim)
+        self.time_in = exact(config.freq_dim, config.dim)
+        self.time_out = exact(config.dim, config.dim)
+        self.time_projection = exact(config.dim, 6 * config.dim)
+        layer_keys = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(layer_keys)
+        scale = 1 / math.sqrt(config.dim)
+        self.head_modulation = nnx.Param(scale * jax.random.normal(rngs.params(), (2, config.dim), config.param_dtype))
+        # Wan2.1 starts the head at zero; so does training here.
+        self.head = exact(config.dim, patch * config.out_channels, kernel_init=nnx.initializers.zeros_init())
+
+    def text_keys_values(self, embeddings: jax.Array) -> KeyValues:
+        """Cross-attention keys and values of a prompt, once for all passes.
+
+        Args:
+            embeddings: text embeddings [B, T, text_dim], zero past the prompt; padding is attended to.
+
+        Returns:
+            Keys and values [layers, B, T, heads, head_dim].
+        """
+        text = self.text_in(embeddings.astype(self.config.dtype))
+        text = self.text_out(jax.nn.gelu(text, approximate=True))
+        return jax.lax.map(lambda block: block.cross_attention.keys_values(text), self.blocks)
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: KeyValues,
+        positions,
+        attend: Attend | None = None,
+        context: KeyValues | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """One pass over the live frames.
+
+        Args:
+            latents: noisy latents [B, F, H, W, C].
+            timesteps: noise level of each frame on 0..1000, [B, F].
+            text: `text_keys_values` of the prompts, [layers, B, T, heads, head_dim].
+            positions: temporal position of each frame, [F].
+            attend: who sees whom; the default lets all frames see each other and the context.
+            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim].
+
+        Returns:
+            The flow [B, F, H, W, C] in float32, and the frames' own keys (un-rotated) and values
+            [layers, B, F·H·W / patch, heads, head_dim].
+        """
+        config = self.config
+        attend = attention_lib.attend_all(config.attention) if attend is None else attend
+        _, patch_height, patch_width = config.patch_size
+        config.frame_tokens(*latents.shape[2:4])
+        height, width = latents.shape[2] // patch_height, latents.shape[3] // patch_width
+        turn = rotation(positions, height, width, config.head_dim)
+
+        patches = einops.rearrange(
+            latents, "b f (h ph) (w pw) c -> b f (h w) (ph pw c)", ph=patch_height, pw=patch_width
+        )
+        x = constrain(self.patch_embedding(patches.astype(config.dtype)), "batch")
+        embedding = self.time_out(jax.nn.silu(self.time_in(_sinusoid(timesteps, config.freq_dim))))  # [B, F, D]
+        time = einops.rearrange(self.time_projection(jax.nn.silu(embedding)), "b f (n d) -> b f n d", n=6)
+
+        def run_block(x, layer):
+            block, layer_text, layer_context = layer
+            x, fresh = block(
+                x, time, layer_text, lambda query, live: attend(query, live.key, live.value, turn, layer_context)
+            )
+            return constrain(x, "batch"), jax.tree.map(lambda y: constrain(y, "batch"), fresh)
+
+        x, fresh = jax.lax.scan(_remat(run_block, config.remat), x, (self.blocks, text, context))
+
+        shift, scale = (self.head_modulation[i].astype(jnp.float32) + embedding for i in range(2))
+        x = _layer_norm(x, config.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
+        output = einops.rearrange(
+            self.head(x),
+            "b f (h w) (ph pw c) -> b f (h ph) (w pw) c",
+            h=height,
+            w=width,
+            ph=patch_height,
+            pw=patch_width,
+        )
+        if config.prediction == "clean":
+            output = clean_to_flow(output, latents, timesteps / MAX_TIMESTEP, min_sigma=0.05)
+        return output, fresh
+
+
+def _sinusoid(timesteps: jax.Array, dim: int) -> jax.Array:
+    """Cosines, then sines, of the timesteps at dim / 2 frequencies.  [B, F] → [B, F, dim] float32."""
+    half = dim // 2
+    frequencies = np.power(10000.0, -np.arange(half, dtype=np.float64) / half).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _remat(function, policy: str):
+    if policy == "none":
+        return function
+    kept = jax.checkpoint_policies.save_only_these_names("attention_output") if policy == "attention" else None
+    return jax.checkpoint(function, policy=kept)

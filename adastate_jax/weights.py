@@ -1,0 +1,206 @@
+"""Official weights in and out: which tensor of a checkpoint is which leaf of a network, and how its axes map.
+
+A table lists, per network, the official tensor name, the path of our leaf and the einops pattern between them. A name
+with `{layer}` stands for all layers, which our networks stack along a leading axis.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from adastate_jax.errors import UserError
+from adastate_jax.models.dit import DiTConfig
+from adastate_jax.sharding import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a table: official tensor ↔ our leaf.
+
+    Attributes:
+        official: tensor name, with `{layer}` where our leaf stacks all layers.
+        path: key path of our leaf.
+        pattern: einops pattern from the official axes to ours (of one layer).
+        sizes: sizes of the axes that the way back cannot infer.
+    """
+
+    official: str
+    path: str
+    pattern: str = "d -> d"
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def from_official(self, tensor: np.ndarray) -> np.ndarray:
+        """Official layout (one layer) → ours."""
+        return einops.rearrange(tensor, self.pattern)
+
+    def to_official(self, leaf: np.ndarray) -> np.ndarray:
+        """Our layout (one layer) → the official one."""
+        left, right = (side.strip() for side in self.pattern.split("->"))
+        return einops.rearrange(leaf, f"{right} -> {left}", **dict(self.sizes))
+
+
+_LINEAR = "outputs inputs -> inputs outputs"
+
+
+def _linear(official: str, path: str, bias: bool = True) -> list[Entry]:
+    entries = [Entry(f"{official}.weight", f"{path}/kernel", _LINEAR)]
+    return entries + ([Entry(f"{official}.bias", f"{path}/bias")] if bias else [])
+
+
+def dit_table(config: DiTConfig) -> list[Entry]:
+    """The official Wan2.1 DiT (and, after its prefix, a Self-Forcing generator)."""
+    _, height, width = config.patch_size
+    entries = [
+        Entry(
+            "patch_embedding.weight",
+            "patch_embedding/kernel",
+            "out c pt ph pw -> (pt ph pw c) out",
+            (("pt", 1), ("ph", height), ("pw", width)),
+        ),
+        Entry("patch_embedding.bias", "patch_embedding/bias"),
+        *_linear("text_embedding.0", "text_in"),
+        *_linear("text_embedding.2", "text_out"),
+        *_linear("time_embedding.0", "time_in"),
+        *_linear("time_embedding.2", "time_out"),
+        *_linear("time_projection.1", "time_projection"),
+        *_linear("head.head", "head"),
+        Entry("head.modulation", "head_modulation", "one n d -> (one n) d", (("one", 1),)),
+        Entry("blocks.{layer}.modulation", "blocks/modulation", "one n d -> (one n) d", (("one", 1),)),
+        *_linear("blocks.{layer}.ffn.0", "blocks/ffn_in"),
+        *_linear("blocks.{layer}.ffn.2", "blocks/ffn_out"),
+    ]
+    for theirs, ours in (("self_attn", "self_attention"), ("cross_attn", "cross_attention")):
+        for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output")):
+            entries += _linear(f"blocks.{{layer}}.{theirs}.{short}", f"blocks/{ours}/{long}")
+        if config.qk_norm:
+            for short, long in (("q", "query"), ("k", "key")):
+                entries.append(
+                    Entry(f"blocks.{{layer}}.{theirs}.norm_{short}.weight", f"blocks/{ours}/norm_{long}/scale")
+                )
+    if config.cross_attn_norm:
+        entries.append(Entry("blocks.{layer}.norm3.weight", "blocks/norm_cross/scale"))
+        entries.append(Entry("blocks.{layer}.norm3.bias", "blocks/norm_cross/bias"))
+    return entries
+
+
+# diffusers' WanTransformer3DModel → official, applied in order
+_DIT_FROM_DIFFUSERS = (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_(q|k|v)\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"\.norm2\.", ".norm3."),
+)
+
+
+def dit_name_from_diffusers(name: str) -> str:
+    """Official name of a tensor of diffusers' WanTransformer3DModel."""
+    for pattern, replacement in _DIT_FROM_DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class SafeTensors(Mapping[str, np.ndarray]):
+    """The tensors of one `.safetensors` file, each read from disk when asked for.
+
+    Raises:
+        UserError: the file is missing, truncated or not of this format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            self._file = safetensors.safe_open(str(path), framework="numpy")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable .safetensors file ({error}); copy or download it again") from error
+        self._names = tuple(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+
+def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray], source: str) -> Any:
+    """Fills a network's leaves from official tensors.
+
+    Args:
+        abstract: the network as `jax.eval_shape` (or a live one) gives it; leaves keep its dtypes, and its shardings
+            where it has them.
+        table: the network's table.
+        tensors: official name → tensor.
+        source: file or folder to name in errors.
+
+    Returns:
+        The network with the same structure and the checkpoint's weights.
+
+    Raises:
+        UserError: names are missing, left over, or of a wrong shape.
+    """
+    by_path = {entry.path: entry for entry in table}
+    used: set[str] = set()
+    missing: list[str] = []
+
+    def fill(path, leaf):
+        name = path_name(path).removesuffix("/value")
+        entry = by_path[name]
+        stacked = "{layer}" in entry.official
+        official = [entry.official.format(layer=i) for i in range(leaf.shape[0])] if stacked else [entry.official]
+        absent = [n for n in official if n not in tensors]
+        if absent:
+            missing.extend(absent)
+            return leaf
+        used.update(official)
+        layer_shape = leaf.shape[1:] if stacked else leaf.shape
+        layers = []
+        for n in official:
+            tensor = tensors[n]
+            try:
+                layer = entry.from_official(tensor)
+            except einops.EinopsError:
+                layer = tensor
+            if layer.shape != layer_shape:
+                expected = entry.to_official(np.empty(layer_shape, np.bool_)).shape
+                raise UserError(f"{source}: {n} has shape {list(tensor.shape)}, this network needs {list(expected)}")
+            layers.append(layer)
+        value = np.stack(layers) if stacked else layers[0]
+        return jax.device_put(jnp.asarray(value, leaf.dtype), getattr(leaf, "sharding", None))
+
+    model = jax.tree_util.tree_map_with_path(fill, abstract)
+    if missing:
+        raise UserError(f"{source}: {len(missing)} tensors are missing: {_shortlist(missing)}")
+    surplus = [name for name in tensors if name not in used]
+    if surplus:
+        raise UserError(f"{source}: {len(surplus)} tensors belong to no known part: {_shortlist(surplus)}")
+    return model
+
+
+def _shortlist(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
