@@ -28,7 +28,9 @@ class KeyValues:
         return self.key.shape[-3]
 
     def tokens(self, start, size: int) -> "KeyValues":
-        """The `size` tokens from `start` (an int, or a traced scalar) on."""
+        """The `size` tokens from `start` on; `start` is an int, or an array under `jit`."""
+        if isinstance(start, int):
+            return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, start + size, axis=x.ndim - 3), self)
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 3), self)
 
 
@@ -101,6 +103,8 @@ def attend_block_causal(
             raise ValueError("block-causal attention takes no cached context")
         query, live = rotate(query, rotation), KeyValues(rotate(key, rotation), value)
         clip_tokens = live.num_tokens // (2 if clean_copy else 1)
+        if clip_tokens % chunk_tokens:
+            raise ValueError(f"a clip of {clip_tokens} tokens is no whole number of chunks of {chunk_tokens}")
         outputs = []
         for first in range(0, live.num_tokens, chunk_tokens):
             start = first % clip_tokens  # place in the clip, whichever copy the chunk is of

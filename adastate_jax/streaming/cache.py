@@ -1,0 +1,81 @@
+"""The stream's memory as an explicit pytree: the anchor, the sliding window, the chunk counter and the keys.
+
+Keys are stored after QK-norm and WITHOUT rotation; `read` rotates them to the chunk's relative positions. Denoising
+reads the cache, `advance` writes it once per chunk.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adastate_jax.models.attention import KeyValues, concatenate
+from adastate_jax.models.dit import DiTConfig
+from adastate_jax.models.rope import rotate, rotation
+from adastate_jax.streaming.anchors import Commit, Layout, NoAnchor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Self-attention memory of all layers.
+
+    Attributes:
+        anchor: the anchor strategy's memory.
+        window: the last content frames, oldest first, [layers, B, W_p tokens, heads, head_dim]; zeros behind the
+            valid ones until it is full.
+    """
+
+    anchor: Any
+    window: KeyValues
+
+
+def empty(model: DiTConfig, anchor: NoAnchor, past_frames: int, batch: int, frame_tokens: int) -> Cache:
+    """The cache before the first chunk."""
+
+    def zeros(frames: int) -> KeyValues:
+        shape = (model.num_layers, batch, frames * frame_tokens, model.num_heads, model.head_dim)
+        return KeyValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+
+    return Cache(anchor.initial(zeros(anchor.frames)), zeros(past_frames))
+
+
+def read(cache: Cache, anchor: NoAnchor, layout: Layout, height: int, width: int, head_dim: int) -> KeyValues | None:
+    """What a chunk sees of the cache, keys rotated: [layers, B, cached tokens, heads, head_dim], or None if nothing.
+
+    height, width: patches per column and row of a frame.
+    """
+    parts = []
+    if layout.anchor:
+        parts.append(anchor.read(cache.anchor))
+    if layout.window:
+        parts.append(cache.window.tokens(0, len(layout.window) * height * width))
+    if not parts:
+        return None
+    seen = concatenate(*parts)
+    return KeyValues(rotate(seen.key, rotation(layout.cached, height, width, head_dim)), seen.value)
+
+
+def advance(cache: Cache, anchor: NoAnchor, layout: Layout, fresh: KeyValues, first_frame: int | None) -> Cache:
+    """The cache after a chunk: content enters the window, the oldest leave, the anchor strategy updates its memory.
+
+    Args:
+        layout: the chunk's layout.
+        fresh: clean keys (un-rotated) and values of the live frames, state first.
+        first_frame: index in the stream of the first content frame during the fill; None in the steady state.
+    """
+    frame_tokens = fresh.num_tokens // len(layout.live)
+    state_tokens = len(layout.state) * frame_tokens
+    fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, cache.window)
+    content = fresh.tokens(state_tokens, fresh.num_tokens - state_tokens)
+
+    capacity = cache.window.num_tokens
+    kept = concatenate(cache.window.tokens(0, len(layout.window) * frame_tokens), content)
+    overflow = max(kept.num_tokens - capacity, 0)
+    evicted = kept.tokens(0, overflow) if overflow else None
+    kept = kept.tokens(overflow, kept.num_tokens - overflow)
+    window = concatenate(kept, cache.window.tokens(kept.num_tokens, capacity - kept.num_tokens))
+
+    state = fresh.tokens(0, state_tokens) if state_tokens else None
+    return Cache(anchor.update(cache.anchor, Commit(content, state, evicted, first_frame, frame_tokens)), window)

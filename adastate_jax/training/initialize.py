@@ -1,0 +1,179 @@
+"""Initialisation of the causal student: regression on the teacher's ODE trajectories under the block-causal mask."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adastate_jax.diffusion import MAX_TIMESTEP, flow_to_clean, warp
+from adastate_jax.models.attention import attend_block_causal
+from adastate_jax.models.dit import DiT
+from adastate_jax.sharding import constrain
+from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+
+CONTEXTS = ("noisy", "clean")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitializeConfig:
+    """ODE regression.
+
+    Attributes:
+        steps, batch_size: of the stage.
+        optimizer: of the student.
+        ema_decay: of the weights that distillation starts from.
+        trajectories: how many trajectories the teacher draws before the first step.
+        ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
+        guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
+        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
+            or their `clean` trajectory ends (teacher forcing).
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
+    ema_decay: float = 0.99
+    trajectories: int = 16000
+    ode_steps: int = 48
+    guidance_scale: float = 5.0
+    context: str = "noisy"
+
+    def __post_init__(self):
+        if self.context not in CONTEXTS:
+            raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
+
+
+def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
+    """Noise levels [ode_steps + 1] from 1 to 0 on which the student's own levels lie exactly.
+
+    Between two of the student's raw steps the raw grid is uniform; the warp is the student's.
+
+    Raises:
+        ValueError: `ode_steps` is no multiple of the number of denoising steps, or the first step is not 1000.
+    """
+    steps = config.denoising_steps
+    if ode_steps % len(steps) or ode_steps < len(steps):
+        raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
+    if steps[0] != MAX_TIMESTEP:
+        raise ValueError(f"trajectories start from pure noise, so denoising_steps must start at 1000, not {steps[0]}")
+    per_step = ode_steps // len(steps)
+    knots = np.array([*steps, 0.0]) / MAX_TIMESTEP
+    raw = np.concatenate([np.linspace(a, b, per_step, endpoint=False) for a, b in itertools.pairwise(knots)])
+    return np.append(warp(raw, config.shift), 0.0)
+
+
+def sample_trajectory(
+    teacher: DiT,
+    noise: jax.Array,
+    text: jax.Array,
+    null_text: jax.Array,
+    sigmas: np.ndarray,
+    guidance_scale: float,
+    keep_every: int,
+) -> jax.Array:
+    """Euler solution of the teacher's guided probability-flow ODE.
+
+    Args:
+        noise: [B, N, H, W, C].
+        text, null_text: embeddings [B, T, text_dim] and [1, T, text_dim].
+        sigmas: levels [steps + 1] from 1 to 0.
+        keep_every: keeps the states at indices 0, keep_every, 2 keep_every, …, and the end.
+
+    Returns:
+        Kept states, noise first, clean latents last, [B, kept, N, H, W, C].
+    """
+    batch, frames = noise.shape[:2]
+    null_text = jnp.broadcast_to(null_text, (batch, *null_text.shape[1:]))
+    both = teacher.text_keys_values(jnp.concatenate([text, null_text]))
+    levels = jnp.asarray(sigmas, jnp.float32).reshape(-1)
+
+    def euler(latents, index):
+        timesteps = jnp.full((2 * batch, frames), MAX_TIMESTEP) * levels[index]
+        flow, _ = teacher(jnp.concatenate([latents, latents]), timesteps, both, np.arange(frames))
+        conditional, unconditional = flow[:batch], flow[batch:]
+        flow = conditional + guidance_scale * (conditional - unconditional)
+        return latents + (levels[index + 1] - levels[index]) * flow, None
+
+    def interval(latents, start):
+        after, _ = jax.lax.scan(euler, latents, start + jnp.arange(keep_every))
+        return after, latents
+
+    clean, kept = jax.lax.scan(interval, noise, jnp.arange(0, len(sigmas) - 1, keep_every))
+    return jnp.concatenate([jnp.moveaxis(kept, 0, 1), clean[:, None]], axis=1)
+
+
+def block_causal_pass(
+    model: DiT,
+    latents: jax.Array,
+    sigma: jax.Array,
+    text: jax.Array,
+    chunk_frames: int,
+    past_frames: int | None,
+    clean: jax.Array | None = None,
+) -> jax.Array:
+    """All chunks in one pass, each seeing what a stream without an anchor would show it.
+
+    Args:
+        latents: noisy clip [B, N, H, W, C].
+        sigma: noise level per frame [B, N].
+        text: embeddings [B, T, text_dim].
+        past_frames: frames a chunk sees before its own; None is all.
+        clean: clean copy of the clip to see earlier chunks in (teacher forcing); None shows the noisy ones.
+
+    Returns:
+        Flow of the noisy clip [B, N, H, W, C].
+    """
+    frames = latents.shape[1]
+    frame_tokens = model.config.frame_tokens(*latents.shape[2:4])
+    attend = attend_block_causal(
+        model.config.attention,
+        chunk_frames * frame_tokens,
+        None if past_frames is None else past_frames * frame_tokens,
+        clean_copy=clean is not None,
+    )
+    positions = np.arange(frames)
+    if clean is not None:
+        latents = jnp.concatenate([clean, latents], axis=1)
+        sigma = jnp.concatenate([jnp.zeros_like(sigma), sigma], axis=1)
+        positions = np.tile(positions, 2)
+    flow, _ = model(latents, MAX_TIMESTEP * sigma, model.text_keys_values(text), positions, attend)
+    return flow[:, -frames:]
+
+
+def initialize_step(
+    state: TrainState,
+    trajectory: jax.Array,
+    text: jax.Array,
+    key: jax.Array,
+    config: InitializeConfig,
+    stream: StreamConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the student: every chunk, at a step of its own, predicts the trajectory's end.
+
+    Args:
+        trajectory: kept states [B, T + 1, N, H, W, C], at the student's T levels, then clean.
+        text: embeddings [B, T, text_dim].
+        key: of this step.
+
+    Returns:
+        The new state, and `loss` and `gradient_norm`.
+    """
+    batch, _, frames = trajectory.shape[:3]
+    chunks = frames // stream.chunk_frames
+    step = jax.random.randint(key, (batch, chunks), 0, len(stream.sigmas))
+    step = constrain(jnp.repeat(step, stream.chunk_frames, axis=1), "batch")  # [B, N]
+    clean = trajectory[:, -1]
+    noisy = jnp.take_along_axis(trajectory, step[:, None, :, None, None, None], axis=1)[:, 0]
+    sigma = jnp.asarray(stream.sigmas, jnp.float32)[step]
+
+    def loss_function(params):
+        context = clean if config.context == "clean" else None
+        flow = block_causal_pass(params, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
+        return jnp.square(flow_to_clean(flow, noisy, sigma) - clean).mean()
+
+    loss, gradients = jax.value_and_grad(loss_function)(state.params)
+    state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
+    return state, {"loss": loss, **metrics}

@@ -1,0 +1,83 @@
+"""Training state and its update: parameters, optimizer, EMA weights, all in one pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping; the defaults are Self-Forcing's for the student.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        betas: of AdamW.
+        weight_decay: decoupled.
+        max_gradient_norm: global norm that gradients are clipped to.
+        warmup_steps: of linear warm-up from zero.
+        decay_steps: total steps of a cosine decay to zero, warm-up included; 0 keeps the rate constant.
+    """
+
+    learning_rate: float = 2e-6
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 10.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+
+    def make(self) -> optax.GradientTransformation:
+        """The Optax transformation."""
+        rate = optax.schedules.constant_schedule(self.learning_rate)
+        if self.decay_steps:
+            rate = optax.schedules.cosine_decay_schedule(
+                self.learning_rate, max(self.decay_steps - self.warmup_steps, 1)
+            )
+        if self.warmup_steps:
+            warmup = optax.schedules.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+            rate = optax.schedules.join_schedules([warmup, rate], [self.warmup_steps])
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_gradient_norm),
+            optax.adamw(rate, b1=self.betas[0], b2=self.betas[1], weight_decay=self.weight_decay),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """One network in training.
+
+    Attributes:
+        step: updates applied so far, int32 [].
+        params: the network, a pytree of weights.
+        optimizer: the Optax state.
+        ema: exponential moving average of `params`, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: optax.OptState
+    ema: Any
+
+
+def create_state(params: Any, optimizer: OptimizerConfig, ema: bool) -> TrainState:
+    """The state before the first update; EMA weights are a copy, so that the state can be donated."""
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.int32(0), params, optimizer.make().init(params), copy)
+
+
+def apply_gradients(
+    state: TrainState, gradients: Any, optimizer: OptimizerConfig, ema_decay: jax.Array | float = 0.0
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One AdamW update, and the EMA towards the new parameters.
+
+    Returns:
+        The new state, and `gradient_norm` before clipping.
+    """
+    norm = optax.tree.norm(gradients)
+    updates, optimizer_state = optimizer.make().update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    return TrainState(state.step + 1, params, optimizer_state, ema), {"gradient_norm": norm}
