@@ -18,6 +18,8 @@ import safetensors
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiTConfig
+from adastate_jax.models.text import TextConfig
+from adastate_jax.models.vae import VAEConfig, decoder_levels, encoder_levels
 from adastate_jax.sharding import path_name
 
 
@@ -52,6 +54,19 @@ _LINEAR = "outputs inputs -> inputs outputs"
 
 def _linear(official: str, path: str, bias: bool = True) -> list[Entry]:
     entries = [Entry(f"{official}.weight", f"{path}/kernel", _LINEAR)]
+    return entries + ([Entry(f"{official}.bias", f"{path}/bias")] if bias else [])
+
+
+def _conv(official: str, path: str, axes: str, bias: bool = True) -> list[Entry]:
+    """A convolution over the named axes."""
+    entries = [Entry(f"{official}.weight", f"{path}/kernel", f"outputs inputs {axes} -> {axes} inputs outputs")]
+    return entries + ([Entry(f"{official}.bias", f"{path}/bias")] if bias else [])
+
+
+def _pointwise(official: str, path: str, dimensions: int, bias: bool = True) -> list[Entry]:
+    """A convolution of one pixel, which is a linear layer here."""
+    ones = " 1" * dimensions
+    entries = [Entry(f"{official}.weight", f"{path}/kernel", f"outputs inputs{ones} -> inputs outputs")]
     return entries + ([Entry(f"{official}.bias", f"{path}/bias")] if bias else [])
 
 
@@ -114,6 +129,127 @@ _DIT_FROM_DIFFUSERS = (
 def dit_name_from_diffusers(name: str) -> str:
     """Official name of a tensor of diffusers' WanTransformer3DModel."""
     for pattern, replacement in _DIT_FROM_DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def text_table(config: TextConfig) -> list[Entry]:
+    """The official UMT5 encoder."""
+    entries = [
+        Entry("token_embedding.weight", "token_embedding", "vocabulary d -> vocabulary d"),
+        Entry("norm.weight", "norm_out/scale"),
+        Entry("blocks.{layer}.norm1.weight", "blocks/norm_attention/scale"),
+        Entry("blocks.{layer}.norm2.weight", "blocks/norm_ffn/scale"),
+        Entry(
+            "blocks.{layer}.pos_embedding.embedding.weight", "blocks/position_bias", "buckets heads -> buckets heads"
+        ),
+    ]
+    for theirs, ours in (
+        ("attn.q", "query"),
+        ("attn.k", "key"),
+        ("attn.v", "value"),
+        ("attn.o", "output"),
+        ("ffn.gate.0", "ffn_gate"),
+        ("ffn.fc1", "ffn_in"),
+        ("ffn.fc2", "ffn_out"),
+    ):
+        entries += _linear(f"blocks.{{layer}}.{theirs}", f"blocks/{ours}", bias=False)
+    return entries
+
+
+# transformers' UMT5EncoderModel → official, applied in order
+_TEXT_FROM_TRANSFORMERS = (
+    (r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.", "blocks."),
+    (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+    (r"\.layer\.0\.SelfAttention\.", ".attn."),
+    (r"\.layer\.0\.layer_norm\.", ".norm1."),
+    (r"\.layer\.1\.layer_norm\.", ".norm2."),
+    (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+    (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+    (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
+)
+
+
+def text_name_from_transformers(name: str) -> str:
+    """Official name of a tensor of transformers' UMT5EncoderModel, whose embedding table may come under two names."""
+    for pattern, replacement in _TEXT_FROM_TRANSFORMERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _vae_residual(official: str, path: str, shortcut: bool) -> list[Entry]:
+    entries = [
+        Entry(f"{official}.residual.0.gamma", f"{path}/norm_in/gain", "c 1 1 1 -> c"),
+        *_conv(f"{official}.residual.2", f"{path}/conv_in", "t h w"),
+        Entry(f"{official}.residual.3.gamma", f"{path}/norm_out/gain", "c 1 1 1 -> c"),
+        *_conv(f"{official}.residual.6", f"{path}/conv_out", "t h w"),
+    ]
+    return entries + (_pointwise(f"{official}.shortcut", f"{path}/shortcut", 3) if shortcut else [])
+
+
+def vae_table(config: VAEConfig) -> list[Entry]:
+    """The official Wan2.1 video autoencoder, both halves."""
+    entries = [
+        *_pointwise("conv1", "encoder/to_moments", 3),
+        *_pointwise("conv2", "decoder/from_latents", 3),
+    ]
+    for half, stack, levels in (
+        ("encoder", "downsamples", encoder_levels(config)),
+        ("decoder", "upsamples", decoder_levels(config)),
+    ):
+        entries += _conv(f"{half}.conv1", f"{half}/conv_in", "t h w")
+        entries.append(Entry(f"{half}.head.0.gamma", f"{half}/norm_out/gain", "c 1 1 1 -> c"))
+        entries += _conv(f"{half}.head.2", f"{half}/conv_out", "t h w")
+        for block in (0, 2):
+            entries += _vae_residual(f"{half}.middle.{block}", f"{half}/middle/{block}", shortcut=False)
+        entries.append(Entry(f"{half}.middle.1.norm.gamma", f"{half}/middle/1/norm/gain", "c 1 1 -> c"))
+        entries += _pointwise(f"{half}.middle.1.to_qkv", f"{half}/middle/1/query_key_value", 2)
+        entries += _pointwise(f"{half}.middle.1.proj", f"{half}/middle/1/merge", 2)
+        for block, level in enumerate(levels):
+            official, path = f"{half}.{stack}.{block}", f"{half}/blocks/{block}"
+            if not level.resample:
+                entries += _vae_residual(official, path, shortcut=level.inputs != level.outputs)
+                continue
+            entries += _conv(f"{official}.resample.1", f"{path}/conv", "h w")
+            if level.temporal:
+                entries += _conv(f"{official}.time_conv", f"{path}/time_conv", "t h w")
+    return entries
+
+
+# diffusers' AutoencoderKLWan → official, applied in order
+_VAE_FROM_DIFFUSERS = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+_VAE_BLOCK_FROM_DIFFUSERS = (
+    (r"(\d)\.norm1\.", r"\1.residual.0."),
+    (r"(\d)\.conv1\.", r"\1.residual.2."),
+    (r"(\d)\.norm2\.", r"\1.residual.3."),
+    (r"(\d)\.conv2\.", r"\1.residual.6."),
+)
+
+
+def vae_name_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
+    """Official name of a tensor of diffusers' AutoencoderKLWan, which numbers the decoder's blocks per level."""
+
+    def flat_index(match: re.Match) -> str:
+        level, kind, block = match.groups()
+        per_level = num_res_blocks + 2
+        within = per_level - 1 if kind == "upsamplers" else int(block)
+        return f".upsamples.{int(level) * per_level + within}."
+
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat_index, name)
+    for pattern, replacement in (*_VAE_FROM_DIFFUSERS, *_VAE_BLOCK_FROM_DIFFUSERS):
         name = re.sub(pattern, replacement, name)
     return name
 

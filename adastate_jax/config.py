@@ -1,0 +1,250 @@
+"""The configuration: frozen dataclasses, built at the border from an `ml_collections.ConfigDict`.
+
+A file under `configs/` starts from `default_config()` and sets fields; `--config.a.b=value` overrides one on the
+command line. What is unknown, of a wrong type or out of range is refused by name.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from adastate_jax.data.videos import ClipConfig
+from adastate_jax.data.worlds import WorldConfig
+from adastate_jax.errors import UserError
+from adastate_jax.models.dit import DiTConfig
+from adastate_jax.models.patch_codec import PatchCodecConfig
+from adastate_jax.models.text import TextConfig
+from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
+from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.training.dmd import DistillConfig
+from adastate_jax.training.initialize import InitializeConfig
+from adastate_jax.training.pretrain import PretrainConfig
+
+STAGES = ("pretrain", "initialize", "distill", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The video clips, and the prompts of distillation.
+
+    Attributes:
+        kind: `worlds`, procedural clips; or `videos`, a folder of files.
+        worlds: what the procedural clips show, and `num_worlds`, how many there are.
+        folder, clips: the folder of video files, and how clips are cut from them.
+        prompts: text file with one prompt per line for distillation; empty uses the clips' captions.
+    """
+
+    kind: str = "worlds"
+    worlds: WorldConfig = WorldConfig()
+    num_worlds: int = 2048
+    folder: str = ""
+    clips: ClipConfig = ClipConfig(height=32, width=32, num_frames=15)
+    prompts: str = ""
+
+    def __post_init__(self):
+        if self.kind not in ("worlds", "videos"):
+            raise ValueError(f"kind must be worlds or videos, got {self.kind!r}")
+        if self.kind == "videos" and not self.folder:
+            raise ValueError("folder is not set; name a folder of video files with --config.data.folder=DIR")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a clip in pixels."""
+        clips = self.worlds if self.kind == "worlds" else self.clips
+        return clips.height, clips.width
+
+    @property
+    def num_frames(self) -> int:
+        """Video frames of a clip."""
+        return self.worlds.num_frames if self.kind == "worlds" else self.clips.num_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The videos that a training run ends with.
+
+    Attributes:
+        anchors: strategies, side by side in each video.
+        horizon: length of the videos in training horizons.
+        prompts: what they show; empty takes captions of the data.
+        count: how many captions are taken then.
+        seed: of the noise, the same for every anchor.
+        scale: enlargement of the pixels.
+    """
+
+    anchors: tuple[str, ...] = ("adaptive", "static", "none")
+    horizon: int = 3
+    prompts: tuple[str, ...] = ()
+    count: int = 4
+    seed: int = 0
+    scale: int = 4
+
+    def __post_init__(self):
+        unknown = [name for name in self.anchors if name not in ANCHORS]
+        if unknown or not self.anchors:
+            raise ValueError(f"anchors must be some of {', '.join(ANCHORS)}, got {self.anchors}")
+        if self.horizon < 1 or self.scale < 1 or self.count < 1:
+            raise ValueError("horizon, scale and count must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; `data` and `fsdp` split the batch, `fsdp` and `model` the weights."""
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """How often a run reports and saves.
+
+    Attributes:
+        log_every: steps between metrics lines; losses are also checked for NaN then, and before every save.
+        save_every: steps between checkpoints.
+        keep: newest checkpoints kept per stage.
+    """
+
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self):
+        if min(self.log_every, self.save_every, self.keep) < 1:
+            raise ValueError("log_every, save_every and keep must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    negative_prompt: str = ""
+    text: TextConfig = TextConfig()
+    codec: PatchCodecConfig = PatchCodecConfig()
+    model: DiTConfig = DiTConfig()
+    stream: StreamConfig = StreamConfig()
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    initialize: InitializeConfig = InitializeConfig()
+    distill: DistillConfig = DistillConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self):
+        unknown = [name for name in self.stages if name not in STAGES]
+        if unknown:
+            raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {self.stages}")
+        frames = (("data clip frames", self.data.num_frames), ("distill.rollout_frames", self.distill.rollout_frames))
+        for name, value in frames:
+            if value < 1 or value % self.stream.chunk_frames:
+                raise ValueError(f"{name} {value} is no whole number of chunks of {self.stream.chunk_frames} frames")
+        if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:
+            raise ValueError(
+                f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
+                f"{self.text.dim} and text.text_length {self.text.text_length}"
+            )
+        if self.model.in_channels != self.codec.channels or self.model.out_channels != self.codec.channels:
+            raise ValueError(
+                f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
+                f"codec.channels {self.codec.channels}"
+            )
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field with its default, to be changed by a file under `configs/`."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dicts, lists and numbers, as `build` reads it."""
+    if isinstance(config, NoAnchor):
+        name = next(name for name, kind in ANCHORS.items() if type(config) is kind)
+        return {"name": name, "frames": config.frames}
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return tuple(to_dict(x) for x in config) if isinstance(config, tuple) else config
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """Builds and checks the configuration.
+
+    Raises:
+        UserError: a field is unknown, of a wrong type, or out of range; the message names it.
+    """
+    return _build(Config, config.to_dict(), "config")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes a configuration as JSON."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    partial.replace(path)
+
+
+def load_config(path: Path) -> Config:
+    """Reads a configuration that `save_config` wrote.
+
+    Raises:
+        UserError: the file is missing or not a configuration of this version.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this a folder that train wrote?") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a configuration ({error})") from None
+    return _build(Config, values, str(path))
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    """An instance of the dataclass `kind` from a mapping, field by field."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: must be a group of fields, got {values!r}")
+    try:
+        if issubclass(kind, NoAnchor):
+            _refuse_unknown(values, ("name", "frames"), where)
+            frames = _convert(int, values.get("frames", 1), f"{where}.frames")
+            return make_anchor(str(values.get("name", "adaptive")), frames)
+        types_ = typing.get_type_hints(kind)
+        _refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
+        return kind(**{name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _refuse_unknown(values: Mapping, known, where: str) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise UserError(f"{where}.{name}: unknown field{hint}")
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if typing.get_origin(kind) in (tuple, types.GenericAlias):
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{where}: must be a list, got {value!r}")
+        inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis:
+            return tuple(_convert(inner[0], x, where) for x in value)
+        if len(value) != len(inner):
+            raise UserError(f"{where}: must have {len(inner)} entries, got {value!r}")
+        return tuple(_convert(k, x, where) for k, x in zip(inner, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: must be of type {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,152 @@
+"""Batches as a pure function of the step, read from random-access datasets.
+
+There is no iterator state to save: a run that resumes at step s asks for batch s, and gets the batch it would have got.
+"""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import itertools
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from adastate_jax.errors import UserError
+
+Result = TypeVar("Result")
+
+# What the system says of a folder that is no folder, is protected, or sits on a full or read-only disk.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
+
+
+def example_indices(
+    step: int, batch_size: int, num_examples: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> np.ndarray:
+    """The examples that one process reads at `step`, int64 `[batch_size // process_count]`.
+
+    Training walks through one endless sequence of shuffled epochs; the global batch `step` is positions
+    `step * batch_size` and following, so a batch may straddle two epochs, and every process takes its own slice. Over
+    an epoch each example comes exactly once, whatever the number of processes. Raises `UserError` when the batch does
+    not divide among the processes or there are no examples.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} does not divide among {process_count} processes: use a multiple of it"
+        )
+    if num_examples < 1:
+        raise UserError("the dataset has no examples: build it with at least one")
+    if step < 0 or not 0 <= process_index < process_count:
+        raise ValueError(f"step {step} or process {process_index} of {process_count} is out of range")
+    local = batch_size // process_count
+    first = step * batch_size + process_index * local
+    epochs, offsets = np.divmod(np.arange(first, first + local, dtype=np.int64), num_examples)
+    indices = np.empty(local, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _epoch_order(seed, int(epoch), num_examples)[offsets[here]]
+    return indices
+
+
+@functools.lru_cache(maxsize=4)  # two epochs of a training and an evaluation set
+def _epoch_order(seed, epoch, num_examples):
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+    order.setflags(write=False)
+    return order
+
+
+def read_batch(source: Sequence[Mapping[str, Any]], indices: np.ndarray) -> dict[str, Any]:
+    """Reads examples and stacks them feature by feature.
+
+    Arrays `[...]` become arrays `[B, ...]`, numbers arrays `[B]` (real ones float32), texts a list of B strings;
+    nested features nested dictionaries. `source` is what `open_source` returns, or any sequence of dictionaries.
+    """
+    numbers = [int(index) for index in indices]
+    # A TFDS source reads a whole batch in parallel when asked for all of it at once.
+    examples = source.__getitems__(numbers) if hasattr(source, "__getitems__") else [source[n] for n in numbers]
+    return {name: _stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _stack(values):
+    if isinstance(values[0], Mapping):
+        return {name: _stack([value[name] for value in values]) for name in values[0]}
+    if isinstance(values[0], bytes):
+        return [value.decode("utf-8") for value in values]
+    if isinstance(values[0], str):
+        return list(values)
+    if isinstance(values[0], float):
+        return np.array(values, np.float32)  # TFDS hands a scalar feature over as a Python number
+    return np.stack(values)
+
+
+def prefetch(function: Callable[[int], Result], first_step: int = 0, depth: int = 2) -> Iterator[tuple[int, Result]]:
+    """Yields (step, function(step)) for step = first_step, first_step + 1, ... without end.
+
+    One background thread computes up to `depth` results ahead, in order. An exception in `function` is raised from the
+    `next` that would have returned its result, and ends the iteration. Closing the generator (or dropping it) waits for
+    the call in progress, if any, and ends the thread.
+    """
+    if depth < 1:
+        raise ValueError(f"prefetch depth is {depth}, must be at least 1")
+    steps = itertools.count(first_step)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
+        pending = collections.deque()
+        try:
+            while True:
+                while len(pending) < depth:
+                    step = next(steps)
+                    pending.append((step, thread.submit(function, step)))
+                step, result = pending.popleft()
+                yield step, result.result()
+        finally:
+            for _, result in pending:
+                result.cancel()
+
+
+def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str | os.PathLike, split: str):
+    """Opens a dataset for random access, and builds it first where `data_dir` does not hold it yet.
+
+    `builder` makes a TFDS builder from the keyword `data_dir`: what `worlds`, `videos` and `prompts` return. Returns a
+    sequence of examples, with `len`, `[i]` and `__getitems__`; it pickles. A build shows one progress bar on stderr.
+
+    TFDS builds into a directory named `incomplete.…` and renames it when everything is written, so an exception leaves
+    nothing, and a killed build leaves only that directory, which never reads as a dataset and which the next build of
+    the same dataset removes. Processes on one machine wait for each other: one builds, the others read. Raises
+    `UserError` if `data_dir` cannot be written, or if the dataset has no such split.
+    """
+    data_dir = pathlib.Path(data_dir)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        dataset = builder(data_dir=data_dir)
+        folder = pathlib.Path(dataset.data_dir)
+        if not folder.exists():
+            with _only_process(folder.parent):
+                for stale in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                    shutil.rmtree(stale)
+                dataset = builder(data_dir=data_dir)  # another process may have built it while this one waited
+                if not folder.exists():
+                    dataset.download_and_prepare()
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise UserError(f"data_dir {data_dir} cannot hold the dataset ({error}): give a writable folder") from error
+    if split.split("[")[0] not in dataset.info.splits:
+        known = ", ".join(dataset.info.splits)
+        raise UserError(f"dataset {dataset.info.full_name} has no split {split!r}: use one of {known}")
+    return dataset.as_data_source(split=split)
+
+
+@contextlib.contextmanager
+def _only_process(folder):
+    """Holds the lock of `folder`; the system releases it when a process dies, however it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,91 @@
+"""Text prompts: a file with one prompt per line, or JSON lines with a "prompt" field."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import tensorflow_datasets as tfds
+
+from adastate_jax.data.builder import Examples, SequentialBuilder, named_configuration
+from adastate_jax.errors import UserError
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Reads the prompts of a text file, in order.
+
+    A file named `*.jsonl` holds one JSON object per line with a string under "prompt"; any other file one prompt per
+    line, where a line that begins with # is a comment. Blank lines are skipped in both. Raises `UserError`, with the
+    line's number, for a file that is missing, empty, not UTF-8 or not such JSON.
+    """
+    path = pathlib.Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompt file {path} cannot be read ({error.strerror}): give an existing text file") from error
+    prompts = []
+    # Decoding line by line is what tells the culprit's number; utf-8-sig drops the mark that some editors put first.
+    for number, line in enumerate(raw.splitlines(), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt file {path}, line {number} is not UTF-8: save the file as UTF-8") from error
+        if not text:
+            continue
+        if path.suffix == ".jsonl":
+            prompts.append(_prompt_of(text, path, number))
+        elif not text.startswith("#"):
+            prompts.append(text)
+    if not prompts:
+        raise UserError(f"prompt file {path} has no prompts: write one per line")
+    return prompts
+
+
+def _prompt_of(text, path, number):
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"prompt file {path}, line {number} is not JSON ({error.msg}): one object per line") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f'prompt file {path}, line {number} has no text under "prompt": write {{"prompt": "..."}}')
+    return prompt.strip()
+
+
+@dataclasses.dataclass
+class PromptsConfig(tfds.core.BuilderConfig):
+    """The prompts themselves: a dataset does not go back to the file."""
+
+    prompts: tuple[str, ...] = ()
+
+
+class Prompts(SequentialBuilder):
+    """TFDS builder of prompts; make one with `prompts`. Feature: `prompt`; split: `train`, in the file's order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Prompts without videos.",
+            features=tfds.features.FeaturesDict({"prompt": tfds.features.Text()}),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        return {"train": Examples(len(self.builder_config.prompts), self._generate_examples())}
+
+    def _generate_examples(self):
+        for number, prompt in enumerate(self.builder_config.prompts):
+            yield number, {"prompt": prompt}
+
+
+def prompts(path: str | os.PathLike) -> Callable[..., Prompts]:
+    """A dataset of the prompts in a file, for `open_source`.
+
+    A changed file is another dataset. Raises `UserError` as `read_prompts` does.
+    """
+    texts = tuple(read_prompts(path))
+    return functools.partial(Prompts, config=named_configuration(PromptsConfig, f"{len(texts)}", {"prompts": texts}))

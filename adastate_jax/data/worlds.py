@@ -1,0 +1,501 @@
+"""Procedural videos: a camera moves over an endless generated landscape with a coloured subject.
+
+The landscape is gradient noise (Perlin 2002, "Improving noise") evaluated at world coordinates, so a camera may travel
+for as long as it likes and always sees the same place when it comes back. Every video carries the true motion it was
+rendered with, which makes it a ruler for whatever estimates motion from pixels.
+
+Signs. `pan_x > 0` is a camera moving right and `pan_y > 0` a camera moving down, so the *content* of the frame moves
+the other way: when a camera pans left, hills slide to the right. `zoom > 0` is zooming in: content spreads outwards.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from adastate_jax.data.builder import Examples, SequentialBuilder, named_configuration
+from adastate_jax.errors import UserError
+
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+MOTIONS = (
+    *(f"pan {direction}" for direction in DIRECTIONS),
+    "zoom in",
+    "zoom out",
+    *(f"follow {direction}" for direction in DIRECTIONS),
+)
+SHAPES = ("ball", "box", "diamond", "ring")
+COLOURS = {
+    "red": (226, 38, 38),
+    "orange": (255, 138, 20),
+    "yellow": (252, 224, 40),
+    "cyan": (40, 224, 232),
+    "blue": (36, 84, 232),
+    "magenta": (232, 48, 196),
+    "white": (250, 250, 250),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Palette:
+    """How a landscape is coloured: height in [0, 1] → sRGB through `stops`, plus the strength of its relief shading."""
+
+    landscape: str
+    stops: tuple[tuple[float, str], ...]
+    relief: float
+    avoid: tuple[str, ...]  # subject colours that would vanish into this landscape
+
+
+PALETTES = {
+    "meadow": Palette(
+        "green hills",
+        ((0.0, "#1f4f8c"), (0.24, "#3f86b8"), (0.27, "#d8cf9a"), (0.33, "#86bd52"), (0.6, "#2f6b2c"), (0.9, "#c3d478")),
+        0.55,
+        (),
+    ),
+    "desert": Palette(
+        "sand dunes",
+        ((0.0, "#7a4a2b"), (0.35, "#c08549"), (0.6, "#e3b872"), (1.0, "#fbe6b8")),
+        0.65,
+        ("orange", "yellow"),
+    ),
+    "ocean": Palette(
+        "a blue sea with islands",
+        (
+            (0.0, "#06224d"),
+            (0.45, "#12579a"),
+            (0.62, "#39a6c4"),
+            (0.66, "#f0e2b0"),
+            (0.72, "#5b9c4c"),
+            (1.0, "#2e6b35"),
+        ),
+        0.4,
+        ("blue", "cyan"),
+    ),
+    "dusk": Palette(
+        "purple mountains",
+        ((0.0, "#1c1440"), (0.4, "#4b2a6e"), (0.65, "#8d4a8a"), (0.85, "#e08a8a"), (1.0, "#ffd2a6")),
+        0.6,
+        ("magenta",),
+    ),
+    "snow": Palette(
+        "snowy peaks",
+        ((0.0, "#27415c"), (0.3, "#5d7f9e"), (0.5, "#a9c1d4"), (0.7, "#e6eef5"), (1.0, "#ffffff")),
+        0.55,
+        ("white", "cyan"),
+    ),
+    "autumn": Palette(
+        "an autumn forest",
+        ((0.0, "#2f2a1c"), (0.3, "#5e5a24"), (0.5, "#a8692a"), (0.7, "#c9482a"), (1.0, "#edc14d")),
+        0.55,
+        ("red", "orange", "yellow"),
+    ),
+    "moon": Palette(
+        "grey moon rock",
+        ((0.0, "#17181c"), (0.35, "#4a4c52"), (0.6, "#808389"), (1.0, "#cfd0d2")),
+        0.75,
+        (),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """What worlds look like and how their cameras move; every video draws from these ranges.
+
+    Raises `UserError` naming the field when a value makes no sense.
+    """
+
+    height: int = 32
+    width: int = 32
+    num_frames: int = 15
+    fps: int = 16
+    speed: tuple[float, float] = (0.5, 1.0)  # pan and follow: frame widths (or heights) per second
+    zoom_speed: tuple[float, float] = (0.5, 1.0)  # natural logarithm of the scale, per second
+    motions: tuple[str, ...] = MOTIONS
+    palettes: tuple[str, ...] = tuple(PALETTES)
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    # Pans pass identical subjects this many frame extents apart: beyond 1.5 the subject is out of sight in between,
+    # and its colour has to be remembered until the next one.
+    subject_spacing: float = 1.0
+    name_colour: bool = True  # whether the caption tells the subject's colour
+    hue_turn: tuple[float, float] = (0.0, 0.0)  # turns of the landscape's hue per second, in either sense
+
+    def __post_init__(self):
+        # Command lines and configuration files hand over lists; the hash of a configuration must not depend on that.
+        for field in ("speed", "zoom_speed", "motions", "palettes", "shapes", "colours", "hue_turn"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("height", "width"):
+            if getattr(self, field) < 8:
+                raise UserError(f"world {field} is {getattr(self, field)}: give at least 8 pixels")
+        for field in ("num_frames", "fps"):
+            if getattr(self, field) < 1:
+                raise UserError(f"world {field} is {getattr(self, field)}: give at least 1")
+        for field in ("speed", "zoom_speed", "hue_turn"):
+            value = getattr(self, field)
+            if len(value) != 2 or not 0 <= value[0] <= value[1] < math.inf:
+                raise UserError(f"world {field} is {value}: give (lowest, highest) with 0 ≤ lowest ≤ highest")
+        for field, known in (("motions", MOTIONS), ("palettes", PALETTES), ("shapes", SHAPES), ("colours", COLOURS)):
+            unknown = [name for name in getattr(self, field) if name not in known]
+            if unknown or not getattr(self, field):
+                culprit = f"has unknown {unknown[0]!r}" if unknown else "is empty"
+                raise UserError(f"world {field} {culprit}: choose from {', '.join(known)}")
+        for palette in self.palettes:
+            if not set(self.colours) - set(PALETTES[palette].avoid):
+                raise UserError(f"world colours {self.colours} all vanish into palette {palette!r}: add another colour")
+        if not self.subject_spacing >= 0.8:
+            raise UserError(f"world subject_spacing is {self.subject_spacing}: give at least 0.8 frame extents")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One rendered video with everything that is true about it.
+
+    `video` is uint8 sRGB `[F, H, W, 3]`. `pan_x`, `pan_y` are the camera's velocity in frame widths and heights per
+    second, `subject_x`, `subject_y` the subject's mean velocity over the ground in the same units (zero unless the
+    camera follows it), `zoom` the rate of log-scale per second and `hue_turn` the landscape's hue in turns per second.
+    The module's docstring gives the signs.
+    """
+
+    video: np.ndarray
+    caption: str
+    motion: str
+    pan_x: float
+    pan_y: float
+    zoom: float
+    subject_x: float
+    subject_y: float
+    hue_turn: float
+    palette: str
+    shape: str
+    colour: str
+
+
+def render_world(config: WorldConfig, seed: int, index: int) -> World:
+    """Renders video number `index` of the endless series `seed`.
+
+    A pure function of its arguments: the same three give the same bytes. `seed` and `index` are non-negative. Returns
+    a `World` whose video is uint8 `[F, H, W, 3]`.
+    """
+    rng = np.random.default_rng((seed, index))
+    motion = config.motions[rng.integers(len(config.motions))]
+    palette = config.palettes[rng.integers(len(config.palettes))]
+    shape = config.shapes[rng.integers(len(config.shapes))]
+    colours = [colour for colour in config.colours if colour not in PALETTES[palette].avoid]
+    colour = colours[rng.integers(len(colours))]
+    speed = rng.uniform(*config.speed)
+    zoom_speed = rng.uniform(*config.zoom_speed)
+    hue_turn = rng.uniform(*config.hue_turn) * rng.choice((-1.0, 1.0)) + 0.0  # + 0 makes -0 an ordinary 0
+    ground_key, subject_key = rng.integers(2**63, size=2, dtype=np.uint64)
+    radius = rng.uniform(0.11, 0.15)
+    start = rng.uniform(-1.0, 1.0, size=2)
+
+    kind, way = motion.split()
+    zoom = {"in": zoom_speed, "out": -zoom_speed}.get(way, 0.0)
+    direction = np.array(DIRECTIONS.get(way, (0.0, 0.0)))
+    pan = speed * direction + 0.0
+    seconds = np.arange(config.num_frames) / config.fps
+
+    video = _ground(config, PALETTES[palette], ground_key, pan, zoom, hue_turn, seconds)
+    if kind == "pan":
+        centres = _subjects_passed_by(config, direction, speed, subject_key, start, seconds)
+    elif kind == "follow":
+        centres = _subject_followed(direction, start, seconds)
+    else:
+        centres = np.broadcast_to(0.12 * start, (1, len(seconds), 2))
+    # A zoom shows the subject growing, but an endless zoom must not fill the frame with it: the apparent size follows
+    # the true scale at first and levels off at twice (or half) the size it began with.
+    limit = math.log(2.0)
+    radii = radius * np.exp(limit * np.tanh(zoom * seconds / limit))
+    if kind == "zoom":
+        centres = centres * (radii / radius)[:, None]
+    for centre in centres:
+        _paint_subject(video, shape, COLOURS[colour], centre, radii)
+    return World(
+        video=np.clip(video * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8),
+        caption=_caption(config, kind, way, PALETTES[palette].landscape, shape, colour, hue_turn),
+        motion=motion,
+        pan_x=float(pan[0]),
+        pan_y=float(pan[1]),
+        zoom=float(zoom),
+        subject_x=float(pan[0]) if kind == "follow" else 0.0,
+        subject_y=float(pan[1]) if kind == "follow" else 0.0,
+        hue_turn=float(hue_turn),
+        palette=palette,
+        shape=shape,
+        colour=colour,
+    )
+
+
+def _caption(config, kind, way, landscape, shape, colour, hue_turn):
+    named = f"{colour} {shape}" if config.name_colour else shape
+    subject = f"an {named}" if named[0] in "aeiou" else f"a {named}"
+    sentence = {
+        "pan": f"a camera pans {way} over {landscape} with {subject}",
+        "zoom": f"a camera zooms {way} over {landscape} with {subject}",
+        "follow": f"a camera follows {subject} moving {way} over {landscape}",
+    }[kind]
+    return sentence + (" while the colours slowly turn" if hue_turn else "")
+
+
+# --- the ground ---------------------------------------------------------------------------------------------------
+
+
+def _ground(config, palette, key, pan, zoom, hue_turn, seconds):
+    """Colours of the landscape, float32 `[F, H, W, 3]` in [0, 1]. One world unit is one frame height at time 0."""
+    height, width = config.height, config.width
+    aspect = width / height
+    view = np.exp(-zoom * seconds)[:, None]
+    # One row and one column beyond the frame: relief shading needs every pixel's upper left neighbour.
+    columns = ((np.arange(-1, width) + 0.5) / width - 0.5) * aspect
+    rows = (np.arange(-1, height) + 0.5) / height - 0.5
+    x = pan[0] * aspect * seconds[:, None] + view * columns  # [F, W + 1]
+    y = pan[1] * seconds[:, None] + view * rows  # [F, H + 1]
+
+    # Octaves fade in and out by their size *on screen*. Below three pixels they would flicker; beyond one and a half
+    # frames they are a constant. A pan never changes the weights, and an endless zoom never runs out of detail.
+    finest, coarsest = math.log2(3.0 / height * view.min()), math.log2(1.6 * view.max())
+    field = np.zeros((len(seconds), height + 1, width + 1), np.float32)
+    power = np.zeros((len(seconds), 1, 1), np.float32)
+    for octave in range(math.floor(finest), math.ceil(coarsest) + 1):
+        size = 2.0**octave
+        on_screen = size / view[:, 0]
+        weight = on_screen**1.2 * _smoothstep(3.0 / height, 8.0 / height, on_screen) * _smoothstep(1.6, 0.8, on_screen)
+        seen = weight > 0.0
+        if not seen.any():
+            continue
+        weight = weight[seen, None, None].astype(np.float32)
+        octave_key = _mix(key ^ _mix(np.uint64(octave + 2**20)))
+        shift = (_unit(_mix(octave_key ^ np.uint64(1))), _unit(_mix(octave_key ^ np.uint64(2))))
+        noise = _gradient_noise(x[seen] / size + 64.0 * shift[0], y[seen] / size + 64.0 * shift[1], octave_key)
+        field[seen] += weight * noise
+        power[seen] += weight**2
+    # Gradient noise has a standard deviation close to a quarter; half of the heights then lie in the middle third.
+    elevation = 0.5 + 0.95 * field / np.sqrt(power)
+
+    slope = (elevation[:, 1:, 1:] - elevation[:, :-1, :-1]) * np.float32(height / 8)
+    shade = 1.0 + np.float32(palette.relief) * np.tanh(slope)
+    ramp = _ramp(palette)
+    steps = len(ramp) - 1
+    entry = np.clip(elevation[:, 1:, 1:] * steps, 0, steps).astype(np.intp)
+    if hue_turn:
+        ramps = np.clip(np.einsum("fij,nj->fni", _hue_rotation(hue_turn * seconds), ramp), 0.0, 1.0)
+        colours = ramps[np.arange(len(seconds))[:, None, None], entry]
+    else:
+        colours = ramp[entry]
+    return np.clip(colours * shade[..., None], 0.0, 1.0).astype(np.float32)
+
+
+def _gradient_noise(x, y, key):
+    """Gradient noise of the whole lattice `key` at columns x `[F, W]` and rows y `[F, H]`, float32 `[F, H, W]`.
+
+    A camera that does not rotate makes the interpolation separable, so a frame is two products of small matrices:
+    rows × lattice × columns, once for each component of the lattice's gradients.
+    """
+    first_x, blend_x, lever_x = _lattice_weights(x)
+    first_y, blend_y, lever_y = _lattice_weights(y)
+    lattice_x = first_x[:, None, None] + np.arange(blend_x.shape[-1])
+    lattice_y = first_y[:, None, None] + np.arange(blend_y.shape[-1])[:, None]
+    hashed = _mix(_mix(lattice_x.astype(np.uint64) ^ key) + lattice_y.astype(np.uint64))  # [F, nodes y, nodes x]
+    angle = (2.0 * np.pi) * _unit(hashed).astype(np.float32)
+    pull_x = blend_y @ np.cos(angle) @ lever_x.transpose(0, 2, 1)
+    pull_y = lever_y @ np.sin(angle) @ blend_x.transpose(0, 2, 1)
+    return pull_x + pull_y
+
+
+def _lattice_weights(position):
+    """Interpolation along one axis: `[F, N]` → first node `[F]`, blend and blend × distance `[F, N, nodes]`."""
+    node = np.floor(position).astype(np.int64)
+    first = node.min(axis=1)
+    fraction = (position - node).astype(np.float32)
+    fade = fraction**3 * (fraction * (fraction * 6.0 - 15.0) + 10.0)
+    offset = node - first[:, None]
+    nodes = np.arange(offset.max() + 2)
+    lower = offset[..., None] == nodes
+    upper = offset[..., None] + 1 == nodes
+    blend = lower * (1.0 - fade)[..., None] + upper * fade[..., None]
+    distance = lower * fraction[..., None] + upper * (fraction - 1.0)[..., None]
+    return first, blend, blend * distance
+
+
+def _mix(value):
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): uint64 → uint64 that looks random."""
+    with np.errstate(over="ignore"):  # wrapping around is the point
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def _unit(hashed):
+    """uint64 → float64 in [0, 1)."""
+    return (hashed >> np.uint64(11)) * 2.0**-53
+
+
+def _smoothstep(start, end, value):
+    """0 at `start`, 1 at `end` (which may be the smaller of the two), smooth in between."""
+    fraction = np.clip((value - start) / (end - start), 0.0, 1.0)
+    return fraction * fraction * (3.0 - 2.0 * fraction)
+
+
+@functools.cache
+def _ramp(palette):
+    """The palette as a table, float32 `[1024, 3]`."""
+    places = [place for place, _ in palette.stops]
+    colours = np.array([[int(code[i : i + 2], 16) / 255.0 for i in (1, 3, 5)] for _, code in palette.stops])
+    level = np.linspace(0.0, 1.0, 1024)
+    return np.stack([np.interp(level, places, colours[:, c]) for c in range(3)], axis=-1).astype(np.float32)
+
+
+def _hue_rotation(turns):
+    """Rotations of RGB about the grey axis, `[F]` turns → float32 `[F, 3, 3]`; greys and mean brightness stay."""
+    angle = 2.0 * np.pi * turns[:, None, None]
+    grey = np.full((3, 3), 1.0 / 3.0)
+    cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3.0)
+    return (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross + grey).astype(np.float32)
+
+
+# --- the subject --------------------------------------------------------------------------------------------------
+
+
+def _subjects_passed_by(config, direction, speed, key, start, seconds):
+    """Where the subjects standing along a pan's way appear: `[K, F, 2]`, frame widths and heights from the centre."""
+    spacing = config.subject_spacing
+    travelled = speed * seconds
+    # The first subject starts ahead of the middle, so the camera passes it within a second or so.
+    ahead = 0.1 + 0.15 * (start[0] + 1.0)
+    numbers = np.arange(math.floor((travelled[0] - 1.0) / spacing) - 1, math.ceil((travelled[-1] + 1.0) / spacing) + 2)
+    hashed = _mix(numbers.astype(np.uint64) ^ key)
+    jitter = (_unit(hashed) - 0.5) * 0.3 * spacing * (numbers != 0)
+    aside = (_unit(_mix(hashed)) - 0.5) * 0.56
+    along = (numbers * spacing + jitter)[:, None] + ahead - travelled
+    visible = (np.abs(along) < 0.8).any(axis=1)
+    across = np.array([abs(direction[1]), abs(direction[0])])
+    return along[visible, :, None] * direction + aside[visible, None, None] * across
+
+
+def _subject_followed(direction, start, seconds):
+    """A followed subject stays near the centre and sways a little: `[1, F, 2]`, as above."""
+    phase = 2.0 * np.pi * (0.7 * seconds + start[0])
+    across = np.array([abs(direction[1]), abs(direction[0])])
+    return (0.05 * np.sin(phase)[:, None] * across + 0.08 * start)[None]
+
+
+def _paint_subject(video, shape, colour, centre, radii):
+    """Paints one anti-aliased subject and its shadow into `video` in place.
+
+    video float32 `[F, H, W, 3]` in [0, 1]; centre `[F, 2]` in frame widths and heights from the middle; radii `[F]` in
+    fractions of the frame's shorter side.
+    """
+    _, height, width, _ = video.shape
+    pixels = (radii * min(height, width))[:, None, None]
+    x = np.arange(width) + 0.5 - width * (0.5 + centre[:, 0, None, None])  # [F, 1, W], pixels
+    y = np.arange(height)[:, None] + 0.5 - height * (0.5 + centre[:, 1, None, None])  # [F, H, 1], pixels
+    outline = _OUTLINES[shape]
+
+    drop = 0.28 * pixels
+    softness = 0.3 * pixels + 1.0
+    shadow = np.clip(0.5 - outline(x - drop, y - drop, pixels) / softness, 0.0, 1.0)
+    video *= (1.0 - 0.45 * shadow[..., None]).astype(np.float32)
+
+    distance = outline(x, y, pixels)
+    cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None].astype(np.float32)
+    rim = np.clip(1.0 + distance / (0.22 * pixels), 0.0, 1.0)  # 1 on the edge, 0 inside
+    light = 1.0 - 0.16 * (x + y) / pixels - 0.45 * rim
+    paint = np.array(colour, np.float32) / 255.0 * np.clip(light, 0.2, 1.15)[..., None].astype(np.float32)
+    video += cover * (np.minimum(paint, 1.0) - video)
+
+
+def _ball(x, y, radius):
+    return np.hypot(x, y) - radius
+
+
+def _box(x, y, radius):
+    side, corner = 0.62 * radius, 0.24 * radius
+    across, along = np.abs(x) - side, np.abs(y) - side
+    outside = np.hypot(np.maximum(across, 0.0), np.maximum(along, 0.0))
+    return outside + np.minimum(np.maximum(across, along), 0.0) - corner
+
+
+def _diamond(x, y, radius):
+    return (np.abs(x) + np.abs(y) - 1.15 * radius) * math.sqrt(0.5)
+
+
+def _ring(x, y, radius):
+    return np.abs(np.hypot(x, y) - 0.75 * radius) - 0.32 * radius
+
+
+# Signed distance to the outline in pixels, negative inside.
+_OUTLINES: dict[str, Callable] = {"ball": _ball, "box": _box, "diamond": _diamond, "ring": _ring}
+
+
+# --- the dataset --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class WorldsConfig(tfds.core.BuilderConfig):
+    """A dataset of worlds: `num_train` + `num_validation` videos of the series `seed`."""
+
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    num_train: int = 0
+    num_validation: int = 0
+    seed: int = 0
+
+
+class Worlds(SequentialBuilder):
+    """TFDS builder of procedural videos; make one with `worlds`.
+
+    Example i of `train` is `render_world(world, seed, i)`, and `validation` goes on where `train` ends. Features:
+    `video` uint8 `[F, H, W, 3]`, `caption`, and `motion` with the other fields of `World`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")  # raise it when render_world's pixels change
+
+    def _info(self):
+        world = self.builder_config.world
+        text, scalar = tfds.features.Text, tfds.features.Scalar
+        motion = {name: scalar(np.float32) for name in ("pan_x", "pan_y", "zoom", "subject_x", "subject_y", "hue_turn")}
+        motion |= {name: text() for name in ("motion", "palette", "shape", "colour")}
+        shape = (world.num_frames, world.height, world.width, 3)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="A camera over an endless procedural landscape, with its true motion.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "video": tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes"),
+                    "caption": text(),
+                    "motion": motion,
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        config = self.builder_config
+        total = config.num_train + config.num_validation
+        splits = {"train": range(config.num_train), "validation": range(config.num_train, total)}
+        return {name: Examples(len(indices), self._generate_examples(indices)) for name, indices in splits.items()}
+
+    def _generate_examples(self, indices):
+        config = self.builder_config
+        for index in indices:
+            example = dataclasses.asdict(render_world(config.world, config.seed, index))
+            yield index, {"video": example.pop("video"), "caption": example.pop("caption"), "motion": example}
+
+
+def worlds(world: WorldConfig, num_train: int, num_validation: int, seed: int) -> Callable[..., Worlds]:
+    """A dataset of `num_train` training and `num_validation` validation videos, for `open_source`.
+
+    Every configuration, size and seed has a directory of its own. Raises `UserError` for an empty split.
+    """
+    for field, value in (("num_train", num_train), ("num_validation", num_validation)):
+        if value < 1:
+            raise UserError(f"worlds {field} is {value}: give at least 1")
+    if seed < 0:
+        raise UserError(f"worlds seed is {seed}: give a non-negative integer")
+    size = f"{world.height}x{world.width}x{world.num_frames}"
+    fields = {"world": world, "num_train": num_train, "num_validation": num_validation, "seed": seed}
+    return functools.partial(Worlds, config=named_configuration(WorldsConfig, size, fields))

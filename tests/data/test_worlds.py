@@ -1,0 +1,176 @@
+"""Laws of the procedural worlds: deterministic, truthful about their motion, and cached by configuration."""
+
+import dataclasses
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from adastate_jax.data.batches import open_source, read_batch
+from adastate_jax.data.worlds import DIRECTIONS, MOTIONS, PALETTES, WorldConfig, render_world, worlds
+from adastate_jax.errors import UserError
+
+LARGE = WorldConfig(height=192, width=176, num_frames=5, fps=32)
+
+
+def test_a_world_is_a_function_of_seed_and_index():
+    config = WorldConfig()
+    first, again = render_world(config, 3, 5), render_world(config, 3, 5)
+    np.testing.assert_array_equal(first.video, again.video)
+    assert dataclasses.replace(first, video=None) == dataclasses.replace(again, video=None)
+    assert first.video.shape == (15, 32, 32, 3)
+    assert first.video.dtype == np.uint8
+    for seed, index in ((3, 6), (4, 5)):
+        assert not np.array_equal(first.video, render_world(config, seed, index).video)
+
+
+def test_a_longer_video_begins_with_the_shorter_one():
+    for motion in ("pan left", "follow up"):
+        short = WorldConfig(motions=(motion,))
+        long = dataclasses.replace(short, num_frames=40)
+        np.testing.assert_array_equal(render_world(short, 0, 1).video, render_world(long, 0, 1).video[:15])
+
+
+@pytest.mark.parametrize("motion", [motion for motion in MOTIONS if "zoom" not in motion])
+def test_content_moves_against_the_camera_by_the_stated_amount(motion):
+    world = render_world(dataclasses.replace(LARGE, motions=(motion,)), 7, 2)
+    kind, way = motion.split()
+    assert np.sign([world.pan_x, world.pan_y]).tolist() == list(DIRECTIONS[way])
+    true = -np.array([world.pan_x * LARGE.width, world.pan_y * LARGE.height]) / LARGE.fps
+    # A followed subject stands still in the frame: look at a strip along the motion that it does not reach.
+    strip = np.s_[:, :36] if way in ("left", "right") else np.s_[:, :, :36]
+    measured = _median_shift(world.video[strip] if kind == "follow" else world.video)
+    np.testing.assert_allclose(measured, true, atol=0.35)  # pixels, of 3 to 6
+    moving = (world.pan_x, world.pan_y) if kind == "follow" else (0.0, 0.0)
+    assert (world.subject_x, world.subject_y) == moving
+
+
+def _median_shift(video):
+    """Content motion (x, y) in pixels per frame by phase correlation."""
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in video]
+    window = cv2.createHanningWindow(grey[0].shape[::-1], cv2.CV_32F)
+    return np.median([cv2.phaseCorrelate(a, b, window)[0] for a, b in itertools.pairwise(grey)], axis=0)
+
+
+@pytest.mark.parametrize("motion", ["zoom in", "zoom out"])
+def test_content_scales_by_the_stated_amount(motion):
+    world = render_world(dataclasses.replace(LARGE, motions=(motion,), palettes=("ocean",)), 1, 4)
+    assert np.sign(world.zoom) == {"zoom in": 1, "zoom out": -1}[motion]
+    rates = world.zoom + np.linspace(-0.6, 0.6, 25)
+    errors = [_error_after_scaling(world.video[0], world.video[3], rate * 3 / LARGE.fps) for rate in rates]
+    assert rates[np.argmin(errors)] == pytest.approx(world.zoom, abs=0.11)
+
+
+def _error_after_scaling(before, after, log_scale):
+    """Mean difference in the middle of the frame between `after` and `before` scaled about the centre."""
+    height, width, _ = before.shape
+    matrix = cv2.getRotationMatrix2D((width / 2 - 0.5, height / 2 - 0.5), 0.0, float(np.exp(log_scale)))
+    scaled = cv2.warpAffine(before, matrix, (width, height), flags=cv2.INTER_LINEAR)
+    difference = np.abs(scaled.astype(np.float32) - after)
+    return difference[height // 4 : -height // 4, width // 4 : -width // 4].mean()
+
+
+def test_the_camera_can_travel_for_minutes_without_the_picture_going_flat():
+    for motion in ("pan right", "zoom in", "zoom out"):
+        config = WorldConfig(height=16, width=16, num_frames=200, fps=2, motions=(motion,), palettes=("moon",))
+        contrast = render_world(config, 0, 0).video[::40].std(axis=(1, 2)).mean(axis=-1)
+        assert contrast.min() > 12
+        assert contrast[-1] > contrast[0] / 3
+
+
+def test_a_widely_spaced_subject_leaves_and_comes_back_in_its_colour():
+    config = WorldConfig(
+        num_frames=96, motions=("pan left",), palettes=("moon",), colours=("red",), speed=(1, 1), subject_spacing=3.0
+    )
+    world = render_world(config, 0, 0)
+    red = (world.video[..., 0].astype(int) - world.video[..., 1] > 90).sum(axis=(1, 2))
+    seen = red > 10
+    assert seen[0]
+    runs = [(value, len(list(group))) for value, group in itertools.groupby(seen)]
+    assert [value for value, _ in runs][:3] == [True, False, True]
+    assert runs[1][1] >= 16  # out of sight for a second
+    assert world.pan_x == -1.0
+
+
+def test_the_caption_tells_motion_landscape_and_subject():
+    for index, motion in enumerate(MOTIONS):
+        world = render_world(WorldConfig(height=8, width=8, num_frames=1, motions=(motion,)), 0, index)
+        kind, way = motion.split()
+        for word in (kind, way, world.shape, world.colour, PALETTES[world.palette].landscape):
+            assert word in world.caption
+        assert world.colour not in PALETTES[world.palette].avoid
+    plain = render_world(WorldConfig(height=8, width=8, num_frames=1, name_colour=False, shapes=("ball",)), 0, 0)
+    assert " a ball" in plain.caption
+
+
+def test_the_hue_turns_while_the_subject_keeps_its_colour():
+    config = WorldConfig(num_frames=17, motions=("follow left",), palettes=("meadow",), hue_turn=(0.5, 0.5))
+    world = render_world(config, 0, 3)
+    assert abs(world.hue_turn) == 0.5
+    first, last = world.video[0].astype(float), world.video[16].astype(float)
+    ground = [frame[:4].mean(axis=(0, 1)) for frame in (first, last)]  # the top rows, away from the subject
+    assert ground[0].argmax() == 1  # green at first
+    assert ground[1].argmax() != 1
+    assert world.caption.endswith("while the colours slowly turn")
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"height": 4}, "height"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"speed": (1.0, 0.5)}, "speed"),
+        ({"motions": ("pan sideways",)}, "pan sideways"),
+        ({"palettes": ()}, "palettes"),
+        ({"colours": ("white",)}, "snow"),
+        ({"subject_spacing": 0.1}, "subject_spacing"),
+    ],
+)
+def test_a_senseless_configuration_is_named(fields, culprit):
+    with pytest.raises(UserError, match=culprit):
+        WorldConfig(**fields)
+
+
+def test_the_dataset_holds_the_rendered_worlds(tmp_path):
+    config = WorldConfig(height=8, width=16, num_frames=3)
+    dataset = worlds(config, num_train=5, num_validation=2, seed=9)
+    train, validation = open_source(dataset, tmp_path, "train"), open_source(dataset, tmp_path, "validation")
+    assert (len(train), len(validation)) == (5, 2)
+    for source, index, number in ((train, 4, 4), (validation, 1, 6)):
+        world = render_world(config, 9, number)
+        batch = read_batch(source, np.array([index]))
+        np.testing.assert_array_equal(batch["video"][0], world.video)
+        assert batch["caption"] == [world.caption]
+        assert batch["motion"]["palette"] == [world.palette]
+        assert batch["motion"]["pan_x"] == np.float32(world.pan_x)
+
+
+def test_configurations_never_share_a_directory(tmp_path):
+    base = {"world": WorldConfig(), "num_train": 2, "num_validation": 1, "seed": 0}
+    variants = [base, base | {"seed": 1}, base | {"num_train": 3}, base | {"num_validation": 2}]
+    variants += [base | {"world": WorldConfig(speed=(0.5, 0.9))}, base | {"world": WorldConfig(shapes=("ball",))}]
+    directories = {str(worlds(**variant)(data_dir=tmp_path).data_dir) for variant in variants}
+    assert len(directories) == len(variants)
+    listed = WorldConfig(speed=[0.5, 1.0], motions=list(MOTIONS))  # as a configuration file would give them
+    assert str(worlds(**base | {"world": listed})(data_dir=tmp_path).data_dir) in directories
+
+
+def test_building_and_reading_never_import_tensorflow(tmp_path):
+    program = """
+import sys
+from adastate_jax.data.batches import open_source, read_batch
+from adastate_jax.data.worlds import WorldConfig, worlds
+source = open_source(worlds(WorldConfig(height=8, width=8, num_frames=2), 2, 1, 0), sys.argv[1], "train")
+assert read_batch(source, [0, 1])["video"].shape == (2, 2, 8, 8, 3)
+assert "tensorflow" not in sys.modules, "tensorflow was imported"
+"""
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""  # standard output belongs to the commands
