@@ -212,19 +212,32 @@ class GeneratedChunk:
 def generate_chunk(
     model: DiT, cache: Cache, text: KeyValues, noise: ChunkNoise, config: StreamConfig, phase: Phase, last_step
 ) -> GeneratedChunk:
-    """Denoises one chunk against the frozen cache, up to and with step `last_step` (an int, or a traced scalar)."""
+    """Denoises one chunk against the frozen cache up to and with step `last_step`, then passes over it clean.
+
+    All passes, the clean one among them, are turns of one loop, so that the network is compiled once.
+
+    Args:
+        last_step: an int, or a traced scalar, in 0 … T − 1.
+    """
     layout = layout_of(phase, config)
     context = read_context(model.config, cache, config, layout, noise.content[0])
     noises = live_noise(noise, layout)
-    sigmas = jnp.asarray(config.sigmas, jnp.float32)
+    sigmas = jnp.asarray([*config.sigmas, 0.0], jnp.float32)
+    tokens = len(layout.live) * model.config.frame_tokens(*noises.shape[3:5])
+    shape = (model.config.num_layers, noises.shape[1], tokens, model.config.num_heads, model.config.head_dim)
+    unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch")
 
-    def denoise_and_renoise(step, live):
-        clean, _ = denoise(model, live, sigmas[step], text, layout, context)
-        return add_noise(clean, noises[step + 1], sigmas[step + 1])
+    def turn(step, carry):
+        live, noisy, _ = carry
+        sigma = jnp.where(step <= last_step, sigmas[step], 0.0)
+        clean, fresh = denoise(model, live, sigma, text, layout, context)
+        # After the last step the next level is zero: nothing is added, and `live` is the clean estimate itself.
+        next_sigma = jnp.where(step < last_step, sigmas[step + 1], 0.0)
+        next_noise = noises[jnp.minimum(step + 1, len(config.sigmas) - 1)]
+        return add_noise(clean, next_noise, next_sigma), jnp.where(step <= last_step, live, noisy), fresh
 
-    noisy = jax.lax.fori_loop(0, last_step, denoise_and_renoise, noises[0])
-    clean, _ = denoise(model, noisy, sigmas[last_step], text, layout, context)
-    _, fresh = denoise(model, clean, 0.0, text, layout, context)
+    start = (noises[0], noises[0], KeyValues(unwritten, unwritten))
+    clean, noisy, fresh = jax.lax.fori_loop(0, last_step + 2, turn, start)
     return GeneratedChunk(noisy, clean, fresh)
 
 

@@ -377,13 +377,10 @@ def student_step(
     noise = constrain(jax.random.normal(noise_key, latents.shape), "batch")
     sigma = score_sigma(jax.random.uniform(level_key, latents.shape[:1]), config)
     noisy = add_noise(latents, noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
-    null_text = jnp.broadcast_to(null_text, text.shape)
     clean_fake = clean_estimate(critic, noisy, sigma, text)
-    clean_real = guided(
-        clean_estimate(teacher, noisy, sigma, text),
-        clean_estimate(teacher, noisy, sigma, null_text),
-        config.guidance_scale,
-    )
+    both_texts = jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
+    both = clean_estimate(teacher, jnp.concatenate([noisy, noisy]), jnp.concatenate([sigma, sigma]), both_texts)
+    clean_real = guided(*jnp.split(both, 2), config.guidance_scale)
     gradient = dmd_gradient(latents, clean_fake, clean_real)
     weights = horizon_weights(config.rollout_frames, config.horizon_alpha, config.horizon_normalize)
 
