@@ -5,6 +5,7 @@ There is no grid: every σ in [0, 1] is exact.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -45,6 +46,11 @@ def clean_to_flow(clean: jax.Array, noisy: jax.Array, sigma, min_sigma: float = 
     """v = (x_σ − x̂_0) / max(σ, min_sigma) in float32.  clean, noisy [B, F, H, W, C]; sigma [B, F] or []."""
     sigma = jnp.maximum(_per_frame(sigma, noisy), min_sigma)
     return (noisy.astype(jnp.float32) - clean.astype(jnp.float32)) / sigma
+
+
+def draw_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`jax.random.normal(key, shape)`, the same bits, drawn flat: XLA's CPU backend compiles that ten times faster."""
+    return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
 
 
 def training_weight(timestep, shift: float):

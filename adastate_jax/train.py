@@ -22,6 +22,7 @@ from adastate_jax.data.batches import example_indices, open_source, prefetch, re
 from adastate_jax.data.prompts import prompts as prompts_dataset
 from adastate_jax.data.videos import videos as videos_dataset
 from adastate_jax.data.worlds import worlds as worlds_dataset
+from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError, run_command
 from adastate_jax.generate import Frozen, abstract_frozen, embed_prompts, load, stream_batch, with_shardings
 from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
@@ -329,7 +330,7 @@ def _make_trajectories(run: Run, teacher: DiT, captions: Sequence[str]) -> Calla
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(run.mesh))
     def draw(teacher, frozen, null_text, numbers, token_ids, mask):
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(numbers)
+        noise = jax.vmap(lambda i: draw_normal(jax.random.fold_in(key, i), shape))(numbers)
         text = frozen.text_encoder.encode(token_ids, mask)
         return sample_trajectory(teacher, noise, text, null_text, sigmas, config.guidance_scale, keep_every)
 

@@ -19,6 +19,7 @@ import safetensors
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.text import TextConfig
+from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig, decoder_levels, encoder_levels
 from adastate_jax.sharding import path_name
 
@@ -205,8 +206,8 @@ def vae_table(config: VAEConfig) -> list[Entry]:
         for block in (0, 2):
             entries += _vae_residual(f"{half}.middle.{block}", f"{half}/middle/{block}", shortcut=False)
         entries.append(Entry(f"{half}.middle.1.norm.gamma", f"{half}/middle/1/norm/gain", "c 1 1 -> c"))
-        entries += _pointwise(f"{half}.middle.1.to_qkv", f"{half}/middle/1/query_key_value", 2)
-        entries += _pointwise(f"{half}.middle.1.proj", f"{half}/middle/1/merge", 2)
+        entries += _pointwise(f"{half}.middle.1.to_qkv", f"{half}/middle/1/attention_in", 2)
+        entries += _pointwise(f"{half}.middle.1.proj", f"{half}/middle/1/attention_out", 2)
         for block, level in enumerate(levels):
             official, path = f"{half}.{stack}.{block}", f"{half}/blocks/{block}"
             if not level.resample:
@@ -252,6 +253,47 @@ def vae_name_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
     for pattern, replacement in (*_VAE_FROM_DIFFUSERS, *_VAE_BLOCK_FROM_DIFFUSERS):
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def tiny_vae_table(config: TinyVAEConfig) -> list[Entry]:
+    """TAEW2.1, both halves; layers are numbered as in the official sequence, which counts activations too."""
+
+    def memory_blocks(official_half: str, first: int, path: str) -> list[Entry]:
+        return [
+            entry
+            for block in range(3)
+            for theirs, ours in ((0, "conv_in"), (2, "conv_middle"), (4, "conv_out"))
+            for entry in _conv(f"{official_half}.{first + block}.conv.{theirs}", f"{path}/blocks/{block}/{ours}", "h w")
+        ]
+
+    entries = [
+        *_conv("encoder.0", "encoder/conv_in", "h w"),
+        *_conv("encoder.17", "encoder/conv_out", "h w"),
+        *_conv("decoder.1", "decoder/conv_in", "h w"),
+        *_conv("decoder.22", "decoder/conv_out", "h w"),
+    ]
+    for level in range(len(config.widths)):
+        first, path = 2 + 5 * level, f"encoder/levels/{level}"
+        entries += _pointwise(f"encoder.{first}.conv", f"{path}/pool", 2, bias=False)
+        entries += _conv(f"encoder.{first + 1}", f"{path}/conv", "h w", bias=False)
+        entries += memory_blocks("encoder", first + 2, path)
+        first, path = 3 + 6 * level, f"decoder/levels/{level}"
+        entries += memory_blocks("decoder", first, path)
+        entries += _pointwise(f"decoder.{first + 4}.conv", f"{path}/grow", 2, bias=False)
+        entries += _conv(f"decoder.{first + 5}", f"{path}/conv", "h w", bias=False)
+    return entries
+
+
+def tiny_vae_tensors(config: TinyVAEConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A TAEHV checkpoint with its frame-growing layers cut to this network.
+
+    Checkpoints may hold such a layer for more frames than the network grows; the newest frame's rows, the last, count.
+    """
+    rows = {
+        f"decoder.{7 + 6 * level}.conv.weight": width * (1 + temporal)
+        for level, (width, temporal) in enumerate(zip(config.widths, config.temporal_upsample, strict=True))
+    }
+    return {name: tensors[name][-rows[name] :] if name in rows else tensors[name] for name in tensors}
 
 
 class SafeTensors(Mapping[str, np.ndarray]):

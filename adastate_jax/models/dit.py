@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow
+from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, KeyValues
 from adastate_jax.models.rope import rotation
@@ -90,13 +90,28 @@ def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
+def kernel_init(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """Normal with deviation 1 / √inputs, [inputs, outputs]."""
+    return (draw_normal(key, shape) / math.sqrt(shape[0])).astype(dtype)
+
+
+def _modulation(rngs: nnx.Rngs, rows: int, config: "DiTConfig") -> nnx.Param:
+    table = draw_normal(rngs.params(), (rows, config.dim)) / math.sqrt(config.dim)
+    return nnx.Param(table.astype(config.param_dtype))
+
+
+def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
+    dtype = config.dtype if dtype is None else dtype
+    return functools.partial(
+        nnx.Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=kernel_init, rngs=rngs
+    )
+
+
 class Attention(nnx.Module):
     """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(
-            nnx.Linear, config.dim, config.dim, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
-        )
+        linear = functools.partial(_linear(config, rngs), config.dim, config.dim)
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
         self.normalize = config.qk_norm
         if config.qk_norm:
@@ -134,7 +149,7 @@ class Block(nnx.Module):
     """Self-attention, cross-attention and feed-forward, modulated per frame by the timestep."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        linear = _linear(config, rngs)
         self.self_attention = Attention(config, rngs=rngs)
         self.cross_attention = Attention(config, rngs=rngs)
         self.ffn_in = linear(config.dim, config.ffn_dim)
@@ -144,8 +159,7 @@ class Block(nnx.Module):
                 config.dim, epsilon=config.eps, dtype=jnp.float32, param_dtype=config.param_dtype, rngs=rngs
             )
         self.normalize_cross = config.cross_attn_norm
-        scale = 1 / math.sqrt(config.dim)
-        self.modulation = nnx.Param(scale * jax.random.normal(rngs.params(), (6, config.dim), config.param_dtype))
+        self.modulation = _modulation(rngs, 6, config)
         self.eps = config.eps
         self.backend = config.attention
 
@@ -190,8 +204,7 @@ class DiT(nnx.Module):
     """The transformer. A plain pytree of weights; every block's leaf is stacked along a leading layer axis."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        exact = functools.partial(nnx.Linear, dtype=jnp.float32, param_dtype=config.param_dtype, rngs=rngs)
+        linear, exact = _linear(config, rngs), _linear(config, rngs, "float32")
         patch = math.prod(config.patch_size)
         self.config = config
         self.patch_embedding = linear(patch * config.in_channels, config.dim)
@@ -201,9 +214,8 @@ class DiT(nnx.Module):
         self.time_out = exact(config.dim, config.dim)
         self.time_projection = exact(config.dim, 6 * config.dim)
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
-        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(layer_keys)
-        scale = 1 / math.sqrt(config.dim)
-        self.head_modulation = nnx.Param(scale * jax.random.normal(rngs.params(), (2, config.dim), config.param_dtype))
+        self.blocks = jax.lax.map(lambda key: Block(config, rngs=nnx.Rngs(key)), layer_keys)
+        self.head_modulation = _modulation(rngs, 2, config)
         # Wan2.1 starts the head at zero; so does training here.
         self.head = exact(config.dim, patch * config.out_channels, kernel_init=nnx.initializers.zeros_init())
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adastate_jax.diffusion import draw_normal
 from adastate_jax.sharding import constrain
 
 
@@ -90,7 +91,7 @@ class Block(nnx.Module):
                 inputs,
                 outputs,
                 use_bias=False,
-                kernel_init=nnx.initializers.normal(scale),
+                kernel_init=lambda key, shape, dtype: (scale * draw_normal(key, shape)).astype(dtype),
                 dtype=config.dtype,
                 param_dtype=config.param_dtype,
                 rngs=rngs,
@@ -111,7 +112,7 @@ class Block(nnx.Module):
         self.ffn_out = linear(config.ffn_dim, dim, 1 / math.sqrt(config.ffn_dim))
         shape = (config.num_buckets, config.num_heads)
         self.position_bias = nnx.Param(
-            jax.random.normal(rngs.params(), shape, config.param_dtype) / math.sqrt(2 * math.prod(shape))
+            draw_normal(rngs.params(), shape).astype(config.param_dtype) / math.sqrt(2 * math.prod(shape))
         )
         self.num_heads = config.num_heads
 
@@ -148,10 +149,10 @@ class TextEncoder(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.token_embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (config.vocab_size, config.dim), config.param_dtype)
+            draw_normal(rngs.params(), (config.vocab_size, config.dim)).astype(config.param_dtype)
         )
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
-        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(layer_keys)
+        self.blocks = jax.lax.map(lambda key: Block(config, rngs=nnx.Rngs(key)), layer_keys)
         self.norm_out = nnx.RMSNorm(
             config.dim, epsilon=config.eps, dtype=jnp.float32, param_dtype=config.param_dtype, rngs=rngs
         )

@@ -234,15 +234,15 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         self.norm = ChannelNorm(channels, config)
-        self.query_key_value = pointwise(channels, 3 * channels, config, rngs=rngs)
-        self.merge = pointwise(channels, channels, config, rngs=rngs)
+        self.attention_in = pointwise(channels, 3 * channels, config, rngs=rngs)
+        self.attention_out = pointwise(channels, channels, config, rngs=rngs)
 
     def __call__(self, x: jax.Array, memory: Memory, first: bool) -> jax.Array:
         """[B, F, H, W, C] → [B, F, H, W, C]."""
         batch, _, height, _, _ = x.shape
         pixels = einops.rearrange(self.norm(x), "b f h w c -> (b f) (h w) 1 c")
-        query, key, value = jnp.split(self.query_key_value(pixels), 3, axis=-1)
-        y = self.merge(attention(query, key, value, "xla"))
+        query, key, value = jnp.split(self.attention_in(pixels), 3, axis=-1)
+        y = self.attention_out(attention(query, key, value, "xla"))
         return x + einops.rearrange(y, "(b f) (h w) 1 c -> b f h w c", b=batch, h=height)
 
 

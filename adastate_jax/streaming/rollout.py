@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, denoising_sigmas, flow_to_clean
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, denoising_sigmas, draw_normal, flow_to_clean
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.sharding import constrain
@@ -151,7 +151,7 @@ def draw_noise(carry: RolloutCarry, config: StreamConfig, latent_shape: tuple[in
 
     def draw(key: jax.Array, part: int, frames: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(key, carry.chunk), part)
-        return jax.random.normal(key, (len(config.sigmas), frames, *latent_shape))
+        return draw_normal(key, (len(config.sigmas), frames, *latent_shape))
 
     content = jax.vmap(lambda key: draw(key, 0, config.chunk_frames), out_axes=1)(carry.keys)
     state = jax.vmap(lambda key: draw(key, 1, config.anchor.state_frames), out_axes=1)(carry.keys)

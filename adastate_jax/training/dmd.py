@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, flow_to_clean, warp
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
@@ -338,7 +338,7 @@ def critic_step(
     """
     rollout_key, noise_key, level_key = jax.random.split(key, 3)
     latents = rollout_latents(_rollout_for(student, text, rollout_key, config, stream, latent_shape), stream)
-    noise = constrain(jax.random.normal(noise_key, latents.shape), "batch")
+    noise = constrain(draw_normal(noise_key, latents.shape), "batch")
     sigma = score_sigma(jax.random.uniform(level_key, latents.shape[:1]), config)
     loss, gradients = jax.value_and_grad(flow_loss)(state.params, latents, noise, sigma, text)
     state, metrics = apply_gradients(state, gradients, config.critic)
@@ -374,7 +374,7 @@ def student_step(
     record = _rollout_for(state.params, text, rollout_key, config, stream, latent_shape)
     latents = rollout_latents(record, stream)
 
-    noise = constrain(jax.random.normal(noise_key, latents.shape), "batch")
+    noise = constrain(draw_normal(noise_key, latents.shape), "batch")
     sigma = score_sigma(jax.random.uniform(level_key, latents.shape[:1]), config)
     noisy = add_noise(latents, noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)

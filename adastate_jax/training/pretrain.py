@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, training_weight, warp
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, training_weight, warp
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients
@@ -80,7 +80,7 @@ def pretrain_step(
     """
     noise_key, level_key, drop_key = jax.random.split(key, 3)
     batch = latents.shape[0]
-    noise = constrain(jax.random.normal(noise_key, latents.shape), "batch")
+    noise = constrain(draw_normal(noise_key, latents.shape), "batch")
     sigma = warp(jax.random.uniform(level_key, (batch,)), config.shift)
     dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (batch,))
     text = jnp.where(dropped[:, None, None], null_text, text)

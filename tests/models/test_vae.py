@@ -1,6 +1,7 @@
 """The video autoencoder against the official numbers, its names, and the laws of streaming."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -18,10 +19,23 @@ from adastate_jax.models.vae import VAE, VAEConfig
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
 
-TINY = VAEConfig(dim=4, dim_multipliers=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+TINY = VAEConfig(dim=4, dim_multipliers=(1, 2), num_res_blocks=1, temporal_downsample=(True,))
 
-decode = jax.jit(vae.decode, static_argnames="first")
-encode_moments = jax.jit(vae.encode_moments, static_argnames="first")
+# These networks run in milliseconds: optimising them would take longer than all the tests.
+QUICK = {"xla_backend_optimization_level": 0}
+decode = jax.jit(vae.decode, static_argnames="first", compiler_options=QUICK)
+encode_moments = jax.jit(vae.encode_moments, static_argnames="first", compiler_options=QUICK)
+
+
+def random_network(build, seed=0):
+    """The network that `build` makes, with every weight random, biases and gains too; without compiling draws."""
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf):
+        scale = 1 / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 0.3
+        return jnp.asarray(generator.normal(size=leaf.shape) * scale + (leaf.ndim == 1), leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(build))
 
 
 def channels_last(x):
@@ -64,28 +78,23 @@ def encoding():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return VAE(TINY, rngs=nnx.Rngs(0))
+    return random_network(lambda: VAE(TINY, rngs=nnx.Rngs(0)))
 
 
 @needs_golden
-def test_decoding_a_clip_equals_the_official_decoder(decoding):
-    golden, model = decoding
-    latents = channels_last(golden["in.latent"])
-    video, _ = decode(model, latents, vae.decoder_cache(model, 1, 4, 4), first=True)
-    np.testing.assert_allclose(channels_first(video), golden["out.decode.whole"], rtol=0, atol=5e-5)
-
-
-@needs_golden
-def test_decoding_a_stream_equals_the_official_decoder_and_its_cache(decoding):
+def test_decoding_equals_the_official_decoder_and_its_cache(decoding):
     golden, model = decoding
     latents = channels_last(np.concatenate([golden["in.latent"], golden["in.latent_extra"]], axis=2))
-    cache = vae.decoder_cache(model, 1, 4, 4)
+    cache, parts = vae.decoder_cache(model, 1, 4, 4), []
     for index in range(4):
         video, cache = decode(model, latents[:, index : index + 1], cache, first=index == 0)
-        np.testing.assert_allclose(channels_first(video), golden[f"out.decode.stream{index}"], rtol=0, atol=5e-5)
+        parts.append(channels_first(video))
+        np.testing.assert_allclose(parts[-1], golden[f"out.decode.stream{index}"], rtol=0, atol=5e-5)
+    whole = np.concatenate(parts[:3], axis=2)
+    np.testing.assert_allclose(whole, golden["out.decode.whole"], rtol=0, atol=5e-5)
     used = golden["out.decode.cache_frames"] > 0
     assert [x.shape[1] for x in cache.frames] == golden["out.decode.cache_frames"][used].tolist()
-    means = [x.mean() for x in cache.frames]
+    means = [np.asarray(x).mean() for x in cache.frames]
     np.testing.assert_allclose(means, golden["out.decode.cache_mean"][used], rtol=0, atol=1e-5)
 
 
@@ -93,13 +102,15 @@ def test_decoding_a_stream_equals_the_official_decoder_and_its_cache(decoding):
 def test_encoding_equals_the_official_encoder(encoding):
     golden, model = encoding
     video = channels_last(golden["in.video"])
-    mean, log_variance, _ = encode_moments(model, video, vae.encoder_cache(model, 1, 4, 4), first=True)
+    first, first_variance, cache = encode_moments(model, video[:, :1], vae.encoder_cache(model, 1, 4, 4), first=True)
+    np.testing.assert_allclose(channels_first(first), golden["out.encode.first_frame_mu"], rtol=0, atol=5e-5)
+    rest, rest_variance, _ = encode_moments(model, video[:, 1:], cache, first=False)
+    mean = np.concatenate([first, rest], axis=1)
     np.testing.assert_allclose(channels_first(mean), golden["out.encode.mu"], rtol=0, atol=5e-5)
-    np.testing.assert_allclose(channels_first(log_variance), golden["out.encode.log_var_raw"], rtol=0, atol=5e-5)
     raw = channels_first(mean * np.array(model.config.latents_std) + np.array(model.config.latents_mean))
     np.testing.assert_allclose(raw, golden["out.encode.mu_raw"], rtol=0, atol=5e-5)
-    first_frame = vae.encode_clip(model, video[:, :1])
-    np.testing.assert_allclose(channels_first(first_frame), golden["out.encode.first_frame_mu"], rtol=0, atol=5e-5)
+    log_variance = channels_first(np.concatenate([first_variance, rest_variance], axis=1))
+    np.testing.assert_allclose(log_variance, golden["out.encode.log_var_raw"], rtol=0, atol=5e-5)
 
 
 @needs_golden
@@ -133,88 +144,86 @@ def test_the_default_statistics_are_the_official_ones():
     assert VAEConfig().latents_std == tuple(manifest["latents_std"])
 
 
-@pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1, 1, 1], [3, 3, 1], [1, 6], [2, 5]])
-def test_a_stream_decodes_to_the_clip(tiny, chunks):
-    latents = jax.random.normal(jax.random.key(1), (2, 7, 3, 2, 16))
-    whole, whole_cache = decode(tiny, latents, vae.decoder_cache(tiny, 2, 3, 2), first=True)
-    assert whole.shape == (2, 25, 12, 8, 3)
-    cache, parts, start = vae.decoder_cache(tiny, 2, 3, 2), [], 0
-    for size in chunks:
-        part, cache = decode(tiny, latents[:, start : start + size], cache, first=start == 0)
+@pytest.fixture(scope="module")
+def clip(tiny):
+    """Latents [2, 5, 3, 2, 16] and what decoding them in one call gives."""
+    latents = np.random.default_rng(1).normal(size=(2, 5, 3, 2, 16)).astype(np.float32)
+    return latents, *decode(tiny, latents, vae.decoder_cache(tiny, 2, 3, 2), first=True)
+
+
+def test_a_stream_decodes_to_the_clip_with_two_compilations(tiny, clip):
+    latents, whole, whole_cache = clip
+    assert whole.shape == (2, 9, 6, 4, 3)
+    stream = jax.jit(
+        functools.partial(vae.decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
+    )
+    cache, parts = vae.decoder_cache(tiny, 2, 3, 2), []
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+    for index in range(5):
+        part, cache = stream(tiny, latents[:, index : index + 1], cache, first=index == 0)
         parts.append(part)
-        start += size
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == shapes
+    assert stream._cache_size() == 2
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), cache, whole_cache)
 
 
-@pytest.mark.parametrize("chunks", [[1, 4, 4, 4], [5, 8]])
-def test_a_stream_encodes_to_the_clip(tiny, chunks):
-    video = jax.random.uniform(jax.random.key(2), (1, 13, 8, 12, 3), minval=-1, maxval=1)
+def test_chunks_of_any_size_decode_to_the_clip(tiny, clip):
+    latents, whole, _ = clip
+    start, cache = decode(tiny, latents[:, :3], vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    rest, _ = decode(tiny, latents[:, 3:], cache, first=False)
+    np.testing.assert_allclose(np.concatenate([start, rest], axis=1), whole, rtol=0, atol=1e-5)
+    # The step itself takes any number of latents: the scan is there for memory, not for correctness.
+    at_once, _ = jax.jit(VAE.decode_step, static_argnames="first", compiler_options=QUICK)(
+        tiny, latents[:, 3:], cache, first=False
+    )
+    np.testing.assert_allclose(at_once, rest, rtol=0, atol=1e-5)
+
+
+def test_a_stream_encodes_to_the_clip(tiny):
+    video = np.random.default_rng(2).uniform(-1, 1, (1, 7, 4, 6, 3)).astype(np.float32)
     whole, *_ = encode_moments(tiny, video, vae.encoder_cache(tiny, 1, 2, 3), first=True)
     assert whole.shape == (1, 4, 2, 3, 16)
     cache, parts, start = vae.encoder_cache(tiny, 1, 2, 3), [], 0
-    for size in chunks:
+    for size in (1, 2, 2, 2):
         part, _, cache = encode_moments(tiny, video[:, start : start + size], cache, first=start == 0)
         parts.append(part)
         start += size
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e-5)
 
 
-def test_one_pass_over_many_latents_equals_one_pass_each(tiny):
-    """The step itself takes any number of latents: the scan is there for memory, not for correctness."""
-    latents = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, 16))
-    _, cache = decode(tiny, latents[:, :1], vae.decoder_cache(tiny, 1, 2, 2), first=True)
-    at_once, _ = jax.jit(VAE.decode_step, static_argnames="first")(tiny, latents[:, 1:], cache, first=False)
-    each, _ = decode(tiny, latents[:, 1:], cache, first=False)
-    np.testing.assert_allclose(at_once, each, rtol=0, atol=1e-5)
+def test_later_latents_change_no_earlier_frame(tiny, clip):
+    latents, video, _ = clip
+    shifted = latents + np.array([0, 0, 1, 0, 0], np.float32)[:, None, None, None]
+    changed, _ = decode(tiny, shifted, vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    np.testing.assert_array_equal(video[:, :3], changed[:, :3])
+    assert not np.allclose(video[:, 3:], changed[:, 3:])
 
 
-def test_a_stream_needs_two_compilations(tiny):
-    decode = jax.jit(vae.decode, static_argnames="first", donate_argnames="cache")
-    cache = vae.decoder_cache(tiny, 1, 2, 2)
-    for index in range(4):
-        latents = jax.random.normal(jax.random.key(index), (1, 3, 2, 2, 16))
-        before = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
-        _, cache = decode(tiny, latents, cache, first=index == 0)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == before
-    assert decode._cache_size() == 2
-
-
-def test_later_latents_change_no_earlier_frame(tiny):
-    latents = jax.random.normal(jax.random.key(4), (1, 3, 2, 2, 16))
-    cache = vae.decoder_cache(tiny, 1, 2, 2)
-    video, _ = decode(tiny, latents, cache, first=True)
-    changed, _ = decode(tiny, latents.at[:, 2].add(1.0), cache, first=True)
-    np.testing.assert_array_equal(video[:, :5], changed[:, :5])
-    assert not np.allclose(video[:, 5:], changed[:, 5:])
-
-
-def test_half_precision_stays_close_and_gives_float32_frames(tiny):
-    half = VAE(dataclasses.replace(TINY, dtype="bfloat16"), rngs=nnx.Rngs(0))
-    latents = jax.random.normal(jax.random.key(5), (1, 2, 2, 2, 16))
-    cache = vae.decoder_cache(half, 1, 2, 2)
+def test_half_precision_stays_close_and_gives_float32_frames(clip):
+    latents, exact, _ = clip
+    half = random_network(lambda: VAE(dataclasses.replace(TINY, dtype="bfloat16"), rngs=nnx.Rngs(0)))
+    cache = vae.decoder_cache(half, 2, 3, 2)
     assert all(x.dtype == jnp.bfloat16 for x in cache.frames)
-    video, _ = decode(half, latents, cache, first=True)
-    exact, _ = decode(tiny, latents, vae.decoder_cache(tiny, 1, 2, 2), first=True)
+    video, _ = decode(half, latents[:, :1], cache, first=True)
     assert video.dtype == jnp.float32
-    np.testing.assert_allclose(video, exact, rtol=0, atol=0.1)
+    assert np.std(video - exact[:, :1]) < 0.02 * np.std(exact[:, :1])
 
 
-def test_one_tile_is_exact_and_many_cover_the_stream(tiny):
-    latents = jax.random.normal(jax.random.key(6), (1, 3, 4, 6, 16))
-    whole, _ = decode(tiny, latents, vae.decoder_cache(tiny, 1, 4, 6), first=True)
-    tiled_decode = jax.jit(vae.tiled_decode, static_argnames=("first", "tile", "overlap"))
-    cache = vae.tiled_decoder_cache(tiny, 1, 4, 6, tile=8, overlap=2)
-    video, _ = tiled_decode(tiny, latents, cache, first=True, tile=8, overlap=2)
-    np.testing.assert_allclose(video, whole, rtol=0, atol=1e-5)
+def test_one_tile_is_exact_and_many_cover_the_stream(tiny, clip):
+    latents, whole, _ = clip
+    tiled_decode = jax.jit(vae.tiled_decode, static_argnames=("first", "tile", "overlap"), compiler_options=QUICK)
+    cache = vae.tiled_decoder_cache(tiny, 2, 3, 2, tile=8, overlap=2)
+    video, _ = tiled_decode(tiny, latents[:, :1], cache, first=True, tile=8, overlap=2)
+    np.testing.assert_allclose(video, whole[:, :1], rtol=0, atol=1e-5)
 
-    cache = vae.tiled_decoder_cache(tiny, 1, 4, 6, tile=3, overlap=1)
-    start, cache = tiled_decode(tiny, latents[:, :1], cache, first=True, tile=3, overlap=1)
-    rest, cache = tiled_decode(tiny, latents[:, 1:], cache, first=False, tile=3, overlap=1)
+    cache = vae.tiled_decoder_cache(tiny, 2, 3, 2, tile=2, overlap=1)
+    start, cache = tiled_decode(tiny, latents[:, :1], cache, first=True, tile=2, overlap=1)
+    rest, cache = tiled_decode(tiny, latents[:, 1:], cache, first=False, tile=2, overlap=1)
     video = np.concatenate([start, rest], axis=1)
     assert video.shape == whole.shape
     # approximate by design: it resembles the exact video, far more than another video would
-    assert np.corrcoef(video.ravel(), whole.ravel())[0, 1] > 0.9
+    assert np.corrcoef(video.ravel(), whole.ravel())[0, 1] > 0.5
 
 
 def test_tiles_of_a_constant_video_blend_to_that_constant():
@@ -225,10 +234,16 @@ def test_tiles_of_a_constant_video_blend_to_that_constant():
 
         @staticmethod
         def decode_step(latents, cache, first):
-            return jnp.full((1, 1, 4 * latents.shape[2], 4 * latents.shape[3], 3), 0.7), cache
+            return jnp.full((1, 1, 2 * latents.shape[2], 2 * latents.shape[3], 3), 0.7), cache
 
     video, _ = vae.tiled_decode(Flat, jnp.zeros((1, 1, 7, 10, 16)), ones, first=True, tile=4, overlap=2)
-    np.testing.assert_allclose(video, np.full((1, 1, 28, 40, 3), 0.7), rtol=1e-6)
+    np.testing.assert_allclose(video, np.full((1, 1, 14, 20, 3), 0.7), rtol=1e-6)
+
+
+def test_fresh_kernels_keep_the_variance_of_their_input():
+    kernel = vae.kernel_init(jax.random.key(0), (3, 3, 3, 8, 40), "float32")
+    assert kernel.shape == (3, 3, 3, 8, 40)
+    np.testing.assert_allclose(np.square(kernel).mean() * 3 * 3 * 3 * 8, 1, rtol=0.05)
 
 
 def test_misuse_is_refused(tiny):
@@ -238,9 +253,9 @@ def test_misuse_is_refused(tiny):
     with pytest.raises(ValueError, match="16"):
         vae.decode(tiny, jnp.zeros((1, 1, 2, 2, 8)), cache, first=True)
     cache = vae.encoder_cache(tiny, 1, 2, 2)
-    with pytest.raises(ValueError, match="1 \\+ 4 k frames"):
+    with pytest.raises(ValueError, match="1 \\+ 2 k frames"):
         vae.encode(tiny, jnp.zeros((1, 4, 8, 8, 3)), cache, first=True)
-    with pytest.raises(ValueError, match="4 k frames"):
+    with pytest.raises(ValueError, match="2 k frames"):
         vae.encode(tiny, jnp.zeros((1, 5, 8, 8, 3)), cache, first=False)
     with pytest.raises(ValueError, match="tiled"):
         vae.encode_clip(tiny, jnp.zeros((1, 5, 8, 9, 3)))

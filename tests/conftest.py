@@ -1,0 +1,60 @@
+"""Eight virtual CPU devices for the sharding laws, and small networks that the tests share."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # must precede the first array
+jax.config.update("jax_platforms", "cpu")
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adastate_jax.models.dit import DiT, DiTConfig
+
+SMALL = DiTConfig(
+    dim=32,
+    ffn_dim=48,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=12,
+    text_length=5,
+    freq_dim=16,
+    remat="none",
+)
+LATENT_SHAPE = (4, 4, 4)
+
+
+def make_dit(config: DiTConfig, seed: int) -> DiT:
+    """A network all of whose weights are random, also those that start at zero or one."""
+    model = jax.jit(lambda: DiT(config, rngs=nnx.Rngs(seed)))()
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), model)
+
+
+@pytest.fixture(scope="session")
+def student() -> DiT:
+    return make_dit(SMALL, 0)
+
+
+@pytest.fixture(scope="session")
+def critic() -> DiT:
+    return make_dit(SMALL, 10)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> DiT:
+    return make_dit(SMALL, 20)
+
+
+@pytest.fixture(scope="session")
+def text() -> jax.Array:
+    """Embeddings of two prompts [2, T, text_dim], zero past the prompt."""
+    embeddings = jax.random.normal(jax.random.key(5), (2, SMALL.text_length, SMALL.text_dim))
+    return embeddings * (jnp.arange(SMALL.text_length) < 4)[None, :, None]

@@ -1,0 +1,221 @@
+"""The verify command: it passes on the official fixtures, and every kind of fault in a fixture makes it fail."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from adastate_jax import verify
+from adastate_jax.errors import UserError, run_command
+from adastate_jax.fixtures.record import Check
+from adastate_jax.weights import SafeTensors
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
+
+NOT_CHECKED = {
+    ("scheduler", "sigma_at_timestep"),
+    ("dmd", "masked"),
+    ("block_relative_rope", "cut.chunk4 positions"),
+    ("causal_rollout_chunk1", "local6_sink1"),
+    ("causal_rollout_chunk3", "local6_sink1"),
+}
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command: exit code, and (file, case) → result of each line of the table, "ok" or a longer one."""
+
+    def run(folder, *options):
+        code = verify.main([str(folder), *options])
+        _, *lines, summary = capsys.readouterr().out.splitlines()
+        results = {}
+        for line in lines:
+            stem, case, _, _, result = re.split(r" {2,}", line, maxsplit=4)
+            results[stem, case] = result
+        assert len(results) == len(lines)
+        counts = [int(number) for number in re.findall(r"(\d+) (?:checks passed|failed|not checked)", summary)]
+        kinds = [result.split(" (")[0] for result in results.values()]
+        assert counts == [kinds.count("ok"), kinds.count("FAIL"), kinds.count("not checked")]
+        return code, results
+
+    return run
+
+
+def copy(stem, folder, edit=lambda tensors: None):
+    """Copies a fixture, its tensors edited in place."""
+    source = SafeTensors(GOLDEN / f"{stem}.safetensors")
+    tensors = {name: source[name].copy() for name in source}
+    edit(tensors)
+    save_file(tensors, folder / f"{stem}.safetensors", source.metadata)
+
+
+def failures(results):
+    return {key: result for key, result in results.items() if result.startswith("FAIL")}
+
+
+@needs_golden
+def test_all_fixtures_pass(run):
+    code, results = run(GOLDEN)
+    assert not failures(results)
+    assert code == 0
+    assert {key for key, result in results.items() if result.startswith("not checked")} == NOT_CHECKED
+    assert {stem for stem, _ in results} == set(verify.FIXTURES)
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    ("stem", "tensor", "amount", "case"),
+    [
+        ("wan_dit", "out.b.flow", 2e-4, "b.flow"),
+        ("wan_dit", "w.blocks.1.self_attn.k.weight", 0.5, "a.flow"),
+        ("scheduler", "out.step", 1e-5, "step"),
+        ("scheduler", "in.x0", 1e-4, "add_noise"),
+        ("dmd", "out.horizon.dloss_dlatent", 1e-6, "horizon.dloss_dlatent"),
+        ("dmd", "w.fake.A", 1e-4, "flow_fake"),
+        ("umt5", "out.relative_bucket", 1, "relative_bucket"),
+    ],
+)
+def test_one_changed_number_fails(run, tmp_path, stem, tensor, amount, case):
+    def change(tensors):
+        tensors[tensor].flat[-1] += amount
+
+    copy(stem, tmp_path, change)
+    for path in GOLDEN.glob("*_names.json"):
+        shutil.copy(path, tmp_path)
+    code, results = run(tmp_path, "--only", stem)
+    assert code == 1
+    assert (stem, case) in failures(results)
+    if tensor.startswith("out."):
+        assert failures(results).keys() == {(stem, case)}
+        assert tensor in results[stem, case]
+
+
+@needs_golden
+def test_a_missing_tensor_fails(run, tmp_path):
+    copy("wan_dit", tmp_path, lambda tensors: tensors.pop("out.a.flow"))
+    code, results = run(tmp_path)
+    assert code == 1
+    assert results == {("wan_dit", "a.flow"): "FAIL (the file has no out.a.flow)", ("wan_dit", "b.flow"): "ok"}
+
+    copy("wan_dit", tmp_path, lambda tensors: tensors.pop("in.b.latent"))
+    code, results = run(tmp_path)
+    assert code == 1
+    assert failures(results) == {("wan_dit", "the rest of the file"): "FAIL (the file has no in.b.latent)"}
+
+    copy("wan_dit", tmp_path, lambda tensors: tensors.pop("w.head.head.bias"))
+    code, results = run(tmp_path)
+    assert code == 1
+    assert "head.head.bias" in results["wan_dit", "the rest of the file"]
+
+
+@needs_golden
+def test_a_tensor_that_nothing_checks_fails(run, tmp_path):
+    copy("wan_dit", tmp_path, lambda tensors: tensors.update({"out.c.flow": tensors["out.a.flow"]}))
+    code, results = run(tmp_path)
+    assert code == 1
+    assert failures(results) == {("wan_dit", "c.flow"): "FAIL (no check looks at this tensor)"}
+
+
+@needs_golden
+def test_a_missing_companion_fails_its_fixture_alone(run, tmp_path):
+    copy("umt5", tmp_path)
+    copy("scheduler", tmp_path)
+    code, results = run(tmp_path)
+    assert code == 1
+    assert failures(results).keys() == {("umt5", "the rest of the file")}
+    assert "umt5_names.json" in results["umt5", "the rest of the file"]
+    assert results["scheduler", "step"] == "ok"
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    ("tensor", "fault"), [("out.add_noise", "the file's out.add_noise"), ("in.x0", "our out.add_noise")]
+)
+def test_a_nan_fails(run, tmp_path, tensor, fault):
+    def spoil(tensors):
+        tensors[tensor].flat[0] = np.nan
+
+    copy("scheduler", tmp_path, spoil)
+    code, results = run(tmp_path)
+    assert code == 1
+    assert results["scheduler", "add_noise"] == f"FAIL (NaN or infinity in {fault})"
+
+
+@needs_golden
+def test_unknown_files_fail_unless_others_are_asked_for(run, tmp_path):
+    copy("scheduler", tmp_path)
+    shutil.copy(GOLDEN / "scheduler.safetensors", tmp_path / "mystery.safetensors")
+    (tmp_path / "manifest_mystery.json").write_text("{}")
+    (tmp_path / "mystery_names.json").write_text("{}")
+    code, results = run(tmp_path)
+    assert code == 1
+    assert failures(results) == {
+        ("manifest_mystery", "everything"): "FAIL (unknown fixture)",
+        ("mystery", "everything"): "FAIL (unknown fixture)",
+    }
+    code, _ = run(tmp_path, "--only", "scheduler")
+    assert code == 0
+
+
+@needs_golden
+def test_a_manifest_with_another_shape_or_name_fails(run, tmp_path):
+    name = "manifest_self_forcing_generator.json"
+    manifest = json.loads((GOLDEN / name).read_text())
+    manifest["state_dict"]["model.head.head.bias"] = [65]
+    manifest["state_dict"]["model.extra"] = [1]
+    (tmp_path / name).write_text(json.dumps(manifest))
+    code, results = run(tmp_path)
+    assert code == 1
+    result = results["manifest_self_forcing_generator", "state_dict"]
+    assert "head.head.bias has shape [65], ours [64]" in result
+    assert "extra is on one side only" in result
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["dmd.safetensors", "manifest_wan_vae.json"])
+def test_a_truncated_file_stops_the_command_before_anything_runs(tmp_path, capsys, name):
+    copy("scheduler", tmp_path)
+    content = (GOLDEN / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(verify.main, [str(tmp_path)])
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert name in captured.err
+
+
+def test_bad_folders_and_options_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        verify.main([str(tmp_path / "absent")])
+    with pytest.raises(UserError, match="holds no fixture"):
+        verify.main([str(tmp_path)])
+    (tmp_path / "dmd.safetensors").touch()
+    with pytest.raises(UserError, match="unknown fixture, known are scheduler"):
+        verify.main([str(tmp_path), "--only", "dmt"])
+    with pytest.raises(UserError, match="--only umt5: not in"):
+        verify.main([str(tmp_path), "--only", "umt5"])
+    with pytest.raises(UserError, match="cudnn needs"):
+        verify.main([str(tmp_path), "--attention=cudnn"])
+
+
+def test_judging():
+    def verdict(expected, actual, **options):
+        return verify.judge(Check("case", (("out.x", np.asarray(expected), actual),), 0.1, **options))
+
+    assert verdict([1.0, 2.0], np.array([1.05, 2.0])).fault is None
+    assert verdict([1.0, 2.0], np.array([1.15, 2.0])).fault == "in out.x"
+    relative = verdict([1.0, -20.0], np.array([2.5, -20.0]), relative=True)
+    assert relative == verify.Verdict(1.5, 2.0)
+    assert verdict([1.0, 2.0], np.array([1.0])).fault == "out.x has shape [2], ours [1]"
+    assert "our out.x" in verdict([1.0], np.array([np.inf])).fault
+    assert verdict([1], np.array([3]), note="a reason").fault == "a reason"
+    assert verify.judge(Check("case", (("out.x", None, 0.0),), 0.1)).fault == "the file has no out.x"
+    good, bad = ("out.x", np.zeros(2), np.zeros(2)), ("out.y", np.zeros(2), np.ones(2))
+    assert verify.judge(Check("case", (good, bad, good), 0.1)).fault == "in out.y"
