@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import av
 import cv2
-import imageio
 import matplotlib
 import numpy as np
 
@@ -20,28 +20,35 @@ _LABEL_HEIGHT = 18
 class VideoWriter:
     """An H.264 file that grows frame by frame under a hidden name and gets its own name when it is complete.
 
-    A context manager; leaving it by an exception removes the unfinished file. Frames are uint8 [H, W, 3], H and W even.
+    A context manager; leaving it by an exception, or without a frame, removes the unfinished file.
     """
 
     def __init__(self, path: str | Path, fps: int = FPS):
         self.path = Path(path)
+        self._fps = fps
+        self._stream = None
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = imageio.get_writer(
-            self._partial, fps=fps, codec="libx264", quality=8, pixelformat="yuv420p", macro_block_size=2
-        )
+        self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def write(self, frames: np.ndarray) -> None:
-        """Appends frames [F, H, W, 3] uint8."""
+        """Appends frames [F, H, W, 3] uint8; H and W even, and the same in every call."""
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "16"})
+            self._stream.height, self._stream.width = frames.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"
         for frame in frames:
-            self._writer.append_data(np.ascontiguousarray(frame))
+            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
     def __exit__(self, kind, *_) -> None:
-        self._writer.close()
-        if kind is None:
+        complete = kind is None and self._stream is not None
+        if complete:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+        if complete:
             self._partial.replace(self.path)
         else:
             self._partial.unlink(missing_ok=True)
@@ -74,7 +81,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Writes a PNG, uint8 [H, W, 3], whole or not at all."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.png")
-    imageio.imwrite(partial, image)
+    cv2.imwrite(str(partial), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     partial.replace(path)
 
 

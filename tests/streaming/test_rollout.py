@@ -54,8 +54,9 @@ def test_scan_and_generator_give_the_same_bits(name, student, text):
     chunks = config.num_fill_chunks + 3
     carry, latents = rollout(student, start(config), text_kv, config, LATENT_SHAPE, chunks)
     streamed = []
-    streamed_carry = start(config)
-    for streamed_carry, chunk in stream(student, streamed_carry, text_kv, config, LATENT_SHAPE, chunks):  # noqa: B020
+
+    for step in stream(student, start(config), text_kv, config, LATENT_SHAPE, chunks):
+        streamed_carry, chunk = step
         streamed.append(chunk.content)
     assert np.array_equal(latents, np.concatenate(streamed, axis=1))
     assert equal(without_keys(carry), without_keys(streamed_carry))

@@ -1,0 +1,227 @@
+"""The train and sample commands as processes: resuming, being killed, and what they refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A few seconds of work: everything at its smallest, all stages.
+SMALLEST = [
+    "--config=configs/tiny.py",
+    "--config.data.num_worlds=12",
+    "--config.data.worlds.num_frames=9",
+    "--config.codec.channels=8",
+    "--config.model.in_channels=8",
+    "--config.model.out_channels=8",
+    "--config.model.dim=16",
+    "--config.model.ffn_dim=16",
+    "--config.model.num_heads=1",
+    "--config.model.num_layers=1",
+    "--config.pretrain.steps=6",
+    "--config.pretrain.batch_size=4",
+    "--config.initialize.steps=4",
+    "--config.initialize.batch_size=4",
+    "--config.initialize.trajectories=8",
+    "--config.initialize.ode_steps=4",
+    "--config.distill.steps=6",
+    "--config.distill.batch_size=2",
+    "--config.distill.rollout_frames=9",
+    "--config.sample.count=1",
+    "--config.logging.save_every=2",
+    "--config.logging.log_every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, and a compilation cache that the processes of this module share."""
+    cache = tmp_path_factory.mktemp("compilations")
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def command(workdir, *overrides):
+    return [sys.executable, "-m", "adastate_jax.train", *SMALLEST, f"--workdir={workdir}", *overrides]
+
+
+def run(environment, workdir, *overrides):
+    done = subprocess.run(
+        command(workdir, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(environment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    code, errors = run(environment, workdir)
+    assert code == 0, errors
+    return workdir
+
+
+def weights(workdir) -> dict[str, bytes]:
+    """Every leaf of the last checkpoint of every stage, as bytes."""
+    from orbax.checkpoint.experimental import v1 as ocp
+
+    found = {}
+    for stage in ("pretrain", "initialize", "distill"):
+        step = max(int(path.name) for path in (workdir / stage).glob("[0-9]*") if path.name.isdigit())
+        for name, leaf in ocp.load((workdir / stage / str(step)).absolute()).items():
+            found[f"{stage}/{step}/{name}"] = np.asarray(leaf).tobytes()
+    return found
+
+
+def scalars(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_behind(uninterrupted):
+    for name in ("config.json", "loss_curves.png", "samples/contact_sheet.png", "samples/00.mp4", "tensorboard"):
+        assert (uninterrupted / name).exists(), name
+    with av.open(str(uninterrupted / "samples" / "00.mp4")) as video:
+        stream = video.streams.video[0]
+        assert stream.average_rate == 16
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+    assert len(frames) == 3 * 9  # three training horizons
+    assert frames[0].shape[1] == 3 * 32 * 4  # three anchors side by side, enlarged
+    records = scalars(uninterrupted)
+    assert [(r["stage"], r["step"]) for r in records] == [
+        *(("pretrain", i) for i in range(6)),
+        *(("initialize", i) for i in range(4)),
+        *(("distill", i) for i in range(6)),
+    ]
+    assert all(("loss" in r) == (r["stage"] != "distill" or r["step"] % 2 == 0) for r in records)
+    assert not list(uninterrupted.rglob("*partial*"))
+
+
+def test_a_killed_run_resumes_to_the_same_bits(environment, uninterrupted, tmp_path):
+    """SIGKILL again and again, at moments that differ, until the run is through."""
+    workdir = tmp_path / "killed"
+    kills = 0
+    for patience in (6, 7, 8, 9, 11, 13, 16, 20, 25, 40, 300):
+        process = subprocess.Popen(command(workdir), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors
+        break
+    assert process.returncode == 0
+    assert kills >= 2
+    assert weights(workdir) == weights(uninterrupted)
+    assert scalars(workdir) == scalars(uninterrupted)
+
+
+def test_sigterm_saves_and_exits_cleanly(environment, uninterrupted, tmp_path):
+    workdir = tmp_path / "stopped"
+    many = (
+        "--config.pretrain.steps=100000",
+        "--config.pretrain.optimizer.decay_steps=0",
+        "--config.logging.save_every=50000",
+    )
+    process = subprocess.Popen(command(workdir, *many), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() or len(scalars(workdir)) < 10:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert "stopped; the same command resumes" in errors
+    saved = [int(path.name) for path in (workdir / "pretrain").glob("[0-9]*")]
+    assert len(saved) == 1
+    assert len(scalars(workdir)) == saved[0] >= 10
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(environment, tmp_path):
+    code, errors = run(
+        environment,
+        tmp_path,
+        "--config.pretrain.optimizer.learning_rate=1e30",
+        "--config.pretrain.optimizer.warmup_steps=3",
+    )
+    assert code == 2
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: pretrain: ")
+    assert "is nan at step" in last or "is inf at step" in last
+    kept = sorted(int(path.name) for path in (tmp_path / "pretrain").glob("[0-9]*"))
+    assert kept
+    assert f"checkpoint {kept[-1]} is kept" in last
+
+
+def test_another_configuration_is_refused(environment, uninterrupted):
+    code, errors = run(environment, uninterrupted, "--config.distill.horizon_alpha=4.0")
+    assert code == 2
+    assert "was made with config.distill.horizon_alpha=2.0, now it is 4.0" in errors.strip().splitlines()[-1]
+
+
+def sample(environment, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "adastate_jax.sample", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def test_sample_writes_a_video(environment, uninterrupted, tmp_path):
+    output = tmp_path / "out.mp4"
+    code, last = sample(
+        environment, f"--checkpoint={uninterrupted}", "--prompt=hills", "--seconds=1", f"--output={output}"
+    )
+    assert code == 0, last
+    with av.open(str(output)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint=nowhere", "--prompt=x"], "nowhere: no such folder"),
+        (["--checkpoint=RUN", "--prompt=x", "--seconds=0"], "--seconds=0.0: must be positive"),
+        (["--checkpoint=RUN", "--prompt=x", "--seconds=nan"], "--seconds=nan: must be positive"),
+        (["--checkpoint=RUN", "--prompt=x", "--output=x.avi"], "must end in .mp4"),
+        (["--checkpoint=RUN", "--prompt=x", "--anchor=sticky"], "sticky"),
+        (["--checkpoint=tests", "--prompt=x"], "config.json: no such file"),
+        (["--checkpoint=RUN", "--prompt=x", "--output=/proc/x.mp4"], "/proc/x.mp4: cannot be written"),
+    ],
+)
+def test_sample_refuses_bad_input(arguments, message, environment, uninterrupted):
+    code, last = sample(environment, *(a.replace("RUN", str(uninterrupted)) for a in arguments))
+    assert code == 2
+    assert message in last
+
+
+def test_a_truncated_checkpoint_is_refused(environment, uninterrupted, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    largest = max((copy / "distill").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    newest = max((copy / "distill").glob("[0-9]*"), key=lambda path: int(path.name))
+    code, last = sample(environment, f"--checkpoint={copy}", "--prompt=x", f"--output={tmp_path / 'x.mp4'}")
+    if newest in largest.parents:
+        assert code == 2
+        assert f"{largest.name}: damaged" in last
+    assert not (tmp_path / "x.mp4").exists() or code == 0

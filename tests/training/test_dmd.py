@@ -1,0 +1,266 @@
+"""Laws of distillation: the two-phase gradient, what it reaches, and the losses."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LATENT_SHAPE, SMALL
+
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, flow_to_clean
+from adastate_jax.models.attention import attention, concatenate
+from adastate_jax.models.rope import rotate
+from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.rollout import (
+    StreamConfig,
+    denoise,
+    draw_noise,
+    initial_carry,
+    layout_of,
+    live_noise,
+    phase_of,
+    read_context,
+    split_live,
+)
+from adastate_jax.training.dmd import (
+    DistillConfig,
+    dmd_gradient,
+    dmd_loss,
+    gradient_pass,
+    horizon_weights,
+    num_chunks,
+    rollout_latents,
+    score_sigma,
+    self_rollout,
+)
+from adastate_jax.training.initialize import block_causal_pass
+
+STREAMS = {
+    "adaptive": StreamConfig(denoising_steps=(1000.0, 600.0, 300.0)),
+    "adaptive_wide": StreamConfig(2, 3, AdaptiveAnchor(2), denoising_steps=(1000.0, 600.0, 300.0)),
+    "static": StreamConfig(2, 2, StaticAnchor(1), denoising_steps=(1000.0, 600.0, 300.0)),
+    "none": StreamConfig(1, 2, NoAnchor(), denoising_steps=(1000.0, 600.0, 300.0)),
+}
+CHUNKS = 5
+KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
+
+
+@functools.partial(jax.jit, static_argnames="stream")
+def record_of(student, text, exit_step, stream):
+    return self_rollout(student, student.text_keys_values(text), KEYS, exit_step, stream, LATENT_SHAPE, CHUNKS)
+
+
+def naive_latents(student, text, exit_step, stream, cache_gradient="stop"):
+    """The rollout as the paper tells it: one loop, the exit pass with gradient, the cache carried along."""
+    frozen = jax.lax.stop_gradient(student)
+    text_kv = student.text_keys_values(text)
+    frozen_text = jax.lax.stop_gradient(text_kv)
+    carry = initial_carry(SMALL, stream, KEYS, *LATENT_SHAPE[:2])
+    contents = []
+    for index in range(CHUNKS):
+        phase = phase_of(index, stream)
+        layout = layout_of(phase, stream)
+        noise = live_noise(draw_noise(carry, stream, LATENT_SHAPE), layout)
+        context = read_context(SMALL, carry.cache, stream, layout, noise[0])
+        live = noise[0]
+        for step in range(exit_step):
+            fixed = jax.lax.stop_gradient(context)
+            clean, _ = denoise(frozen, live, stream.sigmas[step], frozen_text, layout, fixed)
+            live = add_noise(clean, noise[step + 1], stream.sigmas[step + 1])
+        live = jax.lax.stop_gradient(live)
+        clean, exit_fresh = denoise(student, live, stream.sigmas[exit_step], text_kv, layout, context)
+        contents.append(split_live(clean, layout).content)
+        fixed = jax.lax.stop_gradient(context)
+        _, fresh = denoise(frozen, jax.lax.stop_gradient(clean), 0.0, frozen_text, layout, fixed)
+        if cache_gradient == "straight_through":
+            fresh = jax.tree.map(lambda v, path: v + path - jax.lax.stop_gradient(path), fresh, exit_fresh)
+        cache = cache_lib.advance(carry.cache, stream.anchor, layout, fresh, phase.first_frame)
+        carry = dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1)
+    return jnp.concatenate(contents, axis=1)
+
+
+def weighted(latents):
+    """A loss that treats every latent differently."""
+    weights = np.random.default_rng(0).standard_normal(latents.shape).astype(np.float32)
+    return (weights * latents).mean() + jnp.square(latents).mean()
+
+
+def differ(a, b) -> float:
+    """Largest difference of two gradients, relative to the largest entry."""
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
+    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) / scale
+
+
+@pytest.mark.parametrize("cache_gradient", ["stop", "straight_through"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_two_phases_give_the_naive_gradient(name, cache_gradient, student, text):
+    stream, exit_step = STREAMS[name], 1
+
+    @jax.jit
+    def two_phase(student):
+        record = record_of(student, text, jnp.int32(exit_step), stream)
+
+        def loss(params):
+            return weighted(gradient_pass(params, params.text_keys_values(text), record, stream, cache_gradient))
+
+        return jax.value_and_grad(loss)(student)
+
+    naive = jax.jit(jax.value_and_grad(lambda m: weighted(naive_latents(m, text, exit_step, stream, cache_gradient))))
+    (loss, gradient), (naive_loss, naive_gradient) = two_phase(student), naive(student)
+    np.testing.assert_allclose(loss, naive_loss, rtol=1e-5)
+    assert differ(gradient, naive_gradient) < 1e-4
+
+
+def test_the_gradient_pass_repeats_the_rollout(student, text):
+    stream = STREAMS["adaptive"]
+    record = record_of(student, text, jnp.int32(2), stream)
+    again = jax.jit(gradient_pass, static_argnames=("stream", "cache_gradient"))
+    for mode in ("stop", "straight_through"):
+        latents = again(student, student.text_keys_values(text), record, stream, mode)
+        np.testing.assert_allclose(latents, rollout_latents(record, stream), atol=1e-5)
+
+
+def _gradient_of_last_chunk(student, text, cache_gradient):
+    """Gradient of a loss on the last chunk alone, and the record it was taken at."""
+    stream = STREAMS["adaptive"]
+    record = record_of(student, text, jnp.int32(1), stream)
+
+    def loss(params, record):
+        latents = gradient_pass(params, student.text_keys_values(text), record, stream, cache_gradient)
+        return jnp.square(latents[:, -stream.chunk_frames :]).mean()
+
+    return jax.jit(jax.grad(loss))(student, record), record, stream
+
+
+def test_stopped_gradient_reaches_no_earlier_chunk(student, text):
+    """With `stop`, the loss of one chunk has exactly the gradient of that chunk's pass against a constant cache."""
+    gradient, record, stream = _gradient_of_last_chunk(student, text, "stop")
+    text_kv = student.text_keys_values(text)
+    phase = phase_of(CHUNKS, stream)
+    layout = layout_of(phase, stream)
+    carry = initial_carry(SMALL, stream, KEYS, *LATENT_SHAPE[:2])
+    cache = carry.cache
+    chunks = [*record.fill, *(jax.tree.map(lambda x, i=i: x[i], record.steady) for i in range(CHUNKS - 2))]
+    for index, chunk in enumerate(chunks[:-1]):
+        before = phase_of(index, stream)
+        cache = cache_lib.advance(cache, stream.anchor, layout_of(before, stream), chunk.fresh, before.first_frame)
+
+    def alone(params):
+        context = read_context(SMALL, cache, stream, layout, chunks[-1].noisy)
+        clean, _ = denoise(params, chunks[-1].noisy, stream.sigmas[1], text_kv, layout, context)
+        return jnp.square(split_live(clean, layout).content).mean()
+
+    assert differ(gradient, jax.jit(jax.grad(alone))(student)) < 1e-5
+    leaking, _, _ = _gradient_of_last_chunk(student, text, "straight_through")
+    assert differ(leaking, gradient) > 1e-2
+
+
+def test_gradient_reaches_the_state_through_attention_alone(student, text):
+    """The content's loss moves the live state; hide the state's keys from the content, and it does not."""
+    stream = STREAMS["adaptive"]
+    record = record_of(student, text, jnp.int32(1), stream)
+    layout = layout_of(phase_of(CHUNKS, stream), stream)
+    noisy = record.steady.noisy[-1]
+    text_kv = student.text_keys_values(text)
+    state_tokens = len(layout.state) * SMALL.frame_tokens(*LATENT_SHAPE[:2])
+
+    def attend_without_state(query, key, value, rotation, context):
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        state = attention(query[:, :state_tokens], key, value, "xla")
+        content = attention(query[:, state_tokens:], key[:, state_tokens:], value[:, state_tokens:], "xla")
+        return jnp.concatenate([state, content], axis=1)
+
+    def loss(live, attend):
+        timesteps = jnp.full(live.shape[:2], MAX_TIMESTEP * stream.sigmas[1])
+        flow, _ = student(live, timesteps, text_kv, layout.live, attend)
+        return jnp.square(split_live(flow_to_clean(flow, live, stream.sigmas[1]), layout).content).mean()
+
+    state = slice(0, len(layout.state))
+    assert float(jnp.abs(jax.grad(loss)(noisy, None)[:, state]).max()) > 1e-6
+    assert float(jnp.abs(jax.grad(loss)(noisy, attend_without_state)[:, state]).max()) == 0.0
+
+
+@pytest.mark.parametrize("past_frames", [None, 3])
+def test_streaming_is_the_block_causal_pass(past_frames, student, text):
+    """Chunk by chunk against the cache, or all chunks at once beside their clean copy: the same estimates."""
+    stream = StreamConfig(3, past_frames or 3 * CHUNKS, NoAnchor(), denoising_steps=(1000.0, 600.0, 300.0))
+    record = record_of(student, text, jnp.int32(1), stream)
+    noisy = [chunk.noisy for chunk in record.fill]
+    if record.steady is not None:
+        noisy += list(record.steady.noisy)
+    noisy, clean = jnp.concatenate(noisy, axis=1), rollout_latents(record, stream)
+    sigma = jnp.full(noisy.shape[:2], stream.sigmas[1])
+    flow = jax.jit(block_causal_pass, static_argnums=(4, 5))(student, noisy, sigma, text, 3, past_frames, clean)
+    np.testing.assert_allclose(flow_to_clean(flow, noisy, sigma), clean, atol=2e-5)
+
+
+def test_block_causal_pass_without_a_clean_copy_is_causal(student, text):
+    """Changing a chunk changes it and later chunks within reach, and nothing before it."""
+    latents = jax.random.normal(jax.random.key(1), (2, 12, *LATENT_SHAPE))
+    sigma = jnp.full((2, 12), 0.7)
+    run = jax.jit(block_causal_pass, static_argnums=(4, 5))
+    flow = run(student, latents, sigma, text, 3, 3)
+    changed = run(student, latents.at[:, 3:6].add(1.0), sigma, text, 3, 3)
+    moved = np.abs(flow - changed).max(axis=(0, 2, 3, 4)).reshape(4, 3).max(axis=1)
+    assert moved[0] == 0.0
+    assert moved[1] > 1e-3
+    assert moved[2] > 1e-3
+
+
+def test_exit_step_is_the_same_program(student, text):
+    stream = STREAMS["static"]
+    record_of(student, text, jnp.int32(0), stream)
+    before = record_of._cache_size()
+    records = [record_of(student, text, jnp.int32(step), stream) for step in range(3)]
+    assert record_of._cache_size() == before
+    noise = draw_noise(initial_carry(SMALL, stream, KEYS, *LATENT_SHAPE[:2]), stream, LATENT_SHAPE).content[0]
+    np.testing.assert_allclose(records[0].fill[0].noisy, noise, atol=1e-6)
+    assert not np.allclose(records[0].fill[0].clean, records[2].fill[0].clean, atol=1e-3)
+
+
+def test_horizon_weights():
+    np.testing.assert_allclose(horizon_weights(5, 2.0), [1, 1.5, 2, 2.5, 3])
+    np.testing.assert_allclose(horizon_weights(5, 2.0, normalize=True).mean(), 1.0)
+    np.testing.assert_allclose(horizon_weights(4, 0.0), 1.0)
+    np.testing.assert_allclose(horizon_weights(1, 2.0), 1.0)
+
+
+def test_dmd_gradient_and_loss():
+    rng = np.random.default_rng(0)
+    latents, fake, real = (rng.standard_normal((2, 4, 2, 2, 3)).astype(np.float32) for _ in range(3))
+    gradient = dmd_gradient(latents, fake, real)
+    expected = (fake - real) / np.abs(latents - real).mean(axis=(1, 2, 3, 4), keepdims=True)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    weights = horizon_weights(4, 2.0)
+    loss_gradient = jax.grad(dmd_loss)(jnp.asarray(latents), gradient, weights)
+    np.testing.assert_allclose(loss_gradient, weights[:, None, None, None] * expected / latents.size, rtol=1e-4)
+    assert np.all(dmd_gradient(latents, np.full_like(fake, np.nan), real) == 0)
+
+
+def test_score_levels_are_clipped():
+    config = DistillConfig()
+    sigma = score_sigma(jnp.array([0.0, 0.5, 1.0]), config)
+    np.testing.assert_allclose(sigma, [0.02, 2.5 / 3.0, 0.98], rtol=1e-6)
+
+
+def test_concatenated_contexts_keep_their_order(student, text):
+    kv = student.text_keys_values(text)
+    joined = concatenate(kv.tokens(0, 2), kv.tokens(2, 3))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(kv), strict=True))
+
+
+def test_impossible_distillations_are_refused():
+    with pytest.raises(ValueError, match="cache_gradient"):
+        DistillConfig(cache_gradient="leak")
+    with pytest.raises(ValueError, match="critic_ratio"):
+        DistillConfig(critic_ratio=0)
+    with pytest.raises(ValueError, match="20 rollout frames are no whole number of chunks of 3"):
+        num_chunks(20, StreamConfig())
+
+
+def test_the_student_is_updated_once_per_ratio():
+    config = DistillConfig(critic_ratio=5)
+    assert [i for i in range(12) if config.updates_student(i)] == [0, 5, 10]

@@ -1,0 +1,171 @@
+"""Every training step on 8 devices (data 2 × fsdp 4) gives what one device gives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LATENT_SHAPE, SMALL
+from flax import nnx
+
+from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.text import TextConfig, TextEncoder
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.sharding import (
+    PARAMETER_AXES,
+    RULES,
+    init_sharded,
+    logical_axes,
+    make_mesh,
+    path_name,
+    shard_batch,
+    tree_shardings,
+)
+from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.training.dmd import DistillConfig, critic_step, student_step
+from adastate_jax.training.initialize import InitializeConfig, initialize_step
+from adastate_jax.training.pretrain import PretrainConfig, pretrain_step
+from adastate_jax.training.state import OptimizerConfig, create_state
+
+STREAM = StreamConfig(denoising_steps=(1000.0, 500.0))
+# With β1 = 0 an update is the sign of the gradient: rounding noise on tiny entries would be blown up to ± the rate.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999))
+BATCH, FRAMES = 8, 9
+
+
+def place(tree, mesh):
+    return jax.device_put(tree, tree_shardings(tree, mesh))
+
+
+def compare(function, states, batch, one, eight):
+    """Runs function(states, batch) on both meshes and compares all it returns."""
+    results = []
+    for mesh in (one, eight):
+        with jax.set_mesh(mesh):
+            placed, sharded = place(states, mesh), shard_batch(batch, mesh)
+            result = jax.jit(function)(placed, sharded)
+            if mesh is eight:
+                kernels = [x for x in jax.tree.leaves(result) if x.ndim >= 2 and x.size > 1000]
+                assert any(not x.sharding.is_fully_replicated for x in kernels)
+            results.append(jax.tree.map(np.asarray, result))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    return make_mesh(devices=jax.devices()[:1]), make_mesh(data=2, fsdp=4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    return {
+        "latents": normal((BATCH, FRAMES, *LATENT_SHAPE)),
+        "trajectory": normal((BATCH, len(STREAM.sigmas) + 1, FRAMES, *LATENT_SHAPE)),
+        "text": normal((BATCH, SMALL.text_length, SMALL.text_dim)),
+    }
+
+
+NULL_TEXT = jnp.ones((1, SMALL.text_length, SMALL.text_dim))
+
+
+def test_pretrain_step(student, batch, meshes):
+    config = PretrainConfig(optimizer=OPTIMIZER)
+
+    def step(state, batch):
+        return pretrain_step(state, batch["latents"], batch["text"], NULL_TEXT, jax.random.key(1), config)
+
+    compare(step, create_state(student, OPTIMIZER, True), batch, *meshes)
+
+
+@pytest.mark.parametrize("context", ["noisy", "clean"])
+def test_initialize_step(context, student, batch, meshes):
+    config = InitializeConfig(optimizer=OPTIMIZER, context=context)
+
+    def step(state, batch):
+        return initialize_step(state, batch["trajectory"], batch["text"], jax.random.key(1), config, STREAM)
+
+    compare(step, create_state(student, OPTIMIZER, True), batch, *meshes)
+
+
+def test_distill_steps(student, critic, teacher, batch, meshes):
+    config = DistillConfig(rollout_frames=FRAMES, student=OPTIMIZER, critic=OPTIMIZER, ema_start=0)
+
+    def step(states, batch):
+        student_state, critic_state, teacher = states
+        student_state, scalars = student_step(
+            student_state,
+            critic_state.params,
+            teacher,
+            batch["text"],
+            NULL_TEXT,
+            jnp.int32(3),
+            jax.random.key(1),
+            config,
+            STREAM,
+            LATENT_SHAPE,
+        )
+        critic_state, critic_scalars = critic_step(
+            critic_state, student_state.params, batch["text"], jax.random.key(2), config, STREAM, LATENT_SHAPE
+        )
+        return student_state, critic_state, scalars, critic_scalars
+
+    states = (create_state(student, OPTIMIZER, True), create_state(critic, OPTIMIZER, False), teacher)
+    compare(step, states, batch, *meshes)
+
+
+def test_states_are_born_in_their_shards(meshes):
+    state = init_sharded(
+        lambda key: create_state(DiT(SMALL, rngs=nnx.Rngs(key)), OPTIMIZER, True), meshes[1], jax.random.key(0)
+    )
+    kernels = {
+        path_name(path): x.sharding.spec
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if path_name(path).endswith("ffn_in/kernel/value")
+    }
+    assert len(kernels) == 4  # params, EMA, and Adam's two moments
+    assert len(set(map(str, kernels.values()))) == 1
+    assert all("fsdp" in str(spec) for spec in kernels.values())
+
+
+def full_size_networks():
+    return {
+        "dit 1.3B": lambda: DiT(DiTConfig(), rngs=nnx.Rngs(0)),
+        "dit 14B": lambda: DiT(DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), rngs=nnx.Rngs(0)),
+        "umt5": lambda: TextEncoder(TextConfig(), rngs=nnx.Rngs(0)),
+    }
+
+
+@pytest.mark.parametrize("name", full_size_networks())
+def test_every_large_leaf_of_the_real_networks_is_sharded(name):
+    """No leaf of a MiB or more falls through the table, and eight shards divide every one of them."""
+    abstract = jax.eval_shape(full_size_networks()[name])
+    mesh = make_mesh(data=1, fsdp=4, model=2)
+    shardings = tree_shardings(abstract, mesh)
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True
+    ):
+        if leaf.size * leaf.dtype.itemsize >= 1 << 20:
+            assert logical_axes(path_name(path)), f"{path_name(path)} {leaf.shape} has no rule"
+            assert not sharding.is_fully_replicated, f"{path_name(path)} {leaf.shape} is on every device whole"
+
+
+def test_every_rule_names_known_axes_and_is_used():
+    networks = [jax.eval_shape(make) for make in full_size_networks().values()]
+    names = [path_name(path) for tree in networks for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for pattern, axes in PARAMETER_AXES:
+        assert all(axis is None or axis in RULES for axis in axes)
+        assert any(logical_axes(name) == axes for name in names), f"no parameter is matched by {pattern}"
+
+
+def test_the_vae_is_small_enough_to_stay_whole():
+    abstract = jax.eval_shape(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0)))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(tree_shardings(abstract, make_mesh(fsdp=4, model=2))))
+
+
+def test_too_large_a_mesh_is_refused():
+    with pytest.raises(ValueError, match="mesh 4x4x1 needs 16 devices, 8 are here"):
+        make_mesh(data=4, fsdp=4)
