@@ -13,9 +13,16 @@ def get_config():
     config.data.num_worlds = 1024
     config.data.worlds.height = config.data.worlds.width = 32
     config.data.worlds.num_frames = 15
+    # One speed, one shape and a few colours: what can be learned in minutes.
+    config.data.worlds.motions = ("pan left", "pan right", "pan up", "pan down")
+    config.data.worlds.speed = (1.0, 1.0)
+    config.data.worlds.palettes = ("meadow", "ocean", "desert")
+    config.data.worlds.shapes = ("ball",)
+    config.data.worlds.colours = ("red", "white", "magenta")
 
-    config.codec.patch = 8
-    config.codec.channels = 32
+    # A frame is one latent, hence one token: a blurred world, but one whose motion is learned in minutes.
+    config.codec.patch = 32
+    config.codec.channels = 64
 
     config.text.vocab_size = 259  # bytes
     config.text.dim = config.text.dim_attention = 64
@@ -28,31 +35,32 @@ def get_config():
     config.model.ffn_dim = 384
     config.model.num_heads = 4
     config.model.num_layers = 4
-    config.model.in_channels = config.model.out_channels = 32
+    config.model.in_channels = config.model.out_channels = 64
+    config.model.patch_size = (1, 1, 1)
     config.model.text_dim = 64
     config.model.text_length = 64
     config.model.freq_dim = 64
     config.model.prediction = "clean"
     config.model.remat = "none"
 
-    config.pretrain.steps = 1500
-    config.pretrain.batch_size = 16
-    config.pretrain.optimizer.learning_rate = 1e-3
+    config.pretrain.steps = 1000
+    config.pretrain.batch_size = 32
+    config.pretrain.optimizer.learning_rate = 3e-3
     config.pretrain.optimizer.warmup_steps = 50
-    config.pretrain.optimizer.decay_steps = 1500
+    config.pretrain.optimizer.decay_steps = 1000
     config.pretrain.ema_decay = 0.99
     config.pretrain.shift = 3.0
     config.pretrain.weighting = "clean"
 
-    config.initialize.steps = 400
+    config.initialize.steps = 200
     config.initialize.batch_size = 16
-    config.initialize.optimizer.learning_rate = 3e-4
-    config.initialize.trajectories = 256
+    config.initialize.optimizer.learning_rate = 1e-3
+    config.initialize.trajectories = 192
     config.initialize.ode_steps = 16
     config.initialize.guidance_scale = 1.0
     config.initialize.context = "clean"
 
-    config.distill.steps = 200
+    config.distill.steps = 100
     config.distill.batch_size = 8
     config.distill.rollout_frames = 15
     config.distill.guidance_scale = 1.0
@@ -61,6 +69,8 @@ def get_config():
     config.distill.critic.learning_rate = 2e-4
     config.distill.ema_decay = 0.95
     config.distill.ema_start = 20
+
+    config.sample.count = 3
 
     config.logging.log_every = 20
     config.logging.save_every = 250
