@@ -9,11 +9,13 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 from adastate_jax.data.videos import ClipConfig
 from adastate_jax.data.worlds import WorldConfig
@@ -182,7 +184,27 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     Raises:
         UserError: a field is unknown, of a wrong type, or out of range; the message names it.
     """
-    return _build(Config, config.to_dict(), "config")
+    return build(Config, config.to_dict(), "config")
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """The configuration of `--config=FILE` and the overrides `--config.a.b=value` after it.
+
+    Raises:
+        UserError: the file or a field is missing, unknown, or of a wrong type.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        rest = values(["train", *arguments])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        # A failure inside the file comes with its whole traceback as text; the last line says what it was.
+        raise UserError(f"{arguments[0]}: {str(error).strip().splitlines()[-1]}") from None
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; see --help")
+    if values.config is None:
+        raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
+    return from_config_dict(values.config)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -204,11 +226,15 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{path}: no such file; is this a folder that train wrote?") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a configuration ({error})") from None
-    return _build(Config, values, str(path))
+    return build(Config, values, str(path))
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
-    """An instance of the dataclass `kind` from a mapping, field by field."""
+def build(kind: type, values: Any, where: str) -> Any:
+    """An instance of the dataclass `kind` from a mapping, field by field.
+
+    Raises:
+        UserError: a field is unknown, of a wrong type, or out of range; the message names it, after `where`.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: must be a group of fields, got {values!r}")
     try:
@@ -233,7 +259,7 @@ def _refuse_unknown(values: Mapping, known, where: str) -> None:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
+        return build(kind, value, where)
     if typing.get_origin(kind) in (tuple, types.GenericAlias):
         if not isinstance(value, (tuple, list)):
             raise UserError(f"{where}: must be a list, got {value!r}")

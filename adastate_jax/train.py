@@ -1,107 +1,23 @@
 """The train command: runs a configuration's stages in order, and resumes where the work directory left off."""
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import flags
-from flax import nnx
-from ml_collections import config_flags
 
-from adastate_jax.checkpoint import Checkpoints, flatten, is_finished, load_tree, save_tree
-from adastate_jax.config import Config, from_config_dict, load_config, save_config, to_dict
-from adastate_jax.data.batches import example_indices, open_source, prefetch, read_batch
-from adastate_jax.data.prompts import prompts as prompts_dataset
-from adastate_jax.data.videos import videos as videos_dataset
-from adastate_jax.data.worlds import worlds as worlds_dataset
-from adastate_jax.diffusion import draw_normal
+from adastate_jax.checkpoint import flatten
+from adastate_jax.config import Config, load_config, parse_config, save_config, to_dict
 from adastate_jax.errors import UserError, run_command
-from adastate_jax.generate import Frozen, abstract_frozen, embed_prompts, load, stream_batch, with_shardings
-from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
-from adastate_jax.models.dit import DiT
-from adastate_jax.models.patch_codec import fit_patch_codec
-from adastate_jax.models.text import ByteTokenizer, TextEncoder
-from adastate_jax.sharding import batch_sharding, init_sharded, make_mesh, replicated, shard_batch, tree_shardings
-from adastate_jax.training.dmd import critic_step, student_step
-from adastate_jax.training.initialize import initialize_step, ode_sigmas, sample_trajectory
-from adastate_jax.training.loop import Metrics, Stopped, StopRequest, progress, run_stage
-from adastate_jax.training.pretrain import pretrain_step
-from adastate_jax.training.state import TrainState, create_state
+from adastate_jax.generate import embed_prompts
+from adastate_jax.sharding import make_mesh
+from adastate_jax.stages import STAGES, Run, make_frozen, open_clips, open_prompts
+from adastate_jax.training.loop import Metrics, Stopped, StopRequest
 
 # Fields that a later call with the same work directory may change: they do not alter what was trained so far.
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
-_CODEC_CLIPS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all stages of a run share.
-
-    Attributes:
-        clips: random-access source of clips with captions.
-        prompts: random-access texts that distillation draws from.
-        frozen: codec and text encoder.
-        null_text: embedding of the negative prompt [1, T, text_dim].
-    """
-
-    config: Config
-    workdir: Path
-    mesh: jax.sharding.Mesh
-    clips: Any
-    prompts: Sequence[str]
-    frozen: Frozen
-    null_text: jax.Array
-    metrics: Metrics
-    stop: StopRequest
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.frozen.codec.latent_shape(*self.config.data.size)
-
-    def key(self, stage: str) -> jax.Array:
-        """The random key of a stage; step s uses fold_in(key, s)."""
-        stages = ("frozen", "pretrain", "trajectories", "initialize", "distill")
-        return jax.random.fold_in(jax.random.key(self.config.seed), stages.index(stage))
-
-    def indices(self, stage: str, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-        """The examples of this process at a step of a stage."""
-        salt = ("pretrain", "initialize", "distill").index(stage)
-        seed = self.config.seed * 3 + salt
-        return example_indices(step, batch_size, num_examples, seed, jax.process_index(), jax.process_count())
-
-    def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask [B, T]."""
-        return ByteTokenizer(self.config.text.text_length).tokenize(list(texts))
-
-    def batches(self, read: Callable[[int], Any]) -> Callable[[int], Iterator[tuple[int, Any]]]:
-        """First step → prefetched (step, sharded global batch)."""
-        return lambda first: prefetch(lambda step: shard_batch(read(step), self.mesh), first)
-
-    def run_stage(self, name: str, state: Any, step_function, read: Callable[[int], Any], steps: int, **options) -> Any:
-        """`loop.run_stage` with this run's settings."""
-        logging = self.config.logging
-        with Checkpoints(self.workdir / name, logging.keep) as checkpoints:
-            return run_stage(
-                name,
-                state,
-                step_function,
-                self.batches(read),
-                steps,
-                checkpoints,
-                self.metrics,
-                self.stop,
-                logging.log_every,
-                logging.save_every,
-                **options,
-            )
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -111,22 +27,25 @@ def train(config: Config, workdir: Path) -> None:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C; the same call goes on.
     """
-    _claim(workdir, config)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    _refuse_other_configuration(workdir, config)
+    try:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    except ValueError as error:
+        raise UserError(f"config.mesh: {error}") from None
     with StopRequest() as stop, jax.set_mesh(mesh):
-        clips = _open_clips(config, workdir)
-        prompts = _open_prompts(config, workdir, clips)
-        frozen = _make_frozen(config, workdir, clips, mesh)
+        clips = open_clips(config, workdir)
+        prompts = open_prompts(config, workdir, clips)
+        frozen = make_frozen(config, workdir, clips, mesh)
+        save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
         null_text = embed_prompts(frozen, [config.negative_prompt])
         run = Run(config, workdir, mesh, clips, prompts, frozen, null_text, Metrics(workdir), stop)
-        stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
         for stage in config.stages:
-            stages[stage](run)
+            STAGES[stage](run)
             stop.check()
 
 
-def _claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration into a fresh work directory, or checks that it is the same one."""
+def _refuse_other_configuration(workdir: Path, config: Config) -> None:
+    """Makes the work directory, or checks that what it holds was made with this configuration."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +59,6 @@ def _claim(workdir: Path, config: Config) -> None:
                     f"{workdir}: was made with config.{name.replace('/', '.')}={old.get(name)!r}, now it is "
                     f"{new.get(name)!r}; use a fresh --workdir or the old value"
                 )
-    save_config(config, path)
 
 
 def _comparable(config: Config) -> dict:
@@ -148,345 +66,10 @@ def _comparable(config: Config) -> dict:
     return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
 
 
-# --- data and frozen parts --------------------------------------------------------------------------------------------
-
-
-def _open_clips(config: Config, workdir: Path):
-    data = config.data
-    if data.kind == "worlds":
-        builder = worlds_dataset(data.worlds, data.num_worlds, 1, config.seed)
-    else:
-        builder = videos_dataset(data.folder, data.clips)
-    return open_source(builder, workdir / "data", "train")
-
-
-def _open_prompts(config: Config, workdir: Path, clips) -> Sequence[str]:
-    if config.data.prompts:
-        source = open_source(prompts_dataset(config.data.prompts), workdir / "data", "train")
-        return _Texts(source, "prompt")
-    return _Texts(clips, "caption")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Texts(Sequence):
-    """One text feature of a source."""
-
-    source: Any
-    feature: str
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return read_batch(self.source, [index])[self.feature][0]
-
-
-def _make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
-    """The codec, fitted to the first clips, and the text encoder; both are made once per work directory."""
-    folder = workdir / "frozen"
-    if not is_finished(folder):
-        chosen = np.linspace(0, len(clips) - 1, min(_CODEC_CLIPS, len(clips))).astype(int)
-        try:
-            codec = fit_patch_codec(config.codec, read_batch(clips, chosen)["video"])
-        except ValueError as error:
-            raise UserError(f"config.codec: {error}") from None
-        key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, key)
-        save_tree(folder, Frozen(codec, encoder))
-    return load_tree(folder, with_shardings(abstract_frozen(config), mesh))
-
-
-def _read_clips(run: Run, stage: str, batch_size: int, step: int) -> dict[str, np.ndarray]:
-    batch = read_batch(run.clips, run.indices(stage, step, batch_size, len(run.clips)))
-    token_ids, mask = run.tokens(batch["caption"])
-    return {"video": batch["video"], "token_ids": token_ids, "mask": mask}
-
-
-def _read_prompts(run: Run, stage: str, batch_size: int, step: int) -> dict[str, np.ndarray]:
-    texts = [run.prompts[int(i)] for i in run.indices(stage, step, batch_size, len(run.prompts))]
-    token_ids, mask = run.tokens(texts)
-    return {"token_ids": token_ids, "mask": mask}
-
-
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
-def _compile_step(run: Run, function, state: Any, donate: int = 0):
-    """Jits a training step that gives (state, scalars): the state keeps its shardings and is donated."""
-    shardings = tree_shardings(state, run.mesh)
-    return jax.jit(function, donate_argnums=donate, out_shardings=(shardings, replicated(run.mesh)))
-
-
-def abstract_states(config: Config) -> dict[str, Any]:
-    """Shapes of what each stage trains, under the names of the stages."""
-
-    def model():
-        return DiT(config.model, rngs=nnx.Rngs(0))
-
-    def state(optimizer, ema):
-        return jax.eval_shape(lambda: create_state(model(), optimizer, ema))
-
-    return {
-        "pretrain": state(config.pretrain.optimizer, True),
-        "initialize": state(config.initialize.optimizer, True),
-        "distill": {"student": state(config.distill.student, True), "critic": state(config.distill.critic, False)},
-    }
-
-
-def _trained(run: Run, stage: str, part: str) -> Any:
-    """Weights that an earlier stage left behind."""
-    like = abstract_states(run.config)[stage]
-    for name in part.split("/"):
-        like = like[name] if isinstance(like, dict) else getattr(like, name)
-    with Checkpoints(run.workdir / stage, run.config.logging.keep) as checkpoints:
-        step = checkpoints.latest
-    if step is None:
-        raise UserError(f"{run.workdir}: stage {stage} has not run; put it into config.stages before the later ones")
-    return load_tree(run.workdir / stage / str(step), with_shardings(like, run.mesh), part)
-
-
-def pretrain(run: Run) -> None:
-    """Trains the bidirectional teacher on clips."""
-    config, key = run.config.pretrain, run.key("pretrain")
-    state = init_sharded(
-        lambda key: create_state(DiT(run.config.model, rngs=nnx.Rngs(key)), config.optimizer, True),
-        run.mesh,
-        jax.random.fold_in(key, config.steps),
-    )
-
-    def step_function(state: TrainState, frozen: Frozen, null_text, batch, step):
-        latents = frozen.codec.encode(batch["video"].astype(jnp.float32) / 127.5 - 1)
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        return pretrain_step(state, latents, text, null_text, jax.random.fold_in(key, step), config)
-
-    compiled = _compile_step(run, step_function, state)
-    read = functools.partial(_read_clips, run, "pretrain", config.batch_size)
-    run.run_stage(
-        "pretrain",
-        state,
-        lambda state, batch, step: compiled(state, run.frozen, run.null_text, batch, jnp.int32(step)),
-        read,
-        config.steps,
-    )
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
-
-
-def initialize(run: Run) -> None:
-    """Trains the causal student to land on the teacher's ODE trajectories."""
-    config, stream, key = run.config.initialize, run.config.stream, run.key("initialize")
-    captions = _Texts(run.clips, "caption")
-    teacher = _trained(run, "pretrain", "ema")
-    trajectories = _make_trajectories(run, teacher, captions)
-    state = jax.jit(
-        lambda params: create_state(_copy(params), config.optimizer, True),
-        out_shardings=tree_shardings(abstract_states(run.config)["initialize"], run.mesh),
-    )(teacher)
-    del teacher
-
-    def step_function(state: TrainState, frozen: Frozen, batch, step):
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        return initialize_step(state, batch["trajectory"], text, jax.random.fold_in(key, step), config, stream)
-
-    def read(step: int) -> dict[str, np.ndarray]:
-        chosen = run.indices("initialize", step, config.batch_size, config.trajectories)
-        token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in chosen])
-        return {"trajectory": trajectories(chosen), "token_ids": token_ids, "mask": mask}
-
-    compiled = _compile_step(run, step_function, state)
-    run.run_stage(
-        "initialize",
-        state,
-        lambda state, batch, step: compiled(state, run.frozen, batch, jnp.int32(step)),
-        read,
-        config.steps,
-    )
-
-
-def _make_trajectories(run: Run, teacher: DiT, captions: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Draws the teacher's trajectories into files, each whole or absent, and returns how to read them.
-
-    Trajectory i is for caption i (modulo their number), from noise of key i: a missing file is made again, the same.
-
-    Returns:
-        Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32.
-    """
-    config, stream = run.config.initialize, run.config.stream
-    try:
-        sigmas = ode_sigmas(stream, config.ode_steps)
-    except ValueError as error:
-        raise UserError(f"config.initialize: {error}") from None
-    keep_every = config.ode_steps // len(stream.sigmas)
-    shape = (run.config.data.num_frames, *run.latent_shape)
-    key = run.key("trajectories")
-    folder = run.workdir / "trajectories"
-    folder.mkdir(exist_ok=True)
-    per_file = config.batch_size
-    num_files = -(-config.trajectories // per_file)
-
-    @functools.partial(jax.jit, out_shardings=batch_sharding(run.mesh))
-    def draw(teacher, frozen, null_text, numbers, token_ids, mask):
-        noise = jax.vmap(lambda i: draw_normal(jax.random.fold_in(key, i), shape))(numbers)
-        text = frozen.text_encoder.encode(token_ids, mask)
-        return sample_trajectory(teacher, noise, text, null_text, sigmas, config.guidance_scale, keep_every)
-
-    def file(index: int) -> Path:
-        return folder / f"{index:06d}.npy"
-
-    missing = [i for i in range(num_files) if not file(i).is_file()]
-    if missing:
-        with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
-            for index in missing:
-                run.stop.check()
-                numbers = np.arange(index * per_file, (index + 1) * per_file)
-                token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
-                batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
-                drawn = np.asarray(draw(teacher, run.frozen, run.null_text, *batch))
-                if not np.isfinite(drawn).all():
-                    raise UserError(
-                        f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
-                        "config.initialize.guidance_scale"
-                    )
-                partial = folder / ".partial.npy"
-                np.save(partial, drawn)
-                partial.replace(file(index))
-                bar.set_description("trajectories")
-                bar.update(per_file)
-
-    def read(numbers: np.ndarray) -> np.ndarray:
-        rows = []
-        for number in numbers:
-            index, row = divmod(int(number), per_file)
-            try:
-                rows.append(np.load(file(index), mmap_mode="r")[row])
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file(index)}: damaged ({error}); remove it and run again") from None
-        return np.stack(rows)
-
-    return read
-
-
-def distill(run: Run) -> None:
-    """Distils the teacher into the student on the student's own rollouts."""
-    config, stream, key = run.config.distill, run.config.stream, run.key("distill")
-    teacher = _trained(run, "pretrain", "ema")
-    student = _trained(run, "initialize", "ema")
-
-    def create(student, teacher):
-        return {
-            "student": create_state(_copy(student), config.student, True),
-            "critic": create_state(_copy(teacher), config.critic, False),
-        }
-
-    shardings = tree_shardings(abstract_states(run.config)["distill"], run.mesh)
-    state = jax.jit(create, out_shardings=shardings)(student, teacher)
-    del student
-
-    def update_student(student, critic, teacher, frozen, null_text, batch, step):
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        update_key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
-        return student_step(
-            student, critic, teacher, text, null_text, step, update_key, config, stream, run.latent_shape
-        )
-
-    def update_critic(critic, student, frozen, batch, step):
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        update_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-        return critic_step(critic, student, text, update_key, config, stream, run.latent_shape)
-
-    compiled_student = _compile_step(run, update_student, state["student"])
-    compiled_critic = _compile_step(run, update_critic, state["critic"])
-
-    def step_function(state, batch, step):
-        student, critic, number = state["student"], state["critic"], jnp.int32(step)
-        scalars = {}
-        if config.updates_student(step):
-            student, scalars = compiled_student(
-                student, critic.params, teacher, run.frozen, run.null_text, batch, number
-            )
-        critic, critic_scalars = compiled_critic(critic, student.params, run.frozen, batch, number)
-        scalars = {**scalars, **{f"critic_{name}": value for name, value in critic_scalars.items()}}
-        return {"student": student, "critic": critic}, scalars
-
-    read = functools.partial(_read_prompts, run, "distill", config.batch_size)
-    run.run_stage(
-        "distill", state, step_function, read, config.steps, compiling=lambda step: step in (0, config.critic_ratio - 1)
-    )
-
-
-def sample(run: Run) -> None:
-    """Writes videos of several anchors side by side, a contact sheet and the loss curves into the work directory."""
-    settings = run.config.sample
-    folder = run.workdir / "samples"
-    model = load(run.workdir)
-    prompts = list(settings.prompts) or _distinct(run.prompts, settings.count)
-    num_frames = settings.horizon * run.config.distill.rollout_frames
-    streams = [stream_batch(model, prompts, settings.seed, num_frames, anchor) for anchor in settings.anchors]
-    rows: dict[tuple[int, str], list[np.ndarray]] = {}
-    paths = [folder / f"{index:02d}.mp4" for index in range(len(prompts))]
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(path)) for path in paths]
-        bar = stack.enter_context(progress("sample (compiling)", num_frames, unit="frame"))
-        for panels in zip(*streams, strict=True):  # each [B, frames of a chunk, height, width, 3]
-            for index, writer in enumerate(writers):
-                named = {name: panel[index] for name, panel in zip(settings.anchors, panels, strict=True)}
-                writer.write(side_by_side(named, settings.scale))
-                for name, frames in named.items():
-                    rows.setdefault((index, name), []).append(frames)
-            bar.update(panels[0].shape[1])
-            bar.set_description("sample")
-            run.stop.check()
-    sheet = [(f"{name}: {prompts[index]}", np.concatenate(parts)) for (index, name), parts in rows.items()]
-    write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))
-    (folder / "prompts.txt").write_text(
-        "".join(f"{path.name}\t{text}\n" for path, text in zip(paths, prompts, strict=True))
-    )
-    metrics = run.workdir / "metrics.jsonl"
-    if metrics.is_file():
-        loss_curves(read_metrics(metrics), run.workdir / "loss_curves.png")
-    print(f"videos: {folder}/*.mp4, {folder}/contact_sheet.png", file=sys.stderr)
-
-
-def _distinct(texts: Sequence[str], count: int) -> list[str]:
-    """The first `count` different texts."""
-    found: dict[str, None] = {}
-    for text in texts:
-        found.setdefault(text)
-        if len(found) == count:
-            break
-    return list(found)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
 _DESCRIPTION = """Trains the stages of a configuration, and ends with sample videos in the work directory.
 The same command resumes a run that was stopped."""
 _EXAMPLE = """example:
   python -m adastate_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.distill.steps=200"""
-
-
-def parse_config(arguments: Sequence[str]) -> Config:
-    """The configuration of `--config=FILE` and the overrides `--config.a.b=value` after it.
-
-    Raises:
-        UserError: the file or a field is missing, unknown, or of a wrong type.
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    try:
-        rest = values(["train", *arguments])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # A failure inside the file comes with its whole traceback as text; the last line says what it was.
-        raise UserError(f"{arguments[0]}: {str(error).strip().splitlines()[-1]}") from None
-    if rest:
-        raise UserError(f"unknown argument {rest[0]}; see --help")
-    if values.config is None:
-        raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
-    return from_config_dict(values.config)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -496,6 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a file under configs/; its docstring says more"

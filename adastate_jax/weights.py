@@ -5,6 +5,7 @@ with `{layer}` stands for all layers, which our networks stack along a leading a
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -22,6 +24,7 @@ from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig, decoder_levels, encoder_levels
 from adastate_jax.sharding import path_name
+from adastate_jax.tensors import BFLOAT16, StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,33 @@ def dit_name_from_diffusers(name: str) -> str:
     return name
 
 
+# official → diffusers' WanTransformer3DModel, applied in order
+_DIT_TO_DIFFUSERS = (
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"^head\.head\.", "proj_out."),
+    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.(self|cross)_attn\.(q|k|v)\.", r".\1_attn.to_\2."),
+    (r"\.(self|cross)_attn\.o\.", r".\1_attn.to_out.0."),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."),
+    (r"\.norm3\.", ".norm2."),
+)
+
+
+def dit_name_to_diffusers(name: str) -> str:
+    """What diffusers' WanTransformer3DModel calls an official tensor."""
+    for pattern, replacement in _DIT_TO_DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def text_table(config: TextConfig) -> list[Entry]:
     """The official UMT5 encoder."""
     entries = [
@@ -176,6 +206,28 @@ _TEXT_FROM_TRANSFORMERS = (
 def text_name_from_transformers(name: str) -> str:
     """Official name of a tensor of transformers' UMT5EncoderModel, whose embedding table may come under two names."""
     for pattern, replacement in _TEXT_FROM_TRANSFORMERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# official → transformers' UMT5EncoderModel, applied in order
+_TEXT_TO_TRANSFORMERS = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.", "encoder.block."),
+    (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.attn\.", ".layer.0.SelfAttention."),
+    (r"\.norm1\.", ".layer.0.layer_norm."),
+    (r"\.norm2\.", ".layer.1.layer_norm."),
+    (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
+    (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+    (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
+)
+
+
+def text_name_to_transformers(name: str) -> str:
+    """What transformers' UMT5EncoderModel calls an official tensor."""
+    for pattern, replacement in _TEXT_TO_TRANSFORMERS:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -255,6 +307,39 @@ def vae_name_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
     return name
 
 
+# official → diffusers' AutoencoderKLWan, applied in order
+_VAE_TO_DIFFUSERS = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.downsamples\.", ".down_blocks."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+)
+
+
+def vae_name_to_diffusers(name: str, num_res_blocks: int = 2) -> str:
+    """What diffusers' AutoencoderKLWan calls an official tensor."""
+
+    def leveled_index(match: re.Match) -> str:
+        level, within = divmod(int(match[1]), num_res_blocks + 2)
+        kind = "resnets" if within <= num_res_blocks else "upsamplers"
+        return f".up_blocks.{level}.{kind}.{within if kind == 'resnets' else 0}."
+
+    name = re.sub(r"\.upsamples\.(\d+)\.", leveled_index, name)
+    for pattern, replacement in _VAE_TO_DIFFUSERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def tiny_vae_table(config: TinyVAEConfig) -> list[Entry]:
     """TAEW2.1, both halves; layers are numbered as in the official sequence, which counts activations too."""
 
@@ -284,16 +369,40 @@ def tiny_vae_table(config: TinyVAEConfig) -> list[Entry]:
     return entries
 
 
+def tiny_vae_rows(config: TinyVAEConfig) -> dict[str, int]:
+    """Rows that this network's frame-growing layers have, by official name."""
+    return {
+        f"decoder.{7 + 6 * level}.conv.weight": width * (1 + temporal)
+        for level, (width, temporal) in enumerate(zip(config.widths, config.temporal_upsample, strict=True))
+    }
+
+
 def tiny_vae_tensors(config: TinyVAEConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A TAEHV checkpoint with its frame-growing layers cut to this network.
 
     Checkpoints may hold such a layer for more frames than the network grows; the newest frame's rows, the last, count.
     """
-    rows = {
-        f"decoder.{7 + 6 * level}.conv.weight": width * (1 + temporal)
-        for level, (width, temporal) in enumerate(zip(config.widths, config.temporal_upsample, strict=True))
-    }
+    rows = tiny_vae_rows(config)
     return {name: tensors[name][-rows[name] :] if name in rows else tensors[name] for name in tensors}
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 
 
 class SafeTensors(Mapping[str, np.ndarray]):
@@ -314,6 +423,21 @@ class SafeTensors(Mapping[str, np.ndarray]):
         self._names = tuple(self._file.keys())
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
+    def stored(self) -> dict[str, StoredTensor]:
+        """The tensors by name, unread; raises UserError for a dtype that this package does not know."""
+        # The library has checked the header, but does not say where the tensors lie.
+        with self.path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        tensors = {}
+        for name in self._names:
+            kind, shape = header[name]["dtype"], tuple(header[name]["shape"])
+            if kind not in _SAFETENSORS_DTYPES:
+                raise UserError(f"{self.path}: {name} has dtype {kind}, which cannot be read; save it as float32")
+            offset = 8 + length + header[name]["data_offsets"][0]
+            tensors[name] = StoredTensor.dense(self.path, offset, _SAFETENSORS_DTYPES[kind], shape)
+        return tensors
+
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
@@ -324,6 +448,46 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
     def __len__(self):
         return len(self._names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where an official tensor goes: a leaf of ours, or one layer of it.
+
+    Attributes:
+        entry: the row of the table.
+        layer: index along the leaf's leading axis; None for the whole leaf.
+        shape: of the official tensor.
+    """
+
+    entry: Entry
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def leaf_name(path) -> str:
+    """Key path of a network's leaf, `a/b/c`, as tables name it."""
+    return path_name(path).removesuffix("/value")
+
+
+def official_slots(abstract: Any, table: Sequence[Entry]) -> dict[str, Slot]:
+    """The official tensors that a network's leaves are made of, by name.
+
+    Args:
+        abstract: the network as `jax.eval_shape` (or a live one) gives it.
+        table: the network's table.
+    """
+    entries = {entry.path: entry for entry in table}
+    slots = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        entry = entries[leaf_name(path)]
+        stacked = "{layer}" in entry.official
+        # One byte behind all elements: the largest of these tensors have 10^9 of them.
+        ours = np.broadcast_to(np.zeros((), np.bool_), leaf.shape[1:] if stacked else leaf.shape)
+        shape = entry.to_official(ours).shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            slots[entry.official.format(layer=layer)] = Slot(entry, layer, shape)
+    return slots
 
 
 def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray], source: str) -> Any:
@@ -347,8 +511,7 @@ def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray
     missing: list[str] = []
 
     def fill(path, leaf):
-        name = path_name(path).removesuffix("/value")
-        entry = by_path[name]
+        entry = by_path[leaf_name(path)]
         stacked = "{layer}" in entry.official
         official = [entry.official.format(layer=i) for i in range(leaf.shape[0])] if stacked else [entry.official]
         absent = [n for n in official if n not in tensors]
@@ -373,12 +536,13 @@ def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray
 
     model = jax.tree_util.tree_map_with_path(fill, abstract)
     if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing: {_shortlist(missing)}")
+        raise UserError(f"{source}: {len(missing)} tensors are missing: {shortlist(missing)}")
     surplus = [name for name in tensors if name not in used]
     if surplus:
-        raise UserError(f"{source}: {len(surplus)} tensors belong to no known part: {_shortlist(surplus)}")
+        raise UserError(f"{source}: {len(surplus)} tensors belong to no known part: {shortlist(surplus)}")
     return model
 
 
-def _shortlist(names: Sequence[str], limit: int = 8) -> str:
+def shortlist(names: Sequence[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

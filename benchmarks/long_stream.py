@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from adastate_jax.config import parse_config
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream
-from adastate_jax.train import parse_config
 
 
 def peak_mebibytes() -> float:

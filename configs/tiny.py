@@ -29,7 +29,7 @@ def get_config():
     config.text.ffn_dim = 128
     config.text.num_heads = 4
     config.text.num_layers = 2
-    config.text.text_length = 64
+    config.text.text_length = 72
 
     config.model.dim = 128
     config.model.ffn_dim = 384
@@ -38,7 +38,7 @@ def get_config():
     config.model.in_channels = config.model.out_channels = 64
     config.model.patch_size = (1, 1, 1)
     config.model.text_dim = 64
-    config.model.text_length = 64
+    config.model.text_length = 72
     config.model.freq_dim = 64
     config.model.prediction = "clean"
     config.model.remat = "none"

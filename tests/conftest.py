@@ -6,8 +6,12 @@ import os
 # The tests compile hundreds of small programs once each: compiling fast matters, running fast does not. What a test
 # starts as a process inherits this. The flags are those of one XLA; another may not know them.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    fast = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{fast} {os.environ.get('XLA_FLAGS', '')}"
+    fast = (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+    os.environ["XLA_FLAGS"] = " ".join([*fast, os.environ.get("XLA_FLAGS", "")])
 
 import jax
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from adastate_jax.config import Config, default_config, from_config_dict, load_config, save_config
+from adastate_jax.config import Config, default_config, from_config_dict, load_config, parse_config, save_config
 from adastate_jax.errors import UserError
 from adastate_jax.streaming.anchors import StaticAnchor
-from adastate_jax.train import parse_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

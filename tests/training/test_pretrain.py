@@ -1,0 +1,104 @@
+"""Laws of pretraining and of the optimizer around every stage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LATENT_SHAPE
+
+from adastate_jax.diffusion import add_noise, clean_to_flow, denoising_sigmas, draw_normal, flow_to_clean
+from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.training.initialize import InitializeConfig, ode_sigmas, sample_trajectory
+from adastate_jax.training.pretrain import PretrainConfig, pretrain_step
+from adastate_jax.training.state import OptimizerConfig, apply_gradients, create_state
+
+STEP = jax.jit(pretrain_step, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return jax.random.normal(jax.random.key(1), (2, 6, *LATENT_SHAPE))
+
+
+def test_dropped_captions_are_the_empty_one(student, latents, text):
+    null_text = jnp.full((1, *text.shape[1:]), 0.5)
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    losses = {}
+    for dropout in (0.0, 1.0):
+        config = PretrainConfig(optimizer=optimizer, caption_dropout=dropout)
+        for name, captions in (("captions", text), ("null", jnp.broadcast_to(null_text, text.shape))):
+            state = create_state(student, optimizer, True)
+            losses[dropout, name] = float(
+                STEP(state, latents, captions, null_text, jax.random.key(0), config)[1]["loss"]
+            )
+    assert losses[1.0, "captions"] == losses[1.0, "null"] == losses[0.0, "null"]
+    assert losses[0.0, "captions"] != losses[0.0, "null"]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "bell", "clean"])
+def test_training_lowers_the_loss(weighting, student, latents, text):
+    config = PretrainConfig(optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99)), weighting=weighting)
+    state = create_state(student, config.optimizer, True)
+    losses = []
+    for _ in range(30):
+        state, scalars = STEP(state, latents, text, text[:1], jax.random.key(0), config)
+        losses.append(float(scalars["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(state.step) == 30
+
+
+def test_ema_follows_and_shares_no_buffer(student, latents, text):
+    config = PretrainConfig(optimizer=OptimizerConfig(learning_rate=1e-2), ema_decay=0.9)
+    state = create_state(student, config.optimizer, True)
+    after, _ = STEP(state, latents, text, text[:1], jax.random.key(0), config)
+    for old, new, ema in zip(*map(jax.tree.leaves, (state.params, after.params, after.ema)), strict=True):
+        np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, atol=1e-6)
+    donated = jax.jit(pretrain_step, static_argnames="config", donate_argnums=0)
+    donated(jax.tree.map(jnp.copy, state), latents, text, text[:1], jax.random.key(0), config)
+
+
+def test_gradients_are_clipped_and_rates_scheduled():
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=4, decay_steps=8, weight_decay=0.0, betas=(0.0, 0.0))
+    state = create_state({"w": jnp.zeros(3)}, optimizer, False)
+    sizes = []
+    for _ in range(9):
+        before = state.params["w"]
+        state, scalars = apply_gradients(state, {"w": jnp.array([300.0, 0.0, 400.0])}, optimizer)
+        sizes.append(float(jnp.abs(state.params["w"] - before).max()))
+    assert float(scalars["gradient_norm"]) == pytest.approx(500.0)
+    np.testing.assert_allclose(sizes[:5], [0, 0.25, 0.5, 0.75, 1.0], atol=1e-5)  # β = 0: a step is the rate itself
+    assert sizes[5] < sizes[4]
+    assert sizes[8] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_trajectories_pass_through_the_students_levels(teacher, text):
+    stream = StreamConfig()
+    sigmas = ode_sigmas(stream, 16)
+    assert len(sigmas) == 17
+    np.testing.assert_allclose(sigmas[::4], [*stream.sigmas, 0.0], atol=1e-12)
+    assert np.all(np.diff(sigmas) < 0)
+    noise = jax.random.normal(jax.random.key(3), (2, 3, *LATENT_SHAPE))
+    run = jax.jit(lambda scale: sample_trajectory(teacher, noise, text, text[:1], sigmas, scale, 4))
+    kept = run(0.0)
+    assert kept.shape == (2, 5, 3, *LATENT_SHAPE)
+    np.testing.assert_array_equal(kept[:, 0], noise)
+    assert float(jnp.abs(run(2.0) - kept).max()) > 1e-3
+    with pytest.raises(ValueError, match="multiple of the 4 denoising steps"):
+        ode_sigmas(stream, 10)
+    with pytest.raises(ValueError, match="context"):
+        InitializeConfig(context="future")
+
+
+def test_flow_and_clean_latents_are_two_views():
+    clean, noise = (np.random.default_rng(i).standard_normal((2, 3, 2, 2, 4)).astype(np.float32) for i in range(2))
+    sigma = np.array([[0.1, 0.5, 0.9], [1.0, 0.3, 0.7]], np.float32)
+    noisy = add_noise(clean, noise, sigma)
+    np.testing.assert_allclose(flow_to_clean(noise - clean, noisy, sigma), clean, atol=1e-5)
+    np.testing.assert_allclose(clean_to_flow(clean, noisy, sigma), noise - clean, atol=1e-4)
+    np.testing.assert_array_equal(add_noise(clean, noise, 0.0), clean)
+    np.testing.assert_allclose(denoising_sigmas((1000, 750, 500, 250), 5.0), [1, 0.9375, 5 / 6, 0.625])
+
+
+def test_drawing_flat_gives_the_same_bits():
+    key = jax.random.key(7)
+    np.testing.assert_array_equal(draw_normal(key, (2, 3, 5)), jax.random.normal(key, (2, 3, 5)))
