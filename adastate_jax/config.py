@@ -193,10 +193,15 @@ def parse_config(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: the file or a field is missing, unknown, or of a wrong type.
     """
+    for argument in arguments:
+        name, _, path = argument.partition("=")
+        if name == "--config" and not Path(path.partition(":")[0]).is_file():
+            raise UserError(f"{argument}: no such file")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    command_line = ["train", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command_line)
     try:
-        rest = values(["train", *arguments])[1:]
+        rest = values(command_line)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         # A failure inside the file comes with its whole traceback as text; the last line says what it was.
         raise UserError(f"{arguments[0]}: {str(error).strip().splitlines()[-1]}") from None

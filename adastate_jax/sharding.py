@@ -34,6 +34,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(patch_embedding|text_in|text_out|time_in|time_out)/kernel", (None, "embed")),
     (r"time_projection/kernel", ("embed", "mlp")),
     (r"head/kernel", ("embed", None)),
+    (r"modulation", (None, "embed")),
 )
 
 

@@ -153,6 +153,7 @@ def run_stage(
         for step, scalars in records:
             for key, value in scalars.items():
                 if not math.isfinite(value):
+                    checkpoints.wait()
                     kept = checkpoints.latest
                     keeps = f"checkpoint {kept} is kept" if kept else "nothing was saved yet"
                     raise UserError(
