@@ -13,49 +13,50 @@ def get_config():
     config.data.num_worlds = 1024
     config.data.worlds.height = config.data.worlds.width = 32
     config.data.worlds.num_frames = 15
-    # One speed, one shape and a few colours: what can be learned in minutes.
-    config.data.worlds.motions = ("pan left", "pan right", "pan up", "pan down")
+    # Two directions, one speed, one shape and a few colours: what can be learned in minutes.
+    config.data.worlds.motions = ("pan left", "pan right")
     config.data.worlds.speed = (1.0, 1.0)
-    config.data.worlds.palettes = ("meadow", "ocean", "desert")
+    config.data.worlds.palettes = ("meadow", "desert")
     config.data.worlds.shapes = ("ball",)
-    config.data.worlds.colours = ("red", "white", "magenta")
+    config.data.worlds.colours = ("red", "white")
 
     # A frame is one latent, hence one token: a blurred world, but one whose motion is learned in minutes.
     config.codec.patch = 32
-    config.codec.channels = 64
+    config.codec.channels = 48
 
     config.text.vocab_size = 259  # bytes
     config.text.dim = config.text.dim_attention = 64
     config.text.ffn_dim = 128
     config.text.num_heads = 4
     config.text.num_layers = 2
-    config.text.text_length = 72
+    config.text.text_length = 56
 
     config.model.dim = 128
     config.model.ffn_dim = 384
     config.model.num_heads = 4
-    config.model.num_layers = 4
-    config.model.in_channels = config.model.out_channels = 64
+    config.model.num_layers = 3
+    config.model.in_channels = config.model.out_channels = 48
     config.model.patch_size = (1, 1, 1)
     config.model.text_dim = 64
-    config.model.text_length = 72
+    config.model.text_length = 56
     config.model.freq_dim = 64
     config.model.prediction = "clean"
     config.model.remat = "none"
 
-    config.pretrain.steps = 1000
+    config.pretrain.steps = 1200
     config.pretrain.batch_size = 32
     config.pretrain.optimizer.learning_rate = 3e-3
     config.pretrain.optimizer.warmup_steps = 50
-    config.pretrain.optimizer.decay_steps = 1000
+    config.pretrain.optimizer.decay_steps = 1200
     config.pretrain.ema_decay = 0.99
     config.pretrain.shift = 3.0
     config.pretrain.weighting = "clean"
 
-    config.initialize.steps = 200
+    config.initialize.steps = 300
     config.initialize.batch_size = 16
     config.initialize.optimizer.learning_rate = 1e-3
-    config.initialize.trajectories = 192
+    config.initialize.optimizer.decay_steps = 300
+    config.initialize.trajectories = 512
     config.initialize.ode_steps = 16
     config.initialize.guidance_scale = 1.0
     config.initialize.context = "clean"
