@@ -10,7 +10,7 @@ def get_config():
     config = default_config()
 
     config.data.kind = "worlds"
-    config.data.num_worlds = 1024
+    config.data.num_worlds = 256  # few enough to be learned by heart: with 1024 the direction is not learned in minutes
     config.data.worlds.height = config.data.worlds.width = 32
     config.data.worlds.num_frames = 15
     # Two directions, one speed, one shape and a few colours: what can be learned in minutes.

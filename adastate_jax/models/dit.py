@@ -95,7 +95,7 @@ def _xavier(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
 
 
 def _small(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-    """Of the text and timestep embeddings: with them the modulation starts near its table, and gates near closed."""
+    """Of the timestep embedding: with it the modulation starts near its table, and gates near closed."""
     return (0.02 * draw_normal(key, shape)).astype(dtype)
 
 
@@ -210,8 +210,7 @@ class DiT(nnx.Module):
         patch = math.prod(config.patch_size)
         self.config = config
         self.patch_embedding = linear(patch * config.in_channels, config.dim)
-        self.text_in = linear(config.text_dim, config.dim, kernel_init=_small)
-        self.text_out = linear(config.dim, config.dim, kernel_init=_small)
+        self.text_in, self.text_out = linear(config.text_dim, config.dim), linear(config.dim, config.dim)
         self.time_in = exact(config.freq_dim, config.dim, kernel_init=_small)
         self.time_out = exact(config.dim, config.dim, kernel_init=_small)
         self.time_projection = exact(config.dim, 6 * config.dim)
