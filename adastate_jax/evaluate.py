@@ -1,0 +1,289 @@
+"""The evaluate command: videos in; numbers, plots and one HTML report out. And `export`, a folder that VBench reads."""
+
+import argparse
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import av
+import cv2
+
+from adastate_jax.errors import UserError, run_command
+from adastate_jax.evaluation import vbench
+from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video, read_header
+from adastate_jax.evaluation.report import Video, by_group, summarize_group, write_report
+from adastate_jax.generate import load, stream
+from adastate_jax.streaming.anchors import ANCHORS
+from adastate_jax.training.loop import progress
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+_EXAMPLE = """examples:
+  python -m adastate_jax.evaluate runs/adaptive/samples runs/static/samples --output=runs/comparison
+  python -m adastate_jax.evaluate export --help"""
+_EXPORT_EXAMPLE = """examples:
+  python -m adastate_jax.evaluate export --vbench=vbench/adaptive --prompts=all_dimension.txt \\
+      --extended=all_dimension_extended.txt --checkpoint=runs/wan
+  python -m adastate_jax.evaluate export --vbench=vbench/adaptive --prompts=all_dimension.txt --videos=samples
+  python -m adastate_jax.evaluate export --vbench=vbench/adaptive --prompts=all_dimension.txt --check"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the command line, measures all videos and writes the report."""
+    if arguments[:1] == ["export"]:
+        return export(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m adastate_jax.evaluate",
+        description="Measures motion, camera, flicker, smoothness, chunk seams, scene lock and drift of videos, "
+        "without any downloaded network. A folder is a group, and so is each of its subfolders.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO|DIR", help="video files, or folders of them")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the report goes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+    default = Settings()
+    parser.add_argument(
+        "--first-chunk",
+        type=int,
+        default=default.first_chunk,
+        metavar="FRAMES",
+        help=f"video frames of the stream's first chunk, for the seams (default {default.first_chunk}, Wan's)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=default.chunk,
+        metavar="FRAMES",
+        help=f"video frames of the other chunks (default {default.chunk})",
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise UserError(f"--jobs={options.jobs}: give at least 1")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output={options.output}: is a file; name a folder")
+    settings = Settings(options.first_chunk, options.chunk)
+
+    files = find_videos(options.videos)
+    results = measure_files([path for path, _ in files], settings, options.jobs)
+    videos, skipped = [], []
+    for (path, group), result in zip(files, results, strict=True):
+        if isinstance(result, Measurement):
+            videos.append(Video(path.name, group, result))
+        else:
+            skipped.append((str(path), str(result)))
+    if not videos:
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
+    for file, reason in skipped:
+        print(f"skipped {file}: {reason}", file=sys.stderr)
+    try:
+        write_report(options.output, videos, skipped, settings)
+    except OSError as error:
+        raise UserError(f"--output={options.output}: cannot be written ({error.strerror or error})") from None
+    for group, members in by_group(videos).items():
+        print(_line(group, [video.measurement for video in members]))
+    print(options.output / "report.html", file=sys.stderr)
+    return 0
+
+
+def _line(group, members):
+    def mean(name):
+        return summarize_group([one.metrics[name] for one in members]).mean
+
+    return (
+        f"{group}: {len(members)} video{'s'[: len(members) != 1]}, motion {mean('motion'):.1f} %h/s, "
+        f"luma drift {mean('luma_drift'):+.1f}, saturation drift {mean('saturation_drift'):+.1f}, "
+        f"colour lock at the end {mean('lock_histogram_end'):.2f}"
+    )
+
+
+def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The video files among paths and in folders (all levels), each with its group: (file, name of its folder).
+
+    Groups are named by as much of the folder's path as tells them apart. Hidden files are left out, and so is a file
+    that was already named.
+
+    Raises:
+        UserError: a path is missing, or a folder holds no video.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if _is_video(file.relative_to(path)) and file.is_file())
+            if not inside:
+                raise UserError(f"{path}: holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
+        elif path.exists():
+            inside = [path]
+        else:
+            raise UserError(f"{path}: no such file or folder; correct the path")
+        for file in inside:
+            found.setdefault(file.resolve(), file)
+    folders = {file: file.absolute().parent for file in found.values()}
+    names = _tell_apart(dict.fromkeys(folders.values()))
+    return [(file, names[folder]) for file, folder in folders.items()]
+
+
+def _is_video(relative):
+    return relative.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in relative.parts)
+
+
+def _tell_apart(folders):
+    names = {}
+    for folder in folders:
+        parts = folder.parts
+        length = 1
+        while length < len(parts) and sum(other.parts[-length:] == parts[-length:] for other in folders) > 1:
+            length += 1
+        names[folder] = "/".join(parts[-length:]).lstrip("/") or "/"
+    return names
+
+
+def measure_files(files: Sequence[Path], settings: Settings, jobs: int) -> list[Measurement | Unusable]:
+    """Measures files in `jobs` processes, with a progress bar: what `measure_video` returns or raises for each.
+
+    Raises `UserError` where a process was killed.
+    """
+    with progress("measure", sum(map(_frames_by_header, files)), unit="frame") as bar:
+        if min(jobs, len(files)) == 1:
+            return [_measure(file, settings, bar.update) for file in files]
+        try:
+            return _measure_in_processes(files, settings, min(jobs, len(files)), bar)
+        except BrokenProcessPool:
+            raise UserError(f"--jobs={jobs}: a process was killed, perhaps for want of memory; give fewer") from None
+
+
+def _measure(file, settings, count_frames):
+    try:
+        return measure_video(file, settings, count_frames)
+    except Unusable as reason:
+        return reason
+
+
+def _measure_in_processes(files, settings, jobs, bar):
+    # Not forked: this process has threads, of JAX and of the progress bar.
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("q", 0)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (done, threads))
+    try:
+        futures = [pool.submit(_measure_in_worker, file, settings) for file in files]
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.2)
+            bar.update(done.value - bar.n)
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(done, threads):
+    global _frames_done  # a lock can be handed to a process only when it starts
+    _frames_done = done
+    cv2.setNumThreads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, not after the videos it was handed
+
+
+def _measure_in_worker(file, settings):
+    def count_frames(frames):
+        with _frames_done.get_lock():
+            _frames_done.value += frames
+
+    return _measure(file, settings, count_frames)
+
+
+def _frames_by_header(file):
+    try:
+        return read_header(file).num_frames
+    except (av.FFmpegError, OSError, ValueError):
+        return 0  # it will be skipped, with its reason
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Parses the command line of `export` and fills or checks a folder for VBench; 1 if the check finds anything."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adastate_jax.evaluate export",
+        description="Fills a folder with videos named as VBench or VBench-Long reads them, or checks one. "
+        "Started again, it goes on where it was interrupted.",
+        epilog=_EXPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--vbench", required=True, type=Path, metavar="DIR", help="the folder for VBench")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="short prompts, one a line, or VBench_full_info.json",
+    )
+    parser.add_argument("--extended", type=Path, metavar="FILE", help="prompts to generate from, in the same order")
+    parser.add_argument("--samples", type=int, metavar="N", help="videos per prompt (default 5; custom 1)")
+    parser.add_argument("--custom", action="store_true", help="numbered files, and their prompts in DIR.prompts.json")
+    parser.add_argument("--long", action="store_true", help="for VBench-Long, which allows no underscore in a name")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video; each has its own (default 0)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--videos", type=Path, metavar="DIR", help="copy these: named by prompt or line, or captioned")
+    what.add_argument("--checkpoint", type=Path, metavar="DIR", help="generate with this model, as sample does")
+    what.add_argument("--check", action="store_true", help="only list what is missing or wrong")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of generated videos (default 5)")
+    parser.add_argument("--anchor", choices=tuple(ANCHORS), help="instead of the one that the model was trained with")
+    options = parser.parse_args(arguments)
+    if not math.isfinite(options.seconds) or options.seconds <= 0:
+        raise UserError(f"--seconds={options.seconds}: must be positive")
+
+    samples = options.samples
+    if samples is None:
+        samples = 1 if options.custom else vbench.STANDARD_SAMPLES
+    config = vbench.ExportConfig(samples, options.custom, options.long, options.seed)
+    extended = vbench.read_prompts(options.extended) if options.extended else None
+    slots = vbench.plan_export(vbench.read_prompts(options.prompts), config, extended)
+    if not options.check:
+        try:
+            with progress("export", len(slots), unit="video") as bar:
+                _fill(options, slots, config, bar)
+        except OSError as error:
+            raise UserError(f"--vbench={options.vbench}: cannot be written ({error.strerror or error})") from None
+    return _report_check(options.vbench, slots, config)
+
+
+def _fill(options, slots, config, bar):
+    if options.videos:
+        files, unmatched = vbench.match_files(options.videos, slots)
+        for name in unmatched:
+            bar.write(f"skipped {options.videos / name}: belongs to no prompt", file=sys.stderr)
+        vbench.export_files(options.vbench, slots, config, files, bar.update)
+        return
+    model = load(options.checkpoint)
+
+    def generate(text, seed):
+        return stream(model, text, options.seconds, seed, options.anchor)
+
+    checkpoint = str(options.checkpoint.resolve())
+    source = {"checkpoint": checkpoint, "seconds": options.seconds, "anchor": options.anchor}
+    vbench.export_generated(options.vbench, slots, config, generate, source, bar.update)
+
+
+def _report_check(folder, slots, config):
+    with progress("check", len(slots), unit="video") as bar:
+        check = vbench.check_export(folder, slots, config, bar.update)
+    for name in check.missing:
+        print(f"missing {name}")
+    for problem in check.problems:
+        print(f"problem {problem}")
+    for note in check.notes:
+        print(f"note {note}", file=sys.stderr)
+    found = len(slots) - len(check.missing)
+    print(f"{folder}: {found} of {len(slots)} videos, {len(check.problems)} problems", file=sys.stderr)
+    return 1 if check.missing or check.problems else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
