@@ -1,18 +1,58 @@
-"""Tensors that lie in files: nothing is read before it is asked for, and then only as many rows as are asked for."""
+"""Tensors that are read when asked for, and then only as many rows as are asked for: the currency of `convert`."""
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
+from adastate_jax.errors import UserError
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# Weights come in these; the two that a network can be stored in are first.
+# Weights come in these.
 FLOATING = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16), np.dtype(np.float64))
 
-_MAPPED_BYTES = 1 << 26
+# Rows are handled so many bytes at a time: transposing such a block stays within the processor's caches.
+_BLOCK_BYTES = 1 << 22
+
+
+class Tensor(Protocol):
+    """What a reader needs to know of a tensor.
+
+    Attributes:
+        path: file or folder that it comes from, to name in errors.
+        shape, dtype: of the elements.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Part [stop − start, ...] of the leading axis, read-only, in any floating dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """An array in memory."""
+
+    path: Path
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.array[start:stop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +78,11 @@ class StoredTensor:
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         return cls(path, offset, dtype, shape, strides)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __getitem__(self, rows: slice) -> "StoredTensor":
+        """Rows of the leading axis, unread."""
+        start, stop, _ = rows.indices(self.shape[0])
+        offset = self.offset + start * self.strides[0] * self.dtype.itemsize
+        return dataclasses.replace(self, offset=offset, shape=(max(stop - start, 0), *self.shape[1:]))
 
     def read(self) -> np.ndarray:
         """All of it, read-only, in the file's dtype."""
@@ -56,24 +97,37 @@ class StoredTensor:
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Part [stop − start, ...] of the leading axis, read-only; raises IndexError outside of it."""
-        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
-            raise IndexError(f"rows {start} to {stop} of shape {self.shape}")
-        part = dataclasses.replace(
-            self,
-            offset=self.offset + start * self.strides[0] * self.dtype.itemsize,
-            shape=(stop - start, *self.shape[1:]),
-        )
-        return part.read()
-
-    def last_rows(self, count: int) -> "StoredTensor":
-        """The last `count` entries of the leading axis, unread."""
-        skipped = (self.shape[0] - count) * self.strides[0] * self.dtype.itemsize
-        return dataclasses.replace(self, offset=self.offset + skipped, shape=(count, *self.shape[1:]))
+        """Part [stop − start, ...] of the leading axis, read-only, in the file's dtype."""
+        return self[start:stop].read()
 
 
-def row_blocks(shape: tuple[int, ...], itemsize: int, nbytes: int = _MAPPED_BYTES) -> list[tuple[int, int]]:
-    """Ranges of rows that tile the leading axis, of at most `nbytes` each where single rows allow it."""
-    row = max(math.prod(shape[1:]) * itemsize, 1)
-    step = max(nbytes // row, 1)
-    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+def row_blocks(tensor: Tensor) -> Iterator[slice]:
+    """Ranges of rows that tile the leading axis, a few megabytes each where single rows allow it."""
+    row = max(math.prod(tensor.shape[1:]) * tensor.dtype.itemsize, 1)
+    step = max(_BLOCK_BYTES // row, 1)
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, min(start + step, tensor.shape[0]))
+
+
+def finite_blocks(name: str, tensor: Tensor, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+    """A tensor in another dtype, a few rows at a time.
+
+    Args:
+        name: of the tensor, for errors.
+        tensor: of one axis or more.
+        dtype: of the result.
+
+    Yields:
+        (range of rows, these rows [n, ...]).
+
+    Raises:
+        UserError: a number is NaN, infinite, or beyond the range of the new dtype.
+    """
+    for block in row_blocks(tensor):
+        with np.errstate(over="ignore"):  # beyond the range is infinite, which is reported below
+            rows = tensor.rows(block.start, block.stop).astype(dtype, copy=False)
+        if not np.isfinite(rows).all():
+            raise UserError(
+                f"{tensor.path}: {name} holds NaN, infinity or numbers beyond {dtype.name}; download it again"
+            )
+        yield block, rows

@@ -6,8 +6,10 @@ with `{layer}` stands for all layers, which our networks stack along a leading a
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,20 +371,15 @@ def tiny_vae_table(config: TinyVAEConfig) -> list[Entry]:
     return entries
 
 
-def tiny_vae_rows(config: TinyVAEConfig) -> dict[str, int]:
-    """Rows that this network's frame-growing layers have, by official name."""
-    return {
-        f"decoder.{7 + 6 * level}.conv.weight": width * (1 + temporal)
-        for level, (width, temporal) in enumerate(zip(config.widths, config.temporal_upsample, strict=True))
-    }
-
-
-def tiny_vae_tensors(config: TinyVAEConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def tiny_vae_tensors(config: TinyVAEConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """A TAEHV checkpoint with its frame-growing layers cut to this network.
 
     Checkpoints may hold such a layer for more frames than the network grows; the newest frame's rows, the last, count.
     """
-    rows = tiny_vae_rows(config)
+    rows = {
+        f"decoder.{7 + 6 * level}.conv.weight": width * (1 + temporal)
+        for level, (width, temporal) in enumerate(zip(config.widths, config.temporal_upsample, strict=True))
+    }
     return {name: tensors[name][-rows[name] :] if name in rows else tensors[name] for name in tensors}
 
 
@@ -450,6 +447,44 @@ class SafeTensors(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    blocks: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+) -> int:
+    """Writes a `.safetensors` file piece by piece; the library's writer wants all tensors in memory at once.
+
+    Args:
+        path: the file.
+        layout: dtype and shape of every tensor by name, in the order of their elements.
+        blocks: all elements, the last axis fastest, in pieces of any size.
+        metadata: of the header.
+
+    Returns:
+        CRC-32 of the file.
+    """
+    kinds = {dtype: kind for kind, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    head = len(text).to_bytes(8, "little") + text
+    checksum = zlib.crc32(head)
+    with path.open("wb") as stream:
+        stream.write(head)
+        for block in blocks:
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            checksum = zlib.crc32(data, checksum)
+            stream.write(data)
+        if stream.tell() != len(head) + end:
+            raise ValueError(f"{path}: {stream.tell() - len(head)} bytes of elements, the layout has {end}")
+    return checksum
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where an official tensor goes: a leaf of ours, or one layer of it.
@@ -470,6 +505,11 @@ def leaf_name(path) -> str:
     return path_name(path).removesuffix("/value")
 
 
+def leaves(network: Any) -> dict[str, Any]:
+    """A network's leaves by path, `a/b/c`."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(network)}
+
+
 def official_slots(abstract: Any, table: Sequence[Entry]) -> dict[str, Slot]:
     """The official tensors that a network's leaves are made of, by name.
 
@@ -479,8 +519,8 @@ def official_slots(abstract: Any, table: Sequence[Entry]) -> dict[str, Slot]:
     """
     entries = {entry.path: entry for entry in table}
     slots = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        entry = entries[leaf_name(path)]
+    for name, leaf in leaves(abstract).items():
+        entry = entries[name]
         stacked = "{layer}" in entry.official
         # One byte behind all elements: the largest of these tensors have 10^9 of them.
         ours = np.broadcast_to(np.zeros((), np.bool_), leaf.shape[1:] if stacked else leaf.shape)
@@ -490,8 +530,21 @@ def official_slots(abstract: Any, table: Sequence[Entry]) -> dict[str, Slot]:
     return slots
 
 
+def mismatches(slots: Mapping[str, Slot], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What keeps tensors of these shapes from filling a network exactly, one phrase each; none if they do."""
+    missing = [name for name in slots if name not in shapes]
+    surplus = [name for name in shapes if name not in slots]
+    faults = [f"{len(missing)} tensors are missing: {shortlist(missing)}"] if missing else []
+    faults += [f"{len(surplus)} tensors belong to no known part: {shortlist(surplus)}"] if surplus else []
+    return faults + [
+        f"{name} has shape {list(shapes[name])}, this network needs {list(slot.shape)}"
+        for name, slot in slots.items()
+        if name in shapes and tuple(shapes[name]) != slot.shape
+    ]
+
+
 def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray], source: str) -> Any:
-    """Fills a network's leaves from official tensors.
+    """Fills a network's leaves from official tensors in memory.
 
     Args:
         abstract: the network as `jax.eval_shape` (or a live one) gives it; leaves keep its dtypes, and its shardings
@@ -506,41 +559,21 @@ def load(abstract: Any, table: Sequence[Entry], tensors: Mapping[str, np.ndarray
     Raises:
         UserError: names are missing, left over, or of a wrong shape.
     """
-    by_path = {entry.path: entry for entry in table}
-    used: set[str] = set()
-    missing: list[str] = []
+    faults = mismatches(official_slots(abstract, table), {name: tensors[name].shape for name in tensors})
+    if faults:
+        raise UserError(f"{source}: {shortlist(faults, 4)}")
+    entries = {entry.path: entry for entry in table}
 
     def fill(path, leaf):
-        entry = by_path[leaf_name(path)]
-        stacked = "{layer}" in entry.official
-        official = [entry.official.format(layer=i) for i in range(leaf.shape[0])] if stacked else [entry.official]
-        absent = [n for n in official if n not in tensors]
-        if absent:
-            missing.extend(absent)
-            return leaf
-        used.update(official)
-        layer_shape = leaf.shape[1:] if stacked else leaf.shape
-        layers = []
-        for n in official:
-            tensor = tensors[n]
-            try:
-                layer = entry.from_official(tensor)
-            except einops.EinopsError:
-                layer = tensor
-            if layer.shape != layer_shape:
-                expected = entry.to_official(np.empty(layer_shape, np.bool_)).shape
-                raise UserError(f"{source}: {n} has shape {list(tensor.shape)}, this network needs {list(expected)}")
-            layers.append(layer)
-        value = np.stack(layers) if stacked else layers[0]
+        entry = entries[leaf_name(path)]
+        if "{layer}" in entry.official:
+            names = [entry.official.format(layer=layer) for layer in range(leaf.shape[0])]
+            value = np.stack([entry.from_official(tensors[name]) for name in names])
+        else:
+            value = entry.from_official(tensors[entry.official])
         return jax.device_put(jnp.asarray(value, leaf.dtype), getattr(leaf, "sharding", None))
 
-    model = jax.tree_util.tree_map_with_path(fill, abstract)
-    if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing: {shortlist(missing)}")
-    surplus = [name for name in tensors if name not in used]
-    if surplus:
-        raise UserError(f"{source}: {len(surplus)} tensors belong to no known part: {shortlist(surplus)}")
-    return model
+    return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 def shortlist(names: Sequence[str], limit: int = 8) -> str:

@@ -172,8 +172,8 @@ def test_a_manifest_with_another_shape_or_name_fails(run, tmp_path):
     code, results = run(tmp_path)
     assert code == 1
     result = results["manifest_self_forcing_generator", "state_dict"]
-    assert "head.head.bias has shape [65], ours [64]" in result
-    assert "extra is on one side only" in result
+    assert "head.head.bias has shape [65], this network needs [64]" in result
+    assert "belong to no known part: extra" in result
 
 
 @needs_golden

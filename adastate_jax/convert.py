@@ -1,0 +1,229 @@
+"""The convert command: published weights into folders of ours, and our weights into files that PyTorch tools read."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adastate_jax import generate
+from adastate_jax.config import STAGES, to_dict
+from adastate_jax.converted import is_converted, open_converted, write_converted
+from adastate_jax.errors import UserError, run_command
+from adastate_jax.kinds import KINDS, Network, identify
+from adastate_jax.lora import merge_lora
+from adastate_jax.sources import HEADER_KEY, open_source
+from adastate_jax.tensors import ArrayTensor, finite_blocks
+from adastate_jax.training.loop import progress
+from adastate_jax.weights import leaves, write_safetensors
+
+_EXAMPLE = """examples:
+  python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher
+  python -m adastate_jax.convert --source=self_forcing_dmd.pt --output=weights/student --dtype=bfloat16
+  python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --output=weights/longlive
+  python -m adastate_jax.convert --source=runs/small_world --to=safetensors --names=diffusers --output=student"""
+
+
+def open_run(path: Path) -> Network:
+    """The student of a folder that `train` wrote, in official layout.
+
+    Raises:
+        UserError: the folder holds no student, or is damaged.
+    """
+    student = generate.load(path).student
+    slots = KINDS["transformer"].slots(student.config)
+    held = {name: np.asarray(leaf) for name, leaf in leaves(student).items()}
+    tensors = {}
+    for name, slot in slots.items():
+        leaf = held[slot.entry.path]
+        tensors[name] = ArrayTensor(path, slot.entry.to_official(leaf if slot.layer is None else leaf[slot.layer]))
+    return Network("transformer", student.config, slots, tensors)
+
+
+def export(network: Network, folder: Path, names: str, advance: Callable[[int], Any]) -> None:
+    """Writes a network as `.safetensors` in its configuration's `param_dtype`, with a `config.json` for PyTorch tools.
+
+    Args:
+        network: where the weights are read from.
+        folder: is there, and is not yet under its final name.
+        names: key of the kind's `namings`: `official`, or `diffusers` (of the text encoder: transformers).
+        advance: called with the number of bytes that were written since the last time.
+
+    Raises:
+        UserError: a weight is not finite.
+        OSError: the disk is full.
+    """
+    config, naming = network.config, KINDS[network.kind].namings[names]
+    dtype = np.dtype(config.param_dtype)
+    layout = {naming.from_official(name, config): (dtype, slot.shape) for name, slot in network.slots.items()}
+
+    def blocks() -> Iterator[np.ndarray]:
+        for name in network.slots:
+            for _, rows in finite_blocks(name, network.tensors[name], dtype):
+                yield rows
+                advance(rows.nbytes)
+
+    metadata = {"format": "pt", HEADER_KEY: json.dumps({"kind": network.kind, "config": to_dict(config)})}
+    write_safetensors(folder / f"{naming.stem}.safetensors", layout, blocks(), metadata)
+    if settings := naming.published_config(config):
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path, nbytes: int) -> Iterator[Path]:
+    """A hidden folder that takes the name `output` if all goes well, and disappears if not."""
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < nbytes:
+            raise UserError(f"--output={output}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+        yield partial
+        partial.replace(output)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    overrides = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not name or not equals:
+            raise UserError(f"--set {setting}: must be NAME=VALUE")
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            raise UserError(f"--set {setting}: the value must be a number, a list [1, 2], true or false") from None
+    return overrides
+
+
+def _open(options: argparse.Namespace) -> Network:
+    """The network that the options name."""
+    path = options.source
+    is_run = (path / "config.json").is_file() and any((path / stage).is_dir() for stage in STAGES)
+    if is_converted(path) or is_run:
+        if options.part or options.set:
+            raise UserError("--part and --set: only for published weights, not for folders of this package")
+        network = open_converted(path) if is_converted(path) else open_run(path)
+    else:
+        source = open_source(path, options.part)
+        network = identify(source, _parse_overrides(options.set))
+        if source.part:
+            print(f"{path}: its part {source.part}", file=sys.stderr)
+    if options.lora:
+        network = merge_lora(network, options.lora, options.lora_alpha)
+    dtype = options.dtype or network.config.param_dtype
+    return dataclasses.replace(network, config=dataclasses.replace(network.config, param_dtype=dtype, dtype=dtype))
+
+
+def _summary(network: Network) -> str:
+    """One line about a network: its kind, and what of its configuration is unlike the defaults."""
+    config = network.config
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("param_dtype", "dtype")]
+    changed = [f"{f.name}={getattr(config, f.name)}" for f in fields if getattr(config, f.name) != f.default]
+    return f"{network.title} ({', '.join(changed) or 'of the published size'}), {config.param_dtype}"
+
+
+def _refuse_unpublishable(network: Network, names: str) -> None:
+    """Refuses names under which no PyTorch network could hold these weights."""
+    namings = KINDS[network.kind].namings
+    if names not in namings:
+        raise UserError(f"--names={names}: a {network.title} has {', '.join(namings)} names only")
+    if names == "diffusers" and not getattr(network.config, "qk_norm", True):
+        raise UserError("--names=diffusers: its transformer always normalises queries and keys, this one does not")
+    if getattr(network.config, "prediction", "flow") != "flow":
+        print("note: this network predicts clean latents, which PyTorch tools will take for a flow", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m adastate_jax.convert",
+        description="Turns published weights (Wan2.1 transformers, Self-Forcing generators, LoRAs, UMT5, video "
+        "autoencoders) into folders of this package, and its weights into files that PyTorch tools read.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        type=Path,
+        metavar="FILE|DIR",
+        help=".safetensors, .pth or .pt file, or a folder of one checkpoint; also a folder that convert or train wrote",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--to", choices=("converted", "safetensors"), default="converted", help="what to write (default converted)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the weights (default: what holds the source's)"
+    )
+    parser.add_argument(
+        "--names",
+        choices=("official", "diffusers"),
+        help="names to write with --to=safetensors (default official); of the text encoder, diffusers is transformers",
+    )
+    parser.add_argument("--lora", type=Path, metavar="FILE|DIR", help="adapter to add to the weights, in float32")
+    parser.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="NUMBER",
+        help="adapter's alpha; its changes are scaled by alpha / rank (default: as its file says, else the rank)",
+    )
+    parser.add_argument(
+        "--part",
+        default="",
+        metavar="NAME",
+        help="part of a .pt file with several networks (default generator_ema, else generator)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="field of the network's configuration that its shapes do not tell, such as num_heads=12",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the command line and converts."""
+    options = _parser().parse_args(arguments)
+    output, names = options.output, options.names or "official"
+    if options.names and options.to != "safetensors":
+        raise UserError(f"--names={options.names}: needs --to=safetensors")
+    if options.lora_alpha is not None and not options.lora:
+        raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output={output}: exists; name a new folder")
+    network = _open(options)
+    if options.to == "safetensors":
+        _refuse_unpublishable(network, names)
+    print(_summary(network), file=sys.stderr)
+    elements = sum(math.prod(slot.shape) for slot in network.slots.values())
+    nbytes = elements * np.dtype(network.config.param_dtype).itemsize
+    with _new_folder(output, nbytes) as folder, progress("convert", nbytes, unit="B") as bar:
+        bar.unit_scale = True
+        if options.to == "safetensors":
+            export(network, folder, names, bar.update)
+        else:
+            write_converted(network, folder, bar.update)
+    print(f"{output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    # The accelerator has nothing to do here, and may be busy.
+    jax.config.update("jax_platforms", "cpu")
+    run_command(main)

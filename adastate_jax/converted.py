@@ -1,0 +1,166 @@
+"""Converted folders: one network in the layout of its own leaves, read straight to where the weights will stay.
+
+`converted.json` says which network it is and how it is configured, `weights.safetensors` holds its leaves by path. The
+writer goes through the source once and holds one tensor (of one layer) at a time; a reader maps the file into memory
+and takes from each leaf the part that its devices get.
+"""
+
+import dataclasses
+import json
+import mmap
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adastate_jax.config import build, to_dict
+from adastate_jax.errors import UserError
+from adastate_jax.kinds import KINDS, Network
+from adastate_jax.sharding import make_mesh, tree_shardings
+from adastate_jax.tensors import StoredTensor, Tensor, finite_blocks
+from adastate_jax.weights import SafeTensors, Slot, leaf_name, leaves, write_safetensors
+
+_DESCRIPTION = "converted.json"
+_WEIGHTS = "weights.safetensors"
+_FORMAT = 1
+
+
+def write_converted(network: Network, folder: Path, advance: Callable[[int], Any]) -> None:
+    """Writes a network into an empty folder, in its configuration's `param_dtype`.
+
+    Args:
+        network: where the weights are read from.
+        folder: is there, and is not yet under its final name.
+        advance: called with the number of bytes that were written since the last time.
+
+    Raises:
+        UserError: a weight is not finite.
+        OSError: the disk is full.
+    """
+    shapes = leaves(KINDS[network.kind].abstract(network.config))
+    layout = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in shapes.items()}
+
+    def layers() -> Iterator[np.ndarray]:
+        for name, slot in network.slots.items():
+            leaf = shapes[slot.entry.path]
+            ours = np.empty(leaf.shape if slot.layer is None else leaf.shape[1:], leaf.dtype)
+            _fill(ours, slot, name, network.tensors[name])
+            yield ours
+            advance(ours.nbytes)
+
+    checksum = write_safetensors(folder / _WEIGHTS, layout, layers(), {})
+    description = {"format": _FORMAT, "kind": network.kind, "config": to_dict(network.config), "crc32": checksum}
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _fill(ours: np.ndarray, slot: Slot, name: str, tensor: Tensor) -> None:
+    """Copies an official tensor into a leaf (of one layer)."""
+    theirs = slot.entry.to_official(ours)
+    if not np.may_share_memory(theirs, ours):
+        raise ValueError(f"{slot.entry.pattern}: is no view")
+    for block, rows in finite_blocks(name, tensor, ours.dtype):
+        theirs[block] = rows
+
+
+def is_converted(path: str | Path) -> bool:
+    """Whether a folder is one that `convert` wrote."""
+    return (Path(path) / _DESCRIPTION).is_file()
+
+
+def load_converted(
+    path: str | Path, kind: str, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None, **fields: Any
+) -> Any:
+    """The network of a folder that `convert` wrote: a `DiT`, `TextEncoder`, `VAE` or `TinyVAE`.
+
+    Args:
+        path: the folder.
+        kind: what it must hold: transformer, text_encoder, vae or tiny_vae.
+        mesh: devices that the weights are split over by `sharding.py`; None is one device.
+        dtype: of weights and computation, bfloat16 or float32; None keeps what is stored.
+        fields: other fields of the network's configuration, which change no weight, such as `attention` or `remat`;
+            `param_dtype` here is of the weights alone.
+
+    Raises:
+        UserError: the folder is not one of ours, holds another kind of network, or is damaged.
+    """
+    found, config, stored = _open(Path(path))
+    if found != kind:
+        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    if dtype is not None:
+        fields = {"param_dtype": dtype, "dtype": dtype} | fields
+    abstract = KINDS[kind].abstract(dataclasses.replace(config, **fields))
+    shardings = tree_shardings(abstract, make_mesh() if mesh is None else mesh)
+
+    def place(path, leaf, sharding):
+        whole = stored[leaf_name(path)].read()
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _copied(whole[index], leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(place, abstract, shardings)
+
+
+def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in memory that starts on a page, which JAX on a CPU takes over as it is; all other it copies once more."""
+    memory = mmap.mmap(-1, max(array.size * dtype.itemsize, 1))
+    copy = np.frombuffer(memory, dtype, array.size).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def open_converted(path: str | Path) -> Network:
+    """The network of a folder that `convert` wrote, in official layout, unread.
+
+    Raises:
+        UserError: the folder is not one of ours, or damaged.
+    """
+    kind, config, stored = _open(Path(path))
+    slots = KINDS[kind].slots(config)
+    return Network(
+        kind, config, slots, {name: _official(stored[slot.entry.path], slot) for name, slot in slots.items()}
+    )
+
+
+def _official(leaf: StoredTensor, slot: Slot) -> StoredTensor:
+    """An official tensor as a view of a stored leaf."""
+    if slot.layer is not None:
+        leaf = leaf[slot.layer : slot.layer + 1]
+        leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], strides=leaf.strides[1:])
+    # Memory of the same layout that nobody touches; an element is a byte, so that its strides count elements.
+    ours = np.empty(leaf.shape, np.bool_)
+    theirs = slot.entry.to_official(ours)
+    if not np.may_share_memory(theirs, ours):
+        raise ValueError(f"{slot.entry.pattern}: is no view")
+    return dataclasses.replace(leaf, shape=theirs.shape, strides=theirs.strides)
+
+
+def _open(path: Path) -> tuple[str, Any, dict[str, StoredTensor]]:
+    """Kind, configuration and leaves by path, unread but checked."""
+    description, file = path / _DESCRIPTION, path / _WEIGHTS
+    if not is_converted(path):
+        raise UserError(f"{path}: not a folder that convert wrote (no {_DESCRIPTION})")
+    try:
+        values = json.loads(description.read_text())
+        version, kind, fields, checksum = (values[name] for name in ("format", "kind", "config", "crc32"))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{description}: damaged ({error!r}); convert it again") from None
+    if version != _FORMAT or kind not in [*KINDS]:
+        raise UserError(f"{description}: of another version of this package (format {version!r}, kind {kind!r})")
+    config = build(KINDS[kind].config, fields, str(description))
+    stored = SafeTensors(file).stored()
+    if _checksum(file) != checksum:
+        raise UserError(f"{file}: damaged; convert it again")
+    wanted = {name: (leaf.dtype, leaf.shape) for name, leaf in leaves(KINDS[kind].abstract(config)).items()}
+    if wanted != {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}:
+        raise UserError(f"{description}: describes another network than {file.name} holds; convert it again")
+    return kind, config, stored
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    checksum = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
