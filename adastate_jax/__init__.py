@@ -1,9 +1,11 @@
 """Streaming video generation with an adaptive state, in JAX.
 
->>> import adastate_jax as ada                                          # doctest: +SKIP
->>> model = ada.load("runs/tiny")                                       # doctest: +SKIP
->>> for frames in ada.stream(model, "a camera pans left", seconds=30):  # doctest: +SKIP
-...     ...                                                             # uint8 [F, H, W, 3]
+>>> import adastate_jax as ada
+>>> model = ada.load(config="configs/tiny.py", random_weights=True)  # or ada.load("runs/tiny"), a trained one
+>>> for frames in ada.stream(model, "a camera pans left", seconds=0.25):
+...     print(frames.dtype, frames.shape)
+uint8 (3, 32, 32, 3)
+uint8 (1, 32, 32, 3)
 """
 
 from adastate_jax.errors import UserError

@@ -23,6 +23,8 @@ from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.text import TextConfig
+from adastate_jax.models.tiny_vae import TinyVAEConfig
+from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
 from adastate_jax.streaming.rollout import StreamConfig
 from adastate_jax.training.dmd import DistillConfig
@@ -30,6 +32,15 @@ from adastate_jax.training.initialize import InitializeConfig
 from adastate_jax.training.pretrain import PretrainConfig
 
 STAGES = ("pretrain", "initialize", "distill", "sample")
+DECODERS = ("patch", "wan", "tiny")
+
+# What Wan2.1's teacher is guided away from. Source: wan/configs/shared_config.py sample_neg_prompt; Self-Forcing's
+# configs/self_forcing_dmd.yaml negative_prompt is the same.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +48,8 @@ class DataConfig:
     """The video clips, and the prompts of distillation.
 
     Attributes:
-        kind: `worlds`, procedural clips; or `videos`, a folder of files.
+        kind: `worlds`, procedural clips; `videos`, a folder of files; or `none`, for networks that come trained: then
+            `clips` says the size of the videos that they make.
         worlds: what the procedural clips show, and `num_worlds`, how many there are.
         folder, clips: the folder of video files, and how clips are cut from them.
         prompts: text file with one prompt per line for distillation; empty uses the clips' captions.
@@ -51,14 +63,14 @@ class DataConfig:
     prompts: str = ""
 
     def __post_init__(self):
-        if self.kind not in ("worlds", "videos"):
-            raise ValueError(f"kind must be worlds or videos, got {self.kind!r}")
+        if self.kind not in ("worlds", "videos", "none"):
+            raise ValueError(f"kind must be worlds, videos or none, got {self.kind!r}")
         if self.kind == "videos" and not self.folder:
             raise ValueError("folder is not set; name a folder of video files with --config.data.folder=DIR")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a clip in pixels."""
+        """Height and width of a video in pixels."""
         clips = self.worlds if self.kind == "worlds" else self.clips
         return clips.height, clips.width
 
@@ -126,13 +138,24 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that determines a run."""
+    """Everything that determines a run.
+
+    Attributes:
+        negative_prompt: what the teacher is guided away from.
+        decoder: between latents and video: `patch`, a linear codec that training fits to its data; `wan`, Wan2.1's
+            autoencoder; `tiny`, its fast stand-in TAEW2.1.
+        codec, vae, tiny_vae: of the three.
+        model: the transformer, teacher, critic and student alike.
+    """
 
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     negative_prompt: str = ""
     text: TextConfig = TextConfig()
+    decoder: str = "patch"
     codec: PatchCodecConfig = PatchCodecConfig()
+    vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
+    tiny_vae: TinyVAEConfig = dataclasses.field(default_factory=TinyVAEConfig)
     model: DiTConfig = DiTConfig()
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
@@ -147,7 +170,13 @@ class Config:
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {self.stages}")
-        frames = (("data clip frames", self.data.num_frames), ("distill.rollout_frames", self.distill.rollout_frames))
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        if self.stages and self.data.kind == "none":
+            raise ValueError("stages need clips, and data.kind is none; set stages to () or data.kind to videos")
+        frames = [("distill.rollout_frames", self.distill.rollout_frames)]
+        if self.data.kind != "none":
+            frames.append(("data clip frames", self.data.num_frames))
         for name, value in frames:
             if value < 1 or value % self.stream.chunk_frames:
                 raise ValueError(f"{name} {value} is no whole number of chunks of {self.stream.chunk_frames} frames")
@@ -156,11 +185,35 @@ class Config:
                 f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
                 f"{self.text.dim} and text.text_length {self.text.text_length}"
             )
-        if self.model.in_channels != self.codec.channels or self.model.out_channels != self.codec.channels:
+        height, width, channels = self.latent_shape
+        if self.model.in_channels != channels or self.model.out_channels != channels:
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
-                f"codec.channels {self.codec.channels}"
+                f"the {channels} channels of the {self.decoder} decoder's latents"
             )
+        self.model.frame_tokens(height, width)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a latent frame; raises ValueError if latents do not tile the video's frames."""
+        side, channels = self._latent[0], self._latent[2]
+        height, width = self.data.size
+        if height % side or width % side:
+            raise ValueError(f"video of {height}x{width} is not tiled by latents of {side}x{side} pixels")
+        return height // side, width // side, channels
+
+    @property
+    def time_factor(self) -> int:
+        """Video frames per latent frame; with more than one, a video's first latent frame is one frame."""
+        return self._latent[1]
+
+    @property
+    def _latent(self) -> tuple[int, int, int]:
+        """Pixels along a side of a latent, frames per latent frame, and channels."""
+        if self.decoder == "patch":
+            return self.codec.patch, 1, self.codec.channels
+        network = self.vae if self.decoder == "wan" else self.tiny_vae
+        return network.space_factor, network.time_factor, network.latent_channels
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -172,7 +225,7 @@ def to_dict(config: Any) -> Any:
     """A configuration as plain dicts, lists and numbers, as `build` reads it."""
     if isinstance(config, NoAnchor):
         name = next(name for name, kind in ANCHORS.items() if type(config) is kind)
-        return {"name": name, "frames": config.frames}
+        return {"name": name, **dataclasses.asdict(config)}
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     return tuple(to_dict(x) for x in config) if isinstance(config, tuple) else config
@@ -244,9 +297,12 @@ def build(kind: type, values: Any, where: str) -> Any:
         raise UserError(f"{where}: must be a group of fields, got {values!r}")
     try:
         if issubclass(kind, NoAnchor):
-            _refuse_unknown(values, ("name", "frames"), where)
-            frames = _convert(int, values.get("frames", 1), f"{where}.frames")
-            return make_anchor(str(values.get("name", "adaptive")), frames)
+            name = str(values.get("name", "adaptive"))
+            types_ = typing.get_type_hints(ANCHORS[name]) if name in ANCHORS else {}
+            settings = {field: value for field, value in values.items() if field != "name"}
+            for field in types_.keys() & settings.keys():
+                settings[field] = _convert(types_[field], settings[field], f"{where}.{field}")
+            return make_anchor(name, **settings)
         types_ = typing.get_type_hints(kind)
         _refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
         return kind(**{name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()})

@@ -1,5 +1,6 @@
 """Errors that a user caused and can fix, and how commands report them."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,12 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's `main(argv)` and exits: its return code (None is 0), or 2 with one line for a `UserError`."""
+    """Runs a command's `main(argv)` and exits: its return code (None is 0), or 2 with one line for a `UserError`.
+
+    What the package logs (which attention backend serves, for one) goes to stderr.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
     try:
         code = main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:

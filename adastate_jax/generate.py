@@ -1,4 +1,4 @@
-"""From a prompt to video frames: load a trained model, and stream or sample from it."""
+"""From a prompt to video frames: load a model, and stream or sample from it."""
 
 import dataclasses
 import functools
@@ -12,20 +12,31 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config import Config, load_config
+from adastate_jax.config import WAN_NEGATIVE_PROMPT, Config, DataConfig, load_config, parse_config
+from adastate_jax.continuation import continue_stream, max_given_frames
+from adastate_jax.data.videos import ClipConfig
+from adastate_jax.embeddings import Embed, StoredTextEncoder, encode_tokens, random_embed
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
 from adastate_jax.models.attention import KeyValues
-from adastate_jax.models.dit import DiT
+from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
-from adastate_jax.models.text import ByteTokenizer, TextEncoder
-from adastate_jax.sharding import make_mesh, tree_shardings
-from adastate_jax.streaming.anchors import make_anchor
-from adastate_jax.streaming.rollout import RolloutCarry, StreamConfig, initial_carry, rollout, seed_keys
-from adastate_jax.streaming.rollout import stream as stream_chunks
+from adastate_jax.models.text import ByteTokenizer, TextConfig, TextEncoder
+from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.parts import has_part, load_part
+from adastate_jax.sharding import init_sharded, make_mesh, tree_shardings
+from adastate_jax.streaming.presets import named_stream
+from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys
+from adastate_jax.streaming.schedule import StreamConfig
 
 # Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
 _STUDENTS = (("distill", "student/ema"), ("initialize", "ema"))
+
+# What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
+_WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
+_HALF = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
 
 
 @jax.tree_util.register_dataclass
@@ -39,16 +50,24 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained model: configuration, causal student, and the frozen parts around it."""
+    """All that stands between a prompt and a video.
+
+    Attributes:
+        config: sizes and settings.
+        student: the causal transformer.
+        codec: between latents and video.
+        embed: texts → embeddings [B, T, text_dim], zero past each text.
+        mesh: devices that the weights are split over.
+    """
 
     config: Config
     student: DiT
-    frozen: Frozen
+    codec: PatchCodec | WanCodec
+    embed: Embed
+    mesh: jax.sharding.Mesh
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of a latent frame."""
-        return self.frozen.codec.latent_shape(*self.config.data.size)
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def abstract_dit(config: Config) -> DiT:
@@ -74,15 +93,61 @@ def with_shardings(abstract, mesh):
     )
 
 
-def load(path: str | Path) -> Model:
-    """Loads the model of a folder that `train` wrote: the distilled student, or the initialised one before that.
+def load(
+    path: str | Path | None = None,
+    config: Config | str | Path | None = None,
+    *,
+    decoder: str | None = None,
+    random_weights: bool = False,
+    text_cache: str | Path | None = None,
+) -> Model:
+    """Loads a model to generate with.
+
+    Args:
+        path: a folder that `train` wrote: its distilled student, or the initialised one before that. Or a folder of
+            networks that `convert` wrote: `transformer`, `text_encoder`, `vae` or `tiny_vae`, and a `tokenizer.json`.
+        config: of converted networks: a configuration or a file of one, which the networks must match. None takes
+            what the networks say, at 480×832 with AdaState's stream. A folder that `train` wrote brings its own.
+        decoder: `wan` or `tiny` instead of the configuration's.
+        random_weights: makes a model of `config` alone, with random networks and, instead of a text encoder, random
+            embeddings of each prompt: it runs as the real one does, and shows noise.
+        text_cache: folder that keeps the embeddings of prompts; None is `text_cache` in `path`.
 
     Raises:
-        UserError: the folder is missing, holds no student, or is damaged.
+        UserError: a file or folder is missing or damaged, or does not match the others.
+
+    >>> model = load(config="configs/tiny.py", random_weights=True)
+    >>> model.config.latent_shape  # a frame is one latent of 48 channels
+    (1, 1, 48)
+    >>> load("nowhere")
+    Traceback (most recent call last):
+    adastate_jax.errors.UserError: nowhere: no such folder; name one that train wrote, or one of converted networks
     """
+    if isinstance(config, str | Path):
+        config = parse_config([f"--config={config}"])
+    if config is not None and decoder is not None:
+        try:
+            config = dataclasses.replace(config, decoder=decoder)
+        except ValueError as error:
+            raise UserError(f"decoder {decoder}: {error}") from None
+    if random_weights:
+        if path is not None or config is None:
+            raise UserError("random_weights: needs a configuration, and no folder")
+        return _random_model(config)
+    if path is None:
+        raise UserError("name a folder that train wrote, or one of converted networks")
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; name one that train wrote")
+        raise UserError(f"{path}: no such folder; name one that train wrote, or one of converted networks")
+    if has_part(path, "transformer"):
+        return _load_parts(path, config, decoder, Path(text_cache) if text_cache else path / "text_cache")
+    if config or decoder:
+        raise UserError(f"{path}: a folder that train wrote has its own configuration and decoder; name no others")
+    return _load_run(path)
+
+
+def _load_run(path: Path) -> Model:
+    """The student of a folder that `train` wrote."""
     config = load_config(path / "config.json")
     mesh = make_mesh()
     for stage, part in _STUDENTS:
@@ -90,94 +155,222 @@ def load(path: str | Path) -> Model:
         if step is not None:
             student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
             frozen = load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh))
-            return Model(config, student, frozen)
+            return Model(config, student, frozen.codec, functools.partial(embed_prompts, frozen), mesh)
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
 
 
-@jax.jit
-def _encode_text(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return encoder.encode(token_ids, mask)
+def _load_parts(folder: Path, config: Config | None, decoder: str | None, text_cache: Path) -> Model:
+    """The model of a folder of converted networks."""
+    mesh = _mesh(config)
+    if config is None:
+        student = load_part(folder, "transformer", DiTConfig(**_HALF), mesh, sizes=False)
+        config = _wan_config(student.config, decoder or ("wan" if has_part(folder, "vae") else "tiny"))
+    elif config.decoder == "patch":
+        raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
+    else:
+        student = load_part(folder, "transformer", config.model, mesh)
+    vae = config.decoder == "wan" or has_part(folder, "vae")  # the other decoder wants it for its encoder alone
+    encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
+    decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
+    embed = StoredTextEncoder(folder, config.text, text_cache)
+    return Model(config, student, WanCodec(decoder, encoder), embed, mesh)
+
+
+def _wan_config(model: DiTConfig, decoder: str) -> Config:
+    """What `configs/wan_1_3b.py` says, for another transformer."""
+    try:
+        return Config(
+            stages=(),
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+            text=TextConfig(**_HALF),
+            decoder=decoder,
+            vae=VAEConfig(**_HALF),
+            tiny_vae=TinyVAEConfig(**_HALF),
+            model=model,
+            data=DataConfig(kind="none", clips=_WAN_SIZE),
+        )
+    except ValueError as error:
+        raise UserError(f"these networks need a configuration: {error}") from None
+
+
+def _mesh(config: Config | None) -> jax.sharding.Mesh:
+    try:
+        return make_mesh(**dataclasses.asdict(config.mesh)) if config else make_mesh()
+    except ValueError as error:
+        raise UserError(f"config.mesh: {error}") from None
+
+
+def _random_model(config: Config) -> Model:
+    mesh = _mesh(config)
+
+    def network(build, part: int):
+        key = jax.random.fold_in(jax.random.key(config.seed), part)
+        return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
+
+    student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
+    return Model(config, student, _random_codec(config, network), random_embed(config.text), mesh)
+
+
+def _random_codec(config: Config, network) -> PatchCodec | WanCodec:
+    if config.decoder == "patch":
+        size, channels = 3 * config.codec.patch**2, config.codec.channels
+        basis, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, channels)))
+        return PatchCodec(jnp.zeros(size), jnp.asarray(basis, jnp.float32), jnp.ones(channels))
+    encoder = network(lambda rngs: VAE(config.vae, rngs=rngs), 1)
+    decoder = encoder
+    if config.decoder == "tiny":
+        decoder = network(lambda rngs: TinyVAE(config.tiny_vae, rngs=rngs, parts=("decoder",)), 2)
+    return WanCodec(decoder, encoder)
+
+
+# --- prompts, pictures and frames -------------------------------------------------------------------------------------
 
 
 def embed_prompts(frozen: Frozen, prompts: Sequence[str]) -> jax.Array:
     """Text embeddings of prompts [B, T, text_dim], zero past each prompt."""
     tokenizer = ByteTokenizer(frozen.text_encoder.config.text_length)
-    return _encode_text(frozen.text_encoder, *map(jnp.asarray, tokenizer.tokenize(list(prompts))))
+    return encode_tokens(frozen.text_encoder, *map(jnp.asarray, tokenizer.tokenize(list(prompts))))
 
 
 @functools.partial(jax.jit, static_argnames="first")
-def decode_frames(codec: PatchCodec, latents: jax.Array, cache, first: bool):
+def decode_frames(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
     """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache."""
     video, cache = codec.decode(latents, cache, first)
     return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache
 
 
+@jax.jit
+def encode_frames(codec: PatchCodec | WanCodec, frames: jax.Array) -> jax.Array:
+    """Frames [B, 1 + t k, height, width, 3] uint8 → latents [B, 1 + k, H, W, C]."""
+    return codec.encode(frames.astype(jnp.float32) / 127.5 - 1.0)
+
+
+def num_given_frames(config: Config, available: int, anchor: str | None = None) -> int:
+    """How many of a clip's last frames a stream can start from: whole latents, all within the chunks that fill it."""
+    latents = min((available - 1) // config.time_factor + 1, max_given_frames(stream_config(config.stream, anchor)))
+    return max(1 + config.time_factor * (latents - 1), 0)
+
+
+# --- generating -------------------------------------------------------------------------------------------------------
+
+
 def stream_batch(
-    model: Model, prompts: Sequence[str], seed: int, num_frames: int, anchor: str | None = None
+    model: Model,
+    prompts: Sequence[str],
+    seed: int,
+    num_frames: int,
+    anchor: str | None = None,
+    start: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Generates videos of several prompts together, chunk by chunk.
 
-    The next chunk is dispatched before the last one is fetched, so that the device does not wait for the host.
+    A chunk and its decoding are dispatched before the one before it is fetched, so that the device never waits for
+    the host.
 
     Args:
         prompts: B texts.
         seed: of the first sample; sample i has seed + i.
         num_frames: video frames in all; the last chunk is cut to fit.
-        anchor: a strategy to use instead of the configured one, with the same number of frames.
+        anchor: a preset or strategy to use instead of the configured one, see `named_stream`.
+        start: frames to start all videos from, uint8 [n, height, width, 3]; a video begins with the last of them that
+            `num_given_frames` counts, as the codec gives them back.
 
     Yields:
         uint8 [B, frames of the chunk, height, width, 3].
+
+    Raises:
+        UserError: the codec cannot encode `start`, or its frames are all that is asked for.
     """
-    config = stream_config(model.config.stream, anchor)
-    text = jax.jit(DiT.text_keys_values)(model.student, embed_prompts(model.frozen, prompts))
-    carry = initial_carry(model.student.config, config, seed_keys(seed, len(prompts)), *model.latent_shape[:2])
-    codec = model.frozen.codec
-    cache = codec.decode_start(len(prompts), *model.latent_shape[:2])
+    frames = _stream_frames(model, prompts, seed, num_frames, anchor, start)
+    while True:
+        with jax.set_mesh(model.mesh):  # not around the `yield`, where it would be set for the caller
+            chunk = next(frames, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _stream_frames(
+    model: Model, prompts: Sequence[str], seed: int, num_frames: int, anchor: str | None, start: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    config, latent_shape = stream_config(model.config.stream, anchor), model.config.latent_shape
+    given = jnp.zeros((len(prompts), 0, *latent_shape))
+    if start is not None:
+        given = _encode_start(model, start, num_frames, anchor)
+        given = jnp.broadcast_to(given, (len(prompts), *given.shape[1:]))
+    text = jax.jit(DiT.text_keys_values)(model.student, model.embed(prompts))
+    carry = initial_carry(model.student.config, config, seed_keys(seed, len(prompts)), *latent_shape[:2])
+    cache = model.codec.decode_start(len(prompts), *latent_shape[:2])
+    num_latents = 1 + -(-(num_frames - 1) // model.config.time_factor)
+    num_chunks = -(-num_latents // config.chunk_frames)
     previous = None
     remaining = num_frames
-    for index, (_, chunk) in enumerate(stream_chunks(model.student, carry, text, config, model.latent_shape)):
-        frames, cache = decode_frames(codec, chunk.content, cache, index == 0)
+    for index, (_, chunk) in enumerate(continue_stream(model.student, carry, text, given, config, num_chunks)):
+        frames, cache = decode_frames(model.codec, chunk.content, cache, index == 0)
+        frames = frames[:, :remaining]
         frames.copy_to_host_async()
         if previous is not None:
             yield np.asarray(previous)
-        previous = frames[:, :remaining]
+        previous = frames
         remaining -= previous.shape[1]
-        if remaining <= 0:
-            break
     yield np.asarray(previous)
 
 
-def stream(model: Model, prompt: str, seconds: float, seed: int = 0, anchor: str | None = None) -> Iterator[np.ndarray]:
+def _encode_start(model: Model, start: np.ndarray, num_frames: int, anchor: str | None) -> jax.Array:
+    """Latents [1, n, H, W, C] of the frames that a stream starts from."""
+    count = num_given_frames(model.config, len(start), anchor)
+    if not count:
+        raise UserError(
+            f"anchor {anchor or 'of the configuration'}: denoises chunks jointly, and starts from no frames"
+        )
+    if count >= num_frames:
+        raise UserError(f"the video starts with {count} given frames; ask for more than {count / FPS:g} seconds")
+    if isinstance(model.codec, WanCodec) and model.codec.encoder is None:
+        raise UserError("this model cannot encode the frames to start from; add the network vae to its folder")
+    return encode_frames(model.codec, start[None, -count:])
+
+
+def stream(
+    model: Model,
+    prompt: str,
+    seconds: float,
+    seed: int = 0,
+    anchor: str | None = None,
+    start: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
     """Generates a video chunk by chunk, at 16 frames per second.
 
     Args:
         prompt: what to show.
         seconds: length of the video.
         seed: of the noise.
-        anchor: a strategy to use instead of the configured one.
+        anchor: a preset or strategy to use instead of the configured one.
+        start: frames to start from, uint8 [n, height, width, 3], see `stream_batch`.
 
     Yields:
         uint8 [frames of the chunk, height, width, 3].
 
     Raises:
-        UserError: the length is not positive, or the anchor is unknown.
+        UserError: the length is not positive, the anchor is unknown, or as `stream_batch`.
+
+    >>> model = load(config="configs/tiny.py", random_weights=True)
+    >>> [frames.shape for frames in stream(model, "a camera pans left", seconds=0.5)]
+    [(3, 32, 32, 3), (3, 32, 32, 3), (2, 32, 32, 3)]
     """
     if not math.isfinite(seconds) or seconds <= 0:
         raise UserError(f"seconds must be positive, got {seconds}")
-    for frames in stream_batch(model, [prompt], seed, math.ceil(seconds * FPS), anchor):
+    for frames in stream_batch(model, [prompt], seed, math.ceil(seconds * FPS), anchor, start):
         yield frames[0]
 
 
 def stream_config(config: StreamConfig, anchor: str | None) -> StreamConfig:
-    """The stream's configuration with another anchor strategy of as many frames; None keeps the configured one.
+    """The stream of a preset, or with another anchor strategy, see `named_stream`; None keeps the configured one.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, or does not go with the configured chunks and window.
     """
-    if anchor is None:
-        return config
     try:
-        return dataclasses.replace(config, anchor=make_anchor(anchor, max(config.anchor.frames, 1)))
+        return config if anchor is None else named_stream(anchor, config)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -187,9 +380,14 @@ def make_sampler(config: Config):
 
     `text` is `student.text_keys_values(embeddings)`, `keys` [B] random keys, `num_chunks` static; latents
     [B, num_chunks · F, H, W, C].
+
+    >>> model = load(config="configs/tiny.py", random_weights=True)
+    >>> text = model.student.text_keys_values(model.embed(["a camera pans left", "a red ball"]))
+    >>> latents, carry = make_sampler(model.config)(model.student, text, jax.random.split(jax.random.key(0)), 4)
+    >>> latents.shape, int(carry.chunk)
+    ((2, 12, 1, 1, 48), 4)
     """
-    height, width = config.data.size
-    latent_shape = (height // config.codec.patch, width // config.codec.patch, config.codec.channels)
+    latent_shape = config.latent_shape
 
     @functools.partial(jax.jit, static_argnames="num_chunks")
     def sample(student: DiT, text: KeyValues, keys: jax.Array, num_chunks: int) -> tuple[jax.Array, RolloutCarry]:

@@ -1,5 +1,7 @@
-"""Pictures and videos out: atomic mp4 files, panels side by side, contact sheets, loss curves."""
+"""Pictures and videos in and out: what a stream starts from, atomic mp4 files, panels, contact sheets, loss curves."""
 
+import concurrent.futures
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from adastate_jax.data.videos import decode_frames, fit_pixels, read_clips
+from adastate_jax.errors import UserError
+
 FPS = 16
 _LABEL_HEIGHT = 18
 
@@ -20,7 +25,8 @@ _LABEL_HEIGHT = 18
 class VideoWriter:
     """An H.264 file that grows frame by frame under a hidden name and gets its own name when it is complete.
 
-    A context manager; leaving it by an exception, or without a frame, removes the unfinished file.
+    A context manager; leaving it by an exception, or without a frame, removes the unfinished file. Frames are
+    compressed in a thread of their own, while the caller makes the next ones.
     """
 
     def __init__(self, path: str | Path, fps: int = FPS):
@@ -30,12 +36,26 @@ class VideoWriter:
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
+        self._writing: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def write(self, frames: np.ndarray) -> None:
-        """Appends frames [F, H, W, 3] uint8; H and W even, and the same in every call."""
+        """Appends frames [F, H, W, 3] uint8; H and W even, and the same in every call.
+
+        Returns while they are being compressed, but not before those of the last call are; raises what stopped them.
+        """
+        self._wait()
+        self._writing = self._thread.submit(self._compress, frames)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _compress(self, frames: np.ndarray) -> None:
         if self._stream is None:
             self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "16"})
             self._stream.height, self._stream.width = frames.shape[1:3]
@@ -44,14 +64,51 @@ class VideoWriter:
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
     def __exit__(self, kind, *_) -> None:
-        complete = kind is None and self._stream is not None
-        if complete:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-        if complete:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        complete = kind is None
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._partial.unlink, missing_ok=True)  # a file that got its own name is not there any more
+            with self._container:
+                self._thread.shutdown()
+                if complete:
+                    self._wait()
+                    complete = self._stream is not None
+                if complete:
+                    self._container.mux(self._stream.encode())
+            if complete:
+                self._partial.replace(self.path)
+
+
+def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+    """A picture, upright, scaled to cover height × width and cropped at its centre: uint8 [1, height, width, 3].
+
+    Raises:
+        UserError: it is missing, or no picture.
+    """
+    pixels = cv2.imread(str(path))
+    if pixels is None:
+        raise UserError(f"{path}: {'not a readable picture' if Path(path).is_file() else 'no such file'}")
+    return fit_pixels(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), height, width)[None]
+
+
+def read_last_frames(path: str | Path, count: int, height: int, width: int) -> np.ndarray:
+    """The end of a video at 16 frames per second, whatever its own rate: uint8 [n, height, width, 3].
+
+    Frames are scaled to cover height × width and cropped at their centre; n is `count`, or less of a shorter video.
+
+    Raises:
+        UserError: the file is missing, no video, or damaged.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        times = np.array([seconds for seconds, _ in decode_frames(path)])
+        if not len(times):
+            raise ValueError("it has no frames")
+        ages = np.arange(min(count, int(times[-1] * FPS + 1e-3) + 1))[::-1] / FPS
+        numbers = np.abs(times - (times[-1] - ages[:, None])).argmin(axis=1)
+        return next(read_clips(path, numbers[None], height, width))
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"{path}: not a readable video ({error})") from None
 
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:

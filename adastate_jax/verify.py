@@ -40,7 +40,7 @@ FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "wan_dit": networks.wan_dit,
     "wan_dit_nonorm": networks.wan_dit,
     "wan_dit_diffusers": networks.wan_dit_diffusers,
-    "block_relative_rope": networks.block_relative_rope,
+    "block_relative_rope": streams.block_relative_rope,
     "adastate_rollout": streams.adastate_rollout,
     "causal_rollout_chunk1": streams.causal_rollout,
     "causal_rollout_chunk3": streams.causal_rollout,

@@ -1,15 +1,19 @@
 """Configurations: what is written is what is built, and what is wrong is named."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
+from adastate_jax import generate
 from adastate_jax.config import Config, default_config, from_config_dict, load_config, parse_config, save_config
 from adastate_jax.errors import UserError
+from adastate_jax.kinds import KINDS
 from adastate_jax.streaming.anchors import StaticAnchor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+GOLDEN = CONFIGS.parents[1] / "shared" / "golden"
 
 
 def test_defaults_are_the_papers():
@@ -41,6 +45,34 @@ def test_every_config_file_builds_and_says_how_to_run_it(path):
     assert f"--config=configs/{path.name}" in docstring
 
 
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
+@pytest.mark.parametrize(
+    ("file", "field", "kind", "manifest"),
+    [
+        ("wan_1_3b", "model", "transformer", "wan_t2v_1.3B"),
+        ("wan_14b", "model", "transformer", "wan_t2v_14B"),
+        ("wan_1_3b", "text", "text_encoder", "umt5_xxl"),
+        ("wan_1_3b", "vae", "vae", "wan_vae"),
+    ],
+)
+def test_wan_configurations_have_the_published_sizes(file, field, kind, manifest):
+    network = getattr(parse_config([f"--config={CONFIGS / file}.py"]), field)
+    assert network.dtype == network.param_dtype == "bfloat16"
+    shapes = {name: list(slot.shape) for name, slot in KINDS[kind].slots(network).items()}
+    assert shapes == json.loads((GOLDEN / f"manifest_{manifest}.json").read_text())["official"]
+
+
+def test_the_wan_configuration_is_self_forcings_video_with_adastates_window():
+    config = parse_config([f"--config={CONFIGS / 'wan_1_3b.py'}"])
+    assert config.latent_shape == (60, 104, 16)  # 21 of them are Self-Forcing's [21, 16, 60, 104]
+    assert config.time_factor == 4
+    assert config.model.frame_tokens(60, 104) == 1560
+    assert config.stream == Config().stream
+    assert config.negative_prompt.startswith("色调艳丽")
+    # What networks are taken to be where no configuration is named.
+    assert generate._wan_config(config.model, "wan") == config
+
+
 def test_overrides():
     config = parse_config(
         [
@@ -69,11 +101,17 @@ def test_overrides():
         (["TINY", "--config.model.num_heads=5"], "config.model: dim 128 must be an even multiple of num_heads 5"),
         (["TINY", "--config.stages=('dream',)"], "stages must be some of"),
         (["TINY", "--config.data.worlds.motions=('fly',)"], "fly"),
+        (["TINY", "--config.decoder=film"], "decoder must be one of patch, wan, tiny"),
+        (["TINY", "--config.decoder=wan"], "in_channels 48 .* must be the 16 channels of the wan decoder's latents"),
+        (["TINY", "--config.data.kind=none"], "stages need clips, and data.kind is none"),
+        (["WAN", "--config.data.clips.height=482"], "video of 482x832 is not tiled by latents of 8x8 pixels"),
+        (["WAN", "--config.data.clips.height=488"], "latent frames of 61x104 are not tiled by patches"),
         (["TINY", "--unknown=3"], "unknown"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):
-    arguments = [a.replace("TINY", f"--config={CONFIGS / 'tiny.py'}") for a in arguments]
+    files = {"TINY": f"--config={CONFIGS / 'tiny.py'}", "WAN": f"--config={CONFIGS / 'wan_1_3b.py'}"}
+    arguments = [files.get(a, a) for a in arguments]
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse_config(arguments)
 

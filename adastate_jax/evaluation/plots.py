@@ -1,4 +1,4 @@
-"""Pictures of measurements, as PNG bytes: over time, lock against motion, and seams."""
+"""Pictures of measurements, as PNG bytes: over time, lock against motion, seams, and attention."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from adastate_jax.evaluation.attention_probe import ChunkShares
 from adastate_jax.evaluation.measure import Measurement
 from adastate_jax.evaluation.motion import FLOOR_LEVELS
 
@@ -110,6 +111,30 @@ def chunk_profiles(groups: Groups) -> bytes:
             axis.plot(np.arange(len(mean)), mean, "o-", color=colours[group], markersize=4, label=group)
     axis.set(xlabel="frame within the chunk (0 is the border)", ylabel="flicker, 1 is the mean")
     axis.set_ylim(bottom=0)
+    return _png(figure)
+
+
+def attention_shares(streams: Mapping[tuple[str, int], Sequence[ChunkShares]]) -> bytes:
+    """Share of a chunk's attention by frame, a panel per anchor and a line per window size and chunk: PNG.
+
+    Args:
+        streams: (anchor, window frames) → what was probed; shares are averaged over denoising steps and layers.
+    """
+    anchors = list(dict.fromkeys(anchor for anchor, _ in streams))
+    figure = _figure(1.5 + 4.5 * len(anchors), 3.6)
+    panels = dict(zip(anchors, figure.subplots(1, len(anchors), squeeze=False, sharey=True)[0], strict=True))
+    colours = group_colours([str(window) for window in dict.fromkeys(window for _, window in streams)])
+    for (anchor, window), chunks in streams.items():
+        for number, found in enumerate(chunks):
+            shares = found.shares.mean(axis=(0, 1))[:-1]  # without the chunk's own frames
+            style = {"color": colours[str(window)], "alpha": 1 / (1 + number), "markersize": 5}
+            label = f"window of {window}" + (f", chunk {found.chunk}" if len(chunks) > 1 else "")
+            panels[anchor].plot(np.arange(len(shares)), shares, "o-", label=label, **style)
+    for anchor, axis in panels.items():
+        axis.set_title(anchor, fontsize=10, loc="left")
+        axis.set_xlabel("cache position")
+        axis.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("share of attention")
     return _png(figure)
 
 

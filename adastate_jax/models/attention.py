@@ -1,18 +1,31 @@
 """Attention that a DiT block is handed: over all live tokens and a cached context, or block-causal over chunks.
 
-No mask tensor is ever built: what a query may not see is left out of its keys.
+No mask tensor is ever built: what a query may not see is left out of its keys. Three backends compute the rest:
+`cudnn` on GPU and `splash` on TPU never write the scores to memory; `xla` does, runs everywhere, and is the exact one.
 """
 
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 
+from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
+from adastate_jax.sharding import RULES
 
-BACKENDS = ("xla", "cudnn")
+BACKENDS = ("auto", "xla", "cudnn", "splash")
+
+_FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
+
+_LANES = 128  # TPU tiles are so wide
+
+_log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -39,21 +52,59 @@ def concatenate(*parts: KeyValues) -> KeyValues:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-3), *parts)
 
 
-# (query, key, value of the live tokens, un-rotated; their rotation; the layer's context, already rotated) -> output
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, KeyValues | None], jax.Array]
+# (query, key, value of the live tokens, un-rotated; their rotation; the layer's context, already rotated)
+# -> output, and what is kept of the layer: its keys and values, un-rotated, and whatever else is to be known of it
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, KeyValues | None], tuple[jax.Array, Any]]
 
 
-def resolve_backend(name: str, platform: str) -> str:
-    """The attention backend for a platform: `auto` is cuDNN on `gpu`, XLA elsewhere.
+def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> str | None:
+    """Why a backend cannot serve heads of this dtype and size on a device; None if it can."""
+    if backend == "xla":
+        return None
+    if _FUSED.get(device.platform) != backend:
+        return f"it does not run on {device.platform}"
+    if backend == "splash":
+        if dtype != "bfloat16":
+            return f"it is for bfloat16, not for {dtype}"
+        return f"head dim {head_dim} is no multiple of {_LANES}" if head_dim % _LANES else None
+    if "cuda" not in device.client.platform_version:
+        return "it needs CUDA"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it is for bfloat16 and float16, not for {dtype}"
+    capability = float(device.compute_capability)
+    if capability < 8:
+        return f"it needs compute capability 8.0, not {capability}"
+    largest = 256 if capability >= 9 else 128
+    return f"head dim {head_dim} is no multiple of 8 up to {largest}" if head_dim % 8 or head_dim > largest else None
+
+
+@functools.cache  # so that each program's choice is in the log once, not once per trace
+def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) -> str:
+    """The backend that serves: the named one, or for `auto` the device's fused one where it can, else XLA's.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: where the program runs.
+        dtype, head_dim: of the queries.
+
+    Returns:
+        `xla`, `cudnn` or `splash`. The log says what `auto` became, and why where that is the slow one.
 
     Raises:
         ValueError: an unknown name.
+        UserError: the named one cannot serve.
     """
-    if name == "auto":
-        return "cudnn" if platform in ("gpu", "cuda") else "xla"
     if name not in BACKENDS:
-        raise ValueError(f"attention must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    wanted = _FUSED.get(device.platform, "xla") if name == "auto" else name
+    reason = shortcoming(wanted, device, dtype, head_dim)
+    if reason and name != "auto":
+        raise UserError(f"attention {name}: {reason}; choose auto or xla")
+    if reason:
+        _log.warning("attention: xla, slow and large, because %s cannot serve: %s", wanted, reason)
+    elif name == "auto":
+        _log.info("attention: %s (%s, head dim %d, on %s)", wanted, dtype, head_dim, device.device_kind)
+    return "xla" if reason else wanted
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) -> jax.Array:
@@ -62,14 +113,80 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     Args:
         query: [B, T, heads, head_dim].
         key, value: [B, S, heads, head_dim].
-        backend: one of `BACKENDS`; cuDNN takes 16-bit floats only, so float32 checks run on XLA.
+        backend: one of `BACKENDS`, resolved for the default device when the program is traced.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
+
+    Raises:
+        ValueError, UserError: as `resolve_backend`.
     """
-    return jax.nn.dot_product_attention(
-        query, key.astype(query.dtype), value.astype(query.dtype), implementation=backend
+    chosen = resolve_backend(backend, jax.devices()[0], query.dtype.name, query.shape[-1])
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    if chosen == "splash":
+        return splash_attention(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation=chosen)
+
+
+def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:
+    """`attention` by JAX's Pallas kernel for TPUs, on each device's samples and heads by themselves.
+
+    Args:
+        query, key, value: as `attention`, of one dtype.
+        interpret: evaluates the kernel step by step instead of compiling it, on any platform; for tests.
+    """
+    function = functools.partial(_splash, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(query, key, value)
+
+    def split(axis: str, size: int) -> tuple[str, ...] | None:
+        return RULES[axis] if size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else None
+
+    # A kernel is opaque to the partitioner: without this it would be refused on more than one device.
+    spec = jax.P(split("batch", query.shape[0]), None, split("heads", query.shape[2]), None)
+    return jax.shard_map(function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
+
+
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Mosaic is loaded only where it is used
+
+    query_tokens, key_tokens = query.shape[1], key.shape[1]
+    query_block, key_block = _block(query_tokens), _block(key_tokens)
+    scaled = (query.astype(jnp.float32) / math.sqrt(query.shape[-1])).astype(query.dtype)  # the kernel does not scale
+    query, key, value = _padded(scaled, query_block), _padded(key, key_block), _padded(value, key_block)
+    segments = None
+    if key.shape[2] != key_tokens:  # all queries are of segment 1, padding ones too: they need keys, and are cut off
+        real = (jnp.arange(key.shape[2]) < key_tokens).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.ones(query.shape[2], jnp.int32), kv=real)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]),
+        block_sizes=splash.BlockSizes(
+            block_q=query_block,
+            block_kv=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
+        ),
+        interpret=interpret,
     )
+    output = jax.vmap(lambda query, key, value: kernel(query, key, value, segment_ids=segments))(query, key, value)
+    return einops.rearrange(output[:, :, :query_tokens], "b heads t d -> b t heads d")
+
+
+def _block(tokens: int) -> int:
+    """Side of the kernel's tiles along so many tokens: one tile if it fits, else the side that pads least."""
+    largest = 8 * _LANES
+    if tokens <= largest:
+        return -(-tokens // _LANES) * _LANES
+    return min(range(largest, largest // 2 - 1, -_LANES), key=lambda block: -tokens % block)
+
+
+def _padded(x: jax.Array, block: int) -> jax.Array:
+    """[B, T, heads, d] → [B, heads, T rounded up to whole blocks, d], with zeros."""
+    x = einops.rearrange(x, "b t heads d -> b heads t d")
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
 
 
 def attend_all(backend: str) -> Attend:
@@ -78,7 +195,7 @@ def attend_all(backend: str) -> Attend:
     def attend(query, key, value, rotation, context):
         live = KeyValues(rotate(key, rotation), value)
         seen = live if context is None else concatenate(context, live)
-        return attention(rotate(query, rotation), seen.key, seen.value, backend)
+        return attention(rotate(query, rotation), seen.key, seen.value, backend), KeyValues(key, value)
 
     return attend
 
@@ -111,6 +228,6 @@ def attend_block_causal(
             past = start if past_tokens is None else min(start, past_tokens)
             seen = concatenate(live.tokens(start - past, past), live.tokens(first, chunk_tokens))
             outputs.append(attend_chunk(query[:, first : first + chunk_tokens], seen.key, seen.value))
-        return jnp.concatenate(outputs, axis=1)
+        return jnp.concatenate(outputs, axis=1), KeyValues(key, value)
 
     return attend

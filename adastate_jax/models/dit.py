@@ -55,7 +55,7 @@ class DiTConfig:
     prediction: str = "flow"
     param_dtype: str = "float32"
     dtype: str = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     remat: str = "block"
 
     def __post_init__(self):
@@ -129,7 +129,8 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return einops.rearrange(x, "b t (heads d) -> b t heads d", heads=self.num_heads)
+        x = einops.rearrange(x, "b t (heads d) -> b t heads d", heads=self.num_heads)
+        return constrain(x, "batch", None, "heads")
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, heads, head_dim]."""
@@ -170,10 +171,10 @@ class Block(nnx.Module):
             x: residual stream [B, F, S, D], S tokens per frame.
             time: projected timestep embedding [B, F, 6, D] float32.
             text: this layer's text keys and values [B, T, heads, head_dim].
-            attend: (query, keys and values) → output, all [B, F·S, heads, head_dim].
+            attend: (query, keys and values) → output, all [B, F·S, heads, head_dim], and what it keeps of the layer.
 
         Returns:
-            The stream, and the frames' own self-attention keys (un-rotated) and values.
+            The stream, and what `attend` kept.
         """
         frames, dtype = x.shape[1], x.dtype
         modulation = self.modulation[...].astype(jnp.float32) + time
@@ -190,8 +191,8 @@ class Block(nnx.Module):
 
         y = tokens((_layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype))
         fresh = self.self_attention.keys_values(y)
-        y = checkpoint_name(attend(self.self_attention.queries(y), fresh), "attention_output")
-        x = gated(x, gate, framed(self.self_attention.merge(y)))
+        y, kept = attend(self.self_attention.queries(y), fresh)
+        x = gated(x, gate, framed(self.self_attention.merge(checkpoint_name(y, "attention_output"))))
 
         y = tokens(self.norm_cross(x).astype(dtype) if self.normalize_cross else x)
         y = attention_lib.attention(self.cross_attention.queries(y), text.key, text.value, self.backend)
@@ -199,7 +200,7 @@ class Block(nnx.Module):
 
         y = (_layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
         x = gated(x, ffn_gate, self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)))
-        return x, fresh
+        return x, kept
 
 
 class DiT(nnx.Module):
@@ -253,8 +254,8 @@ class DiT(nnx.Module):
             context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim].
 
         Returns:
-            The flow [B, F, H, W, C] in float32, and the frames' own keys (un-rotated) and values
-            [layers, B, F·H·W / patch, heads, head_dim].
+            The flow [B, F, H, W, C] in float32, and what `attend` kept of the layers: the frames' own keys (un-rotated)
+            and values [layers, B, F·H·W / patch, heads, head_dim].
         """
         config = self.config
         attend = attention_lib.attend_all(config.attention) if attend is None else attend
@@ -267,15 +268,17 @@ class DiT(nnx.Module):
             latents, "b f (h ph) (w pw) c -> b f (h w) (ph pw c)", ph=patch_height, pw=patch_width
         )
         x = constrain(self.patch_embedding(patches.astype(config.dtype)), "batch")
-        embedding = self.time_out(jax.nn.silu(self.time_in(_sinusoid(timesteps, config.freq_dim))))  # [B, F, D]
+        embedding = self.time_out(jax.nn.silu(self.time_in(_sinusoid(timesteps, config.freq_dim))))
+        embedding = constrain(embedding, "batch")  # [B, F, D]
         time = einops.rearrange(self.time_projection(jax.nn.silu(embedding)), "b f (n d) -> b f n d", n=6)
+        time = constrain(time, "batch")  # gathered once here, not in every layer
 
         def run_block(x, layer):
             block, layer_text, layer_context = layer
             x, fresh = block(
                 x, time, layer_text, lambda query, live: attend(query, live.key, live.value, turn, layer_context)
             )
-            return constrain(x, "batch"), jax.tree.map(lambda y: constrain(y, "batch"), fresh)
+            return constrain(x, "batch"), fresh
 
         x, fresh = jax.lax.scan(_remat(run_block, config.remat), x, (self.blocks, text, context))
 

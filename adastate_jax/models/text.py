@@ -1,21 +1,27 @@
-"""The UMT5 text encoder that Wan2.1 is conditioned on, and a byte tokenizer for small models.
+"""The UMT5 text encoder that Wan2.1 is conditioned on, its tokenizer, and a byte tokenizer for small models.
 
 Source: Wan-Video/Wan2.1 wan/modules/t5.py and wan/modules/tokenizers.py.
 """
 
 import dataclasses
 import functools
+import hashlib
+import html
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import einops
+import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from adastate_jax.diffusion import draw_normal
+from adastate_jax.errors import UserError
 from adastate_jax.sharding import constrain
 
 
@@ -245,4 +251,61 @@ class ByteTokenizer:
             token_ids[row, : len(content)] = np.frombuffer(content, np.uint8).astype(np.int32) + _NUM_SPECIAL
             token_ids[row, len(content)] = END
             mask[row, : len(content) + 1] = True
+        return token_ids, mask
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as Wan2.1 reads it: broken encodings and HTML entities mended, runs of whitespace one space.
+
+    Source: wan/modules/tokenizers.py, `clean="whitespace"`.
+    """
+    # Twice, because text from the web may have been escaped twice.
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+class PieceTokenizer:
+    """The tokenizer of a `tokenizer.json`: cleaned prompts into the pieces of its vocabulary, and an end token.
+
+    `google/umt5-xxl/tokenizer.json` of a Wan2.1 download is the one that Wan2.1 was trained with.
+
+    Attributes:
+        text_length: tokens that a prompt is padded or cut to.
+        digest: SHA-256 of the file.
+
+    Raises:
+        UserError: the file is missing, no tokenizer, or one without UMT5's padding and end tokens.
+    """
+
+    def __init__(self, path: str | Path, text_length: int):
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy google/umt5-xxl/tokenizer.json") from None
+        try:
+            pieces = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise UserError(f"{path}: not a tokenizer.json ({error}); download it again") from None
+        pieces.no_padding()  # the file may hold settings of its own
+        if pieces.token_to_id("<pad>") != PAD or pieces.encode("").ids != [END]:
+            raise UserError(f"{path}: does not pad with <pad> = {PAD} and end with </s> = {END}, as UMT5's does")
+        pieces.enable_truncation(text_length)
+        pieces.enable_padding(length=text_length, pad_id=PAD, pad_token="<pad>")
+        self._pieces = pieces
+        self.text_length = text_length
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._pieces.get_vocab_size()
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """B texts → token ids [B, text_length] int32 and mask [B, text_length] bool, true up to and with the end token.
+
+        A text that does not fit loses its last tokens, never the end token.
+        """
+        if isinstance(texts, str):
+            raise TypeError("tokenize takes a list of texts, got one string")
+        encoded = self._pieces.encode_batch([clean_prompt(text) for text in texts])
+        token_ids = np.array([text.ids for text in encoded], np.int32).reshape(-1, self.text_length)
+        mask = np.array([text.attention_mask for text in encoded], np.bool_).reshape(-1, self.text_length)
         return token_ids, mask

@@ -1,4 +1,4 @@
-"""The stream's memory as an explicit pytree: the anchor, the sliding window, the chunk counter and the keys.
+"""The stream's memory as an explicit pytree: the anchor and the sliding window.
 
 Keys are stored after QK-norm and WITHOUT rotation; `read` rotates them to the chunk's relative positions. Denoising
 reads the cache, `advance` writes it once per chunk.
@@ -23,8 +23,8 @@ class Cache:
 
     Attributes:
         anchor: the anchor strategy's memory.
-        window: the last content frames, oldest first, [layers, B, W_p tokens, heads, head_dim]; zeros behind the
-            valid ones until it is full.
+        window: the last content frames, the newest last, [layers, B, W_p tokens, heads, head_dim]; zeros stand before
+            them until it is full.
     """
 
     anchor: Any
@@ -38,7 +38,19 @@ def empty(model: DiTConfig, anchor: NoAnchor, past_frames: int, batch: int, fram
         shape = (model.num_layers, batch, frames * frame_tokens, model.num_heads, model.head_dim)
         return KeyValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
 
-    return Cache(anchor.initial(zeros(anchor.frames)), zeros(past_frames))
+    return Cache(anchor.initial(zeros, past_frames), zeros(past_frames))
+
+
+def visible(cache: Cache, anchor: NoAnchor, layout: Layout, frame_tokens: int) -> KeyValues | None:
+    """The cached frames of a layout in its order, keys un-rotated; None if there are none."""
+    parts = []
+    if layout.anchor:
+        shown = anchor.read(cache.anchor).tokens(0, len(layout.anchor) * frame_tokens)
+        parts.append(jax.tree.map(lambda x, like: x.astype(like.dtype), shown, cache.window))
+    if layout.window:
+        tokens = len(layout.window) * frame_tokens
+        parts.append(cache.window.tokens(cache.window.num_tokens - tokens, tokens))
+    return concatenate(*parts) if parts else None
 
 
 def read(cache: Cache, anchor: NoAnchor, layout: Layout, height: int, width: int, head_dim: int) -> KeyValues | None:
@@ -46,14 +58,9 @@ def read(cache: Cache, anchor: NoAnchor, layout: Layout, height: int, width: int
 
     height, width: patches per column and row of a frame.
     """
-    parts = []
-    if layout.anchor:
-        parts.append(anchor.read(cache.anchor))
-    if layout.window:
-        parts.append(cache.window.tokens(0, len(layout.window) * height * width))
-    if not parts:
+    seen = visible(cache, anchor, layout, height * width)
+    if seen is None:
         return None
-    seen = concatenate(*parts)
     return KeyValues(rotate(seen.key, rotation(layout.cached, height, width, head_dim)), seen.value)
 
 
@@ -69,13 +76,12 @@ def advance(cache: Cache, anchor: NoAnchor, layout: Layout, fresh: KeyValues, fi
     state_tokens = len(layout.state) * frame_tokens
     fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, cache.window)
     content = fresh.tokens(state_tokens, fresh.num_tokens - state_tokens)
-
     capacity = cache.window.num_tokens
-    kept = concatenate(cache.window.tokens(0, len(layout.window) * frame_tokens), content)
-    overflow = max(kept.num_tokens - capacity, 0)
-    evicted = kept.tokens(0, overflow) if overflow else None
-    kept = kept.tokens(overflow, kept.num_tokens - overflow)
-    window = concatenate(kept, cache.window.tokens(kept.num_tokens, capacity - kept.num_tokens))
+    held = concatenate(cache.window, content)
+    window = held.tokens(content.num_tokens, capacity)
 
+    end = None if first_frame is None else first_frame * frame_tokens + content.num_tokens
+    fits = end is not None and end <= capacity + anchor.frames * frame_tokens
+    evicted = None if fits else held.tokens(0, content.num_tokens)
     state = fresh.tokens(0, state_tokens) if state_tokens else None
     return Cache(anchor.update(cache.anchor, Commit(content, state, evicted, first_frame, frame_tokens)), window)

@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_wan
 from flax import nnx
 
 from adastate_jax import weights
-from adastate_jax.models.text import END, PAD, ByteTokenizer, TextConfig, TextEncoder, relative_buckets
+from adastate_jax.errors import UserError
+from adastate_jax.models.text import (
+    END,
+    PAD,
+    ByteTokenizer,
+    PieceTokenizer,
+    TextConfig,
+    TextEncoder,
+    clean_prompt,
+    relative_buckets,
+)
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
@@ -151,9 +162,54 @@ def test_a_long_text_is_cut_but_keeps_its_end():
     assert mask.all()
 
 
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a red\t fox\n\n runs ", "a red fox runs"),
+        ("fox &amp;amp; snow", "fox & snow"),  # escaped twice
+        ("a\u3000caf\u00c3\u00a9", "a café"),  # UTF-8 read as Latin-1; an ideographic space
+        ("a “red” fox", 'a "red" fox'),
+        ("", ""),
+    ],
+)
+def test_prompts_are_cleaned_as_wan_cleans_them(text, cleaned):
+    assert clean_prompt(text) == cleaned
+
+
+def test_pieces_are_those_of_the_file(tmp_path):
+    tokenizer = PieceTokenizer(small_wan.write_tokenizer(tmp_path / "tokenizer.json"), 6)
+    token_ids, mask = tokenizer.tokenize(["a  red fox", "", "fox " * 9, "a dog"])
+    words = {word: 3 + index for index, word in enumerate(small_wan.WORDS)}
+    assert token_ids.dtype == np.int32
+    assert token_ids[0].tolist() == [words["a"], words["red"], words["fox"], END, PAD, PAD]
+    assert mask[0].tolist() == [True] * 4 + [False] * 2
+    assert token_ids[1].tolist() == [END] + [PAD] * 5
+    assert token_ids[2].tolist() == [words["fox"]] * 5 + [END]
+    assert mask[2].all()
+    assert 2 in token_ids[3]  # the unknown token
+    assert tokenizer.tokenize([])[0].shape == (0, 6)
+    assert tokenizer.vocab_size == 3 + len(small_wan.WORDS) + 1
+
+
+def test_what_is_no_such_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.json: cannot be read \(No such file"):
+        PieceTokenizer(tmp_path / "nothing.json", 6)
+    path = small_wan.write_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(TypeError, match="one string"):
+        PieceTokenizer(path, 6).tokenize("a fox")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "post_processor": None}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: does not pad with <pad> = 0 and end with </s> = 1"):
+        PieceTokenizer(path, 6)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        PieceTokenizer(path, 6)
+
+
 def test_an_unencodable_character_does_not_stop_a_stream():
     token_ids, _ = ByteTokenizer(4).tokenize(["\ud800"])
     assert token_ids[0, :2].tolist() == [ord("?") + 3, END]
+    assert clean_prompt("\ud800 fox") == "\ufffd fox"
 
 
 def test_misuse_is_refused():

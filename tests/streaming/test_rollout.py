@@ -82,10 +82,11 @@ def test_nothing_depends_on_absolute_time(student, text):
     noise = draw_noise(carry, config, LATENT_SHAPE)
     step = jax.jit(traced_rollout_step, static_argnames=("config", "phase"))
     early_carry, early = step(student, carry, text_kv, noise, config, phase_of(3, config))
+    programs = step._cache_size()
     late = dataclasses.replace(carry, chunk=jnp.int32(9_999))
     late_carry, late_chunk = step(student, late, text_kv, noise, config, phase_of(9_999, config))
     assert phase_of(3, config) == phase_of(9_999, config)
-    assert step._cache_size() == 1
+    assert step._cache_size() == programs
     assert equal(early, late_chunk)
     assert equal(early_carry.cache, late_carry.cache)
     assert not equal(draw_noise(carry, config, LATENT_SHAPE), draw_noise(late, config, LATENT_SHAPE))
@@ -192,7 +193,7 @@ def test_impossible_streams_are_refused(arguments, culprit):
 
 
 def test_unknown_anchor_is_refused():
-    with pytest.raises(ValueError, match=r"anchor must be one of none, static, adaptive, got 'sticky'"):
+    with pytest.raises(ValueError, match=r"anchor must be one of none, static, adaptive, .*, got 'sticky'"):
         make_anchor("sticky")
     with pytest.raises(ValueError, match="at least one frame"):
         make_anchor("static", 0)

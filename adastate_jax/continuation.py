@@ -1,0 +1,85 @@
+"""Starts a stream from frames that are given: a picture, or the end of a clip.
+
+Given latents take the place of generated ones in the first chunks. They are never denoised: a chunk that is given
+whole goes through the network once, clean, for the keys and values that the cache keeps; in a chunk that is given in
+part, the given frames stand at noise level zero beside the frames that are denoised.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from adastate_jax.diffusion import add_noise
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.dit import DiT
+from adastate_jax.sharding import constrain
+from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.rollout import Chunk, RolloutCarry, denoise, draw_noise, read_context, stream
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of, sigmas_of
+
+
+@functools.partial(jax.jit, static_argnames=("config", "phase"), donate_argnames="carry")
+def given_step(
+    model: DiT, carry: RolloutCarry, text: KeyValues, given: jax.Array, config: StreamConfig, phase: Phase
+) -> tuple[RolloutCarry, Chunk]:
+    """`stream_step` of a fill chunk whose first frames are given: [B, n, H, W, C] of its F, clean."""
+    layout = layout_of(phase, config)
+    noise = draw_noise(carry, config, given.shape[2:]).content  # [T, B, F, H, W, C]
+    num_given = given.shape[1]
+    is_given = jnp.arange(config.chunk_frames) < num_given
+    context = read_context(model.config, carry.cache, config, layout, noise[0])
+    # All levels, then the clean pass for the cache; there is nothing to denoise in a chunk that is given whole.
+    levels = (*sigmas_of(phase, config), 0.0) if num_given < config.chunk_frames else (0.0,)
+    sigmas = jnp.where(is_given, 0.0, jnp.asarray(levels, jnp.float32)[:, None])
+    sigmas = jnp.broadcast_to(sigmas[:, None], (len(levels), *noise.shape[1:3]))  # [level, B, F]
+
+    def turn(step, state):
+        live, _ = state
+        clean, fresh = denoise(model, live, sigmas[step], text, layout, context)
+        clean = clean.at[:, :num_given].set(given)
+        following = jnp.minimum(step + 1, len(levels) - 1)
+        return add_noise(clean, noise[jnp.minimum(step + 1, len(noise) - 1)], sigmas[following]), fresh
+
+    live = noise[0].at[:, :num_given].set(given)
+    tokens = config.chunk_frames * model.config.frame_tokens(*given.shape[2:4])
+    shape = (model.config.num_layers, given.shape[0], tokens, model.config.num_heads, model.config.head_dim)
+    unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch", None, "heads")
+    clean, fresh = jax.lax.fori_loop(0, len(levels), turn, (live, KeyValues(unwritten, unwritten)))
+    cache = cache_lib.advance(carry.cache, config.anchor, layout, fresh, phase.first_frame)
+    return dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1), Chunk(clean, None)
+
+
+def max_given_frames(config: StreamConfig) -> int:
+    """Latent frames that can be given: those of the chunks before the steady state, in which a hidden state is live.
+
+    None can be where chunks are denoised jointly. Where the stream restarts, it is before the first restart.
+    """
+    if config.anchor.joint:
+        return 0
+    return (config.num_fill_chunks - config.anchor.restarts) * config.chunk_frames
+
+
+def continue_stream(
+    model: DiT, carry: RolloutCarry, text: KeyValues, given: jax.Array, config: StreamConfig, num_chunks: int
+) -> Iterator[tuple[RolloutCarry, Chunk]]:
+    """`stream` whose first frames are given.
+
+    Args:
+        model, carry, text, config: as for `stream`, with the carry of a stream's beginning.
+        given: clean latents [B, n, H, W, C], n ≤ `max_given_frames`.
+        num_chunks: in all, those with given frames among them.
+
+    Yields:
+        As `stream`: the chunks with the given frames first.
+    """
+    if given.shape[1] > max_given_frames(config):
+        raise ValueError(f"at most {max_given_frames(config)} latent frames can be given, got {given.shape[1]}")
+    first = -(-given.shape[1] // config.chunk_frames)
+    for index in range(first):
+        part = given[:, index * config.chunk_frames : (index + 1) * config.chunk_frames]
+        carry, chunk = given_step(model, carry, text, part, config, phase_of(index, config))
+        yield carry, chunk
+    yield from stream(model, carry, text, config, given.shape[2:], num_chunks - first)

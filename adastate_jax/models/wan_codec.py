@@ -1,0 +1,34 @@
+"""Wan2.1's autoencoders behind the calls of `PatchCodec`, for streams that do not know which codec they decode with."""
+
+import dataclasses
+
+import jax
+
+from adastate_jax.models import vae
+from adastate_jax.models.tiny_vae import TinyVAE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WanCodec:
+    """A decoder, and an encoder into the same latent space.
+
+    Attributes:
+        decoder: Wan2.1's autoencoder or TAEW2.1, its fast stand-in.
+        encoder: Wan2.1's autoencoder; None if nothing will be encoded.
+    """
+
+    decoder: vae.VAE | TinyVAE
+    encoder: vae.VAE | None
+
+    def encode(self, video: jax.Array) -> jax.Array:
+        """Video [B, 1 + t k, H, W, 3] in −1..1 → latents [B, 1 + k, h, w, C]; t = 4 for Wan2.1."""
+        return vae.encode_clip(self.encoder, video)
+
+    def decode_start(self, batch: int, height: int, width: int) -> vae.FeatureCache:
+        """The feature cache before the first latents, of height × width each."""
+        return vae.decoder_cache(self.decoder, batch, height, width)
+
+    def decode(self, latents: jax.Array, cache: vae.FeatureCache, first: bool) -> tuple[jax.Array, vae.FeatureCache]:
+        """Latents [B, F, h, w, C] → video [B, 1 + t (F − 1) if first, else t F, H, W, 3], unclipped, and the cache."""
+        return vae.decode(self.decoder, latents, cache, first)

@@ -1,0 +1,133 @@
+"""Laws of the attention backends: they agree, and which one runs is never a surprise."""
+
+import logging
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adastate_jax.errors import UserError
+from adastate_jax.models.attention import attend_all, attention, resolve_backend, shortcoming, splash_attention
+from adastate_jax.models.rope import rotation
+from adastate_jax.sharding import make_mesh
+
+
+class Device(NamedTuple):
+    """What the choice of a backend reads of a `jax.Device`."""
+
+    platform: str
+    compute_capability: str = ""
+    client: types.SimpleNamespace | None = None
+    device_kind: str = "a device"
+
+    __hash__ = object.__hash__
+
+
+CPU, TPU = Device("cpu"), Device("tpu")
+
+
+def gpu(capability: str, runtime: str = "cuda 13000") -> Device:
+    return Device("gpu", capability, types.SimpleNamespace(platform_version=runtime))
+
+
+def draw(batch, queries, keys, heads=2, dtype=jnp.float32):
+    shapes = [(batch, tokens, heads, 128) for tokens in (queries, keys, keys)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(128, 256), (100, 130), (60, 1100)])
+def test_splash_is_attention(queries, keys):
+    """With tokens that fill the kernel's tiles, with padding, and with several tiles."""
+    inputs = draw(2, queries, keys)
+    splash = jax.jit(lambda *x: splash_attention(*x, interpret=True))(*inputs)
+    np.testing.assert_allclose(splash, attention(*inputs, "xla"), atol=5e-6)
+
+
+def test_splash_is_attention_in_16_bits():
+    exact = attention(*draw(1, 100, 130), "xla")
+    low = splash_attention(*draw(1, 100, 130, dtype=jnp.bfloat16), interpret=True)
+    assert low.dtype == jnp.bfloat16
+    assert np.abs(low - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_splash_has_the_gradient_of_attention():
+    inputs = draw(1, 40, 130)
+    weight = jax.random.normal(jax.random.key(1), inputs[0].shape)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda *x: (weight * function(*x)).sum(), argnums=(0, 1, 2)))(*inputs)
+
+    ours = gradient(lambda *x: splash_attention(*x, interpret=True))
+    for mine, exact in zip(ours, gradient(lambda *x: attention(*x, "xla")), strict=True):
+        np.testing.assert_allclose(mine, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [4, 1])
+def test_splash_runs_on_a_mesh(batch):
+    """Samples and heads are split over the devices where they can be; tokens never are."""
+    inputs = draw(batch, 40, 130)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        split = jax.jit(lambda *x: splash_attention(*x, interpret=True))(*inputs)
+    np.testing.assert_allclose(split, attention(*inputs, "xla"), atol=5e-6)
+
+
+def test_auto_is_the_platforms_own_backend():
+    assert resolve_backend("auto", CPU, "float32", 128) == resolve_backend("auto", CPU, "bfloat16", 128) == "xla"
+    assert resolve_backend("auto", gpu("9.0"), "bfloat16", 128) == "cudnn"
+    assert resolve_backend("auto", TPU, "bfloat16", 128) == "splash"
+    assert resolve_backend("xla", gpu("9.0"), "bfloat16", 128) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "head_dim", "reason"),
+    [
+        ("cudnn", gpu("9.0"), "float32", 128, "not for float32"),
+        ("cudnn", gpu("9.0"), "bfloat16", 264, "head dim 264 is no multiple of 8 up to 256"),
+        ("cudnn", gpu("9.0"), "bfloat16", 36, "head dim 36"),
+        ("cudnn", gpu("8.6"), "bfloat16", 256, "up to 128"),
+        ("cudnn", gpu("7.5"), "float16", 64, "compute capability 8.0, not 7.5"),
+        ("cudnn", gpu("gfx942", "rocm 60300"), "bfloat16", 128, "needs CUDA"),
+        ("splash", TPU, "float32", 128, "not for float32"),
+        ("splash", TPU, "bfloat16", 64, "head dim 64 is no multiple of 128"),
+    ],
+)
+def test_a_backend_that_cannot_serve_says_why(backend, device, dtype, head_dim, reason, caplog):
+    """`auto` takes XLA's with one line in the log, whatever the number of traces; a backend by name fails."""
+    resolve_backend.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [resolve_backend("auto", device, dtype, head_dim) for _ in range(2)] == ["xla", "xla"]
+    assert len(caplog.messages) == 1
+    assert reason in caplog.messages[0]
+    with pytest.raises(UserError, match=reason):
+        resolve_backend(backend, device, dtype, head_dim)
+
+
+def test_a_backend_of_another_platform_fails_by_name():
+    inputs = draw(1, 4, 4)
+    for backend in ("cudnn", "splash"):
+        with pytest.raises(UserError, match=f"attention {backend}: it does not run on cpu; choose auto or xla"):
+            attention(*inputs, backend)
+    assert shortcoming("cudnn", TPU, "bfloat16", 128) == "it does not run on tpu"
+    with pytest.raises(ValueError, match="got 'fast'"):
+        attention(*inputs, "fast")
+
+
+def test_the_choice_is_named_once(caplog):
+    resolve_backend.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attention(*draw(1, 4, 4), "auto")
+    assert caplog.messages == [f"attention: xla (float32, head dim 128, on {jax.devices()[0].device_kind})"]
+
+
+def test_constant_values_are_kept():
+    """Whatever the scores, a mean of equal values is that value."""
+    query = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    turn = rotation(np.arange(1), 2, 2, 8)
+    np.testing.assert_allclose(
+        attend_all("xla")(query, query, jnp.ones_like(query), turn, None)[0], jnp.ones_like(query), atol=1e-6
+    )

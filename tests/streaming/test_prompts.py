@@ -1,0 +1,238 @@
+"""Prompt schedules: what is refused, when cues take effect, and what each transition does to the stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LATENT_SHAPE, SMALL
+
+from adastate_jax.errors import UserError
+from adastate_jax.streaming import prompts
+from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
+from adastate_jax.streaming.presets import PRESETS
+from adastate_jax.streaming.prompts import (
+    Cue,
+    Schedule,
+    chunk_of,
+    initial_prompted,
+    parse_schedule,
+    prompted_stream,
+    schedule,
+)
+from adastate_jax.streaming.rollout import initial_carry, rollout, seed_keys, stream, stream_step
+from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of
+
+CONFIG = StreamConfig(past_frames=3, anchor=AdaptiveAnchor(1))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_and_json_say_the_same():
+    lines = "# a walk\n0 | a meadow\n\n2.5 recache | a desert | at dusk\n5 blend:6 | a sea\n"
+    json = """[{"second": 0, "prompt": "a meadow"},
+        {"second": 2.5, "prompt": "a desert | at dusk", "transition": "recache"},
+        {"second": 5, "prompt": "a sea", "transition": "blend", "chunks": 6}]"""
+    assert parse_schedule(lines, "lines") == parse_schedule(json, "json")
+    assert parse_schedule(lines, "lines")[2] == Cue(5.0, "a sea", "blend", 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "has no entries"),
+        ("[]", "has no entries"),
+        ("1 | a", "entry 1 is at second 1; the first one must be at second 0"),
+        ("0 | a\n5 | b\n4 | c", "entry 3 is at second 4, not after 5"),
+        ("0 | a\n5 | b\n5 | c", "entry 3 is at second 5, not after 5"),
+        ("0 | a\n5 jump | b", "entry 2 has transition 'jump'"),
+        ("0 | a\n5 |  ", "entry 2 has no prompt"),
+        ("0 | a\n5 b", "entry 2 must be SECOND"),
+        ("0 | a\nsoon | b", "entry 2 must be SECOND"),
+        ("0 | a\nnan | b", "entry 2 has second nan"),
+        ("0 | a\n5 blend:x | b", "entry 2 blends over 'x' chunks"),
+        ("0 | a\n5 blend:0 | b", "entry 2 blends over 0 chunks"),
+        ('[{"second": 0, "prompt": "a", "colour": 1}]', "entry 1 must have second and prompt"),
+        ('[{"second": "0", "prompt": "a"}]', "entry 1 has second '0'"),
+        ('[{"second": 0, "prompt": 7}]', "entry 1 has no prompt"),
+        ("[0]", "entry 1 must be an object"),
+        ("[{", "is not JSON"),
+    ],
+)
+def test_a_bad_schedule_is_refused_by_entry(text, complaint):
+    with pytest.raises(UserError, match="file: ") as error:
+        parse_schedule(text, "file")
+    assert complaint in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent.txt: cannot be read"):
+        prompts.read_schedule(tmp_path / "absent.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        prompts.read_schedule(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("transition", "config", "complaint"),
+    [
+        ("reset_state", StreamConfig(anchor=StaticAnchor(1)), "needs an adaptive anchor"),
+        ("keep_state", StreamConfig(anchor=NoAnchor()), "needs an adaptive anchor"),
+        ("reset_state", StreamConfig(past_frames=0, anchor=AdaptiveAnchor(1)), "needs a window of 1 frames"),
+        ("recache", PRESETS["rolling_forcing"].stream, "does not go with RollingAnchor"),
+        ("flush", PRESETS["causvid"].stream, "does not go with RestartAnchor"),
+        ("cut", StreamConfig(past_frames=60, anchor=NoAnchor()), "cannot be: a scene cut"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(transition, config, complaint):
+    with pytest.raises(UserError, match="entry 2: ") as error:
+        schedule([Cue(0, "a"), Cue(60, "b", transition)], config, 4, 16)
+    assert complaint in str(error.value)
+
+
+def test_two_cues_in_one_chunk_are_refused():
+    with pytest.raises(UserError, match="entry 3 begins in the same chunk"):
+        schedule([Cue(0, "a"), Cue(5, "b"), Cue(5.05, "c")], CONFIG, 4, 16)
+
+
+@pytest.mark.parametrize("time_factor", [1, 4])
+def test_a_cue_waits_for_the_next_chunk(time_factor):
+    """Against counting video frames one by one."""
+    frames = [0]  # first video frame of each latent
+    while len(frames) < 60:
+        frames.append(frames[-1] + (1 if len(frames) == 1 else time_factor))
+    for tenth in range(0, 20):
+        second = tenth / 10
+        begins = [frames[chunk * CONFIG.chunk_frames] / 16 for chunk in range(19)]
+        expected = next(chunk for chunk, begin in enumerate(begins) if begin >= second - 1e-9)
+        assert chunk_of(second, CONFIG, time_factor, 16) == expected
+
+
+# --- streaming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embeddings(text):
+    return [text, -text, text[::-1]]
+
+
+def start(config=CONFIG):
+    carry = initial_carry(SMALL, config, seed_keys(0, 2), *LATENT_SHAPE[:2])
+    return initial_prompted(carry, config, LATENT_SHAPE)
+
+
+def follow(student, embeddings, plan, chunks, config=CONFIG, carry=None):
+    """Contents of the chunks, and the last carry."""
+    contents, begin = [], carry or start(config)
+    for end, chunk in prompted_stream(student, begin, embeddings, plan, config, LATENT_SHAPE, chunks):
+        contents.append(np.asarray(chunk.content))
+        carry = end
+    return contents, carry
+
+
+def scheduled(*cues):
+    """A schedule by chunk numbers: (chunk, transition) behind the first."""
+    entries = [Cue(0, "a")] + [Cue(1, "b", transition, 2) for _, transition in cues]
+    return Schedule(tuple(entries), (0, *(chunk for chunk, _ in cues)))
+
+
+def test_one_cue_is_the_plain_stream(student, text, embeddings):
+    contents, _ = follow(student, embeddings, scheduled(), 4)
+    keys_values = student.text_keys_values(text)
+    plain = stream(student, start().stream, keys_values, CONFIG, LATENT_SHAPE, 4)
+    for ours, (_, chunk) in zip(contents, plain, strict=True):
+        np.testing.assert_array_equal(ours, chunk.content)
+
+
+def test_a_switch_is_a_rollout_that_goes_on_under_another_text(student, embeddings):
+    """Streamed along a schedule = scanned piece by piece."""
+    contents, _ = follow(student, embeddings, scheduled((3, "switch")), 6)
+    scan = jax.jit(rollout, static_argnums=(3, 4, 5, 6))
+    before, after = (student.text_keys_values(e) for e in embeddings[:2])
+    carry, first = scan(student, start().stream, before, CONFIG, LATENT_SHAPE, 3, 0)
+    _, second = scan(student, carry, after, CONFIG, LATENT_SHAPE, 3, 3)
+    np.testing.assert_allclose(np.concatenate(contents, 1), jnp.concatenate([first, second], 1), atol=1e-6)
+
+
+def test_a_blend_arrives_at_the_new_prompt(student, embeddings):
+    plan = scheduled((2, "blend"))
+    assert [plan.plan(chunk, CONFIG).blend for chunk in range(5)] == [1.0, 1.0, 0.5, 1.0, 1.0]
+    blended, _ = follow(student, embeddings, plan, 3)
+    half = [embeddings[0], (embeddings[0] + embeddings[1]) / 2]
+    expected, _ = follow(student, half, scheduled((2, "switch")), 3)
+    np.testing.assert_allclose(blended[2], expected[2], atol=1e-5)
+
+
+def test_recache_under_the_same_text_sees_all_frames_of_the_window_at_once(student, text, embeddings):
+    """The window's new keys are those of one clean pass over its frames; anchor and noise stay."""
+    plan = scheduled((4, "recache"))
+    contents, carry = follow(student, embeddings, plan, 4)
+    recent = carry.recent
+    np.testing.assert_array_equal(recent, contents[-1])
+    new_text = student.text_keys_values(embeddings[1])
+    layout = layout_of(plan.plan(4, CONFIG).phase, CONFIG)
+    _, fresh = student(recent, jnp.zeros(recent.shape[:2]), new_text, layout.window)
+    before = np.asarray(carry.stream.cache.anchor.key)
+    recached = prompts._recache(student, carry.stream, recent, new_text, CONFIG, plan.plan(4, CONFIG).phase)
+    np.testing.assert_allclose(recached.cache.window.key, fresh.key, atol=1e-5)
+    np.testing.assert_array_equal(recached.cache.anchor.key, before)
+
+
+@pytest.mark.parametrize("transition", ["recache", "flush", "cut", "reset_state", "blend"])
+def test_a_transition_acts_from_its_chunk_on(student, embeddings, transition):
+    config = StreamConfig(past_frames=6, anchor=AdaptiveAnchor(1))
+    same_text = [embeddings[0], embeddings[1]]
+    plain, _ = follow(student, same_text, scheduled((5, "switch")), 6, config)
+    other, _ = follow(student, same_text, scheduled((5, transition)), 6, config)
+    for chunk in range(5):
+        np.testing.assert_array_equal(plain[chunk], other[chunk])
+    assert np.abs(plain[5] - other[5]).max() > 1e-4
+
+
+def test_a_flush_forgets_all_but_two_frames_and_the_window_fills_again():
+    config = StreamConfig(past_frames=6, anchor=StaticAnchor(1))
+    plan = scheduled((10, "flush"))
+    windows = [layout_of(plan.plan(chunk, config).phase, config) for chunk in range(9, 13)]
+    assert [len(layout.window) for layout in windows] == [6, 2, 5, 6]
+    assert (windows[1].anchor, windows[1].window, windows[1].content) == ((0,), (1, 2), (3, 4, 5))
+    assert plan.plan(12, config).phase == plan.plan(9, config).phase
+
+
+def test_a_cut_is_for_one_chunk():
+    plan = scheduled((10, "cut"))
+    contents = [layout_of(plan.plan(chunk, CONFIG).phase, CONFIG).content for chunk in (9, 10, 11)]
+    assert contents == [(5, 6, 7), tuple(range(CUT_POSITION, CUT_POSITION + 3)), (5, 6, 7)]
+
+
+def test_reset_state_takes_the_newest_frame(student, embeddings):
+    _, carry = follow(student, embeddings, scheduled(), 4)
+    newest = np.asarray(carry.stream.cache.window.key)
+    reset = prompts._reset_state(carry.stream, CONFIG)
+    tokens = SMALL.frame_tokens(*LATENT_SHAPE[:2])
+    np.testing.assert_array_equal(reset.cache.anchor.key, newest[:, :, -tokens:])
+
+
+def test_a_new_prompt_compiles_nothing(student, embeddings):
+    plan = scheduled((3, "switch"), (5, "switch"))
+    follow(student, embeddings, scheduled(), 4)
+    prompts._text_between(student, embeddings[0], embeddings[0], jnp.float32(1.0))
+    compiled = stream_step._cache_size(), prompts._text_between._cache_size()
+    follow(student, embeddings, plan, 8)
+    assert (stream_step._cache_size(), prompts._text_between._cache_size()) == compiled
+
+
+@pytest.mark.parametrize("transition", ["recache", "reset_state", "blend", "flush"])
+def test_a_stream_resumed_before_or_after_a_transition_goes_on_the_same(student, embeddings, transition):
+    plan = scheduled((4, transition))
+    whole, _ = follow(student, embeddings, plan, 6)
+    for split in (4, 5):
+        first, carry = follow(student, embeddings, plan, split)
+        second, _ = follow(student, embeddings, plan, 6 - split, carry=carry)
+        for ours, theirs in zip(first + second, whole, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_joint_denoising_takes_a_switch(student, embeddings):
+    config = StreamConfig(past_frames=6, anchor=RollingAnchor(3), denoising_steps=(1000.0, 500.0))
+    contents, _ = follow(student, embeddings, scheduled((2, "switch")), 4, config)
+    assert np.isfinite(np.concatenate(contents)).all()

@@ -1,0 +1,287 @@
+"""The bench command: what it counts is what the networks do, and what it writes is complete."""
+
+import importlib.util
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LATENT_SHAPE, SMALL
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from adastate_jax import bench
+from adastate_jax.benchmarking import flops, machine, measure
+from adastate_jax.config import parse_config
+from adastate_jax.errors import UserError
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.dit import DiTConfig
+from adastate_jax.models.patch_codec import PatchCodecConfig
+from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
+from adastate_jax.streaming.rollout import StreamConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODEL = ROOT.parent / "shared" / "perf_model.py"  # an independent count for Wan2.1's networks
+WAN, STREAM, FRAME = DiTConfig(), StreamConfig(), 1560  # tokens per latent frame of 480×832
+TEACHER = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+SMALL_CONFIG = [
+    f"--config={ROOT / 'configs' / 'tiny.py'}",
+    *(
+        "--config.model.dim=32",
+        "--config.model.num_heads=2",
+        "--config.model.ffn_dim=32",
+        "--config.model.num_layers=1",
+    ),
+    *("--config.pretrain.batch_size=2", "--config.initialize.batch_size=2", "--config.distill.batch_size=2"),
+    "--config.stream.denoising_steps=(1000.0, 500.0)",
+]
+WAN_DECODERS = [
+    "--config.decoder=wan",
+    *("--config.model.in_channels=16", "--config.model.out_channels=16"),
+    *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)"),
+]
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def counted(function, *arguments) -> int:
+    """Operations of all matrix products and convolutions that a function traces to."""
+
+    def walk(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            shapes = [variable.aval.shape for variable in equation.invars]
+            outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+            if equation.primitive.name == "dot_general":
+                ((contracted, _), _) = equation.params["dimension_numbers"]
+                total += 2 * outputs * math.prod(shapes[0][axis] for axis in contracted)
+            elif equation.primitive.name == "conv_general_dilated":
+                channels_out = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
+                total += 2 * outputs * math.prod(shapes[1]) // channels_out
+            else:
+                inner = sum(walk(sub) for sub in jaxprs_in_params(equation.params))
+                total += inner * equation.params.get("length", 1)
+        return total
+
+    return walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_a_pass_takes_what_is_counted(student):
+    """Live frames, and a context of three more."""
+    tokens = SMALL.frame_tokens(*LATENT_SHAPE[:2])
+    latents = jnp.zeros((1, 2, *LATENT_SHAPE))
+
+    def keys_values(tokens):
+        shape = (SMALL.num_layers, 1, tokens, SMALL.num_heads, SMALL.head_dim)
+        return KeyValues(jnp.zeros(shape), jnp.zeros(shape))
+
+    def run(text, context):
+        return student(latents, jnp.zeros((1, 2)), text, np.arange(2), context=context)
+
+    work = counted(run, keys_values(SMALL.text_length), keys_values(3 * tokens))
+    assert work == flops.pass_flops(SMALL, 2, 5, tokens).total
+    embeddings = jnp.zeros((1, SMALL.text_length, SMALL.text_dim))
+    assert counted(student.text_keys_values, embeddings) == flops.text_flops(SMALL).total
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_decoder_takes_what_is_counted(first):
+    config = VAEConfig(dim=4, latent_channels=2, num_res_blocks=1, latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0))
+    model = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0), parts=("decoder",)))
+    cache = decoder_cache(model, 1, 2, 3)
+    work = counted(lambda model: decode(model, jnp.zeros((1, 3, 2, 3, 2)), cache, first), model)
+    assert work == flops.decoder_flops(config, 2, 3, 3, first)
+
+
+def test_the_tiny_decoder_takes_what_is_counted():
+    """But for growing in time, which ours does before the upsampling: a quarter of the counted products."""
+    config = TinyVAEConfig(latent_channels=2, widths=(4, 4, 4))
+    model = jax.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0), parts=("decoder",)))
+    cache = decoder_cache(model, 1, 2, 3)
+    work = counted(lambda model: decode(model, jnp.zeros((1, 3, 2, 3, 2)), cache, False), model)
+    pixels = 3 * 2 * 3  # and levels of 1, 4 and 2 · 16 times as many latents, growing 1, 2 and 2 times
+    growing = 2 * 4**2 * pixels * (1 + 4 * 2 + 2 * 16 * 2)
+    assert work == flops.decoder_flops(config, 2, 3, 3) - 3 * growing
+
+
+def test_wan_2_1_takes_what_is_published():
+    """30.55 TFLOP a pass and 152.8 a chunk at AdaState's window, 40.65 to decode it; see docs/performance.md."""
+    one = flops.chunk_pass_flops(WAN, STREAM, 2, FRAME)
+    assert [round(x / 1e12, 2) for x in (one.total, one.linear, one.attention)] == [30.55, 15.61, 14.94]
+    assert round(flops.chunk_flops(WAN, STREAM, 2, FRAME) / 1e12, 1) == 152.8
+    assert round(flops.decoder_flops(VAEConfig(), 60, 104, 3) / 1e12, 2) == 40.65
+    assert round(flops.decoder_flops(VAEConfig(), 60, 104, 3, first=True) / 1e12, 2) == 31.45
+    assert round(flops.decoder_flops(TinyVAEConfig(), 60, 104, 3) / 1e12, 3) == 1.632
+    assert flops.decoder_flops(PatchCodecConfig(patch=2, channels=5), 3, 4, 6) == 2 * 6 * 12 * 5 * 12
+    training = (
+        flops.rollout_flops(WAN, STREAM, 21, FRAME),
+        flops.critic_flops(WAN, WAN, STREAM, 21, FRAME),
+        flops.student_flops(WAN, WAN, TEACHER, STREAM, 21, FRAME),
+    )
+    assert [round(x / 1e15, 2) for x in training] == [0.66, 1.79, 4.87]
+
+
+def test_counts_agree_with_an_independent_model():
+    if not MODEL.is_file():
+        pytest.skip(f"no independent count: {MODEL} is not there")
+    spec = importlib.util.spec_from_file_location("perf_model", MODEL)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    for chunk, (live, seen) in enumerate([(3, 3), (3, 6), (4, 8), (4, 8)]):
+        ours = flops.chunk_pass_flops(WAN, STREAM, chunk, FRAME)
+        assert (
+            ours._asdict().items()
+            <= {
+                "linear": theirs.W13.fwd(live * FRAME, seen * FRAME, live)["linear"],
+                "attention": theirs.W13.fwd(live * FRAME, seen * FRAME, live)["attn"],
+            }.items()
+        )
+    assert flops.text_flops(WAN).total == theirs.W13.prompt_once()
+    assert flops.decoder_flops(VAEConfig(), 60, 104, 3) == theirs.tot(theirs.wan_vae_decoder(T=3), 7)
+    assert flops.decoder_flops(TinyVAEConfig(), 60, 104, 3) == theirs.tot(theirs.taehv_decoder(T=3), 7)
+    for ours, model in ((WAN, theirs.W13), (TEACHER, theirs.W14)):
+        whole = model.fwd(21 * FRAME, 21 * FRAME, 21, text_kv_cached=False)
+        assert flops.clip_flops(ours, 21, FRAME).total == whole["total"]
+
+
+def test_remat_is_counted():
+    forward = flops.clip_flops(SMALL, 3, 4)
+    config = dict(vars(SMALL))
+    counts = {
+        remat: flops.pretrain_flops(DiTConfig(**config | {"remat": remat}), 3, 4) - 3 * forward.total
+        for remat in ("none", "block", "attention")
+    }
+    assert counts == {"none": 0, "block": forward.total, "attention": forward.linear}
+
+
+def test_initialisation_is_counted():
+    """A block-causal pass without a limit on the past takes each chunk's own pass; a clean copy takes as many again."""
+    stream = StreamConfig(chunk_frames=1, past_frames=2)
+    passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 3)]
+    text = flops.text_flops(SMALL).total
+    assert flops.initialize_flops(SMALL, stream, 4, 4, False) == 3 * (sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, True) == 3 * (2 * sum(passes) + text)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_probe(monkeypatch):
+    """Ceilings without the gigabytes: the probe itself is run once, below."""
+    monkeypatch.setattr(machine, "probe", lambda: {"bfloat16": 2e10, "float32": 1e10, "copy": 1e9})
+
+
+def run(tmp_path, *arguments) -> dict:
+    output = tmp_path / "bench.json"
+    assert bench.main([*SMALL_CONFIG, *arguments, f"--output={output}"]) == 0
+    assert list(tmp_path.iterdir()) == [output]
+    return json.loads(output.read_text())
+
+
+def check_rows(record, repeats) -> dict:
+    for row in record["measurements"]:
+        assert 0 < row["median_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["repeats"] == repeats
+        assert row["peak_mebibytes"] > 1
+        if "tflop" in row:
+            rate = row["tflop"] / row["median_ms"] * 1e3
+            assert row["tflops_per_second"] == pytest.approx(rate)
+            assert row["percent_of_ceiling"] == pytest.approx(100 * rate / record["ceilings"]["float32_tflops"])
+    return {row["name"]: row for row in record["measurements"]}
+
+
+def test_a_stream_is_measured(tmp_path, small_probe, capsys):
+    """All times with both of Wan2.1's decoders, and three kinds of frames per second that follow from them."""
+    sections = ("pass", "chunk", "decode", "end_to_end", "first_image")
+    record = run(tmp_path, *WAN_DECODERS, "--repeats=2", "--only", *sections)
+    rows = check_rows(record, 2)
+    per_decoder = [
+        f"{kind}{name}" for kind in ("decoder ", "end to end, ", "first image, ") for name in ("wan", "tiny")
+    ]
+    assert list(rows) == ["DiT pass", "chunk", *per_decoder]
+    # The steady state has two denoising steps and the clean pass.
+    assert rows["chunk"]["tflop"] == pytest.approx(3 * rows["DiT pass"]["tflop"])
+    assert record["skipped"] == {}
+    assert record["attention"] == "xla"
+    assert record["device"]["kind"] == jax.devices()[0].device_kind
+    assert record["device"]["versions"].keys() >= {"jax", "jaxlib"}
+    assert record["config"]["vae"]["dim"] == 8
+    fps = record["fps"]
+    assert fps["images_per_chunk"] == 12
+    assert fps["dit"] == pytest.approx(12e3 / rows["chunk"]["median_ms"])
+    for name in ("wan", "tiny"):
+        both = rows["chunk"]["median_ms"] + rows[f"decoder {name}"]["median_ms"]
+        assert fps["with_decoder"][name] == pytest.approx(12e3 / both)
+        assert fps["end_to_end"][name] > 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    assert printed.count("FPS") == 5
+
+
+def test_training_is_measured(tmp_path, small_probe):
+    rows = check_rows(run(tmp_path, "--repeats=1", "--only", "training"), 1)
+    assert list(rows) == [
+        f"{name}, batch 2" for name in ("pretrain", "initialize", "distill student", "distill critic")
+    ]
+    assert all(row["tflop"] > 0 for row in rows.values())
+
+
+def test_a_stream_gets_ready(tmp_path, small_probe):
+    """In processes of their own; what they compile is found again."""
+    rows = check_rows(run(tmp_path, "--only", "ready"), 1)
+    assert list(rows) == ["start to ready, cold", "start to ready, cached"]
+
+
+def test_what_does_not_fit_is_said(tmp_path, small_probe, monkeypatch):
+    """A section that runs out of memory costs only its own rows."""
+
+    def exhausted(subject, repeats):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(measure, "time_chunk", exhausted)
+    record = run(tmp_path, "--repeats=1", "--only", "pass", "chunk")
+    assert record["skipped"] == {"chunk": "out of memory"}
+    assert [row["name"] for row in record["measurements"]] == ["DiT pass"]
+    assert "chunk: out of memory" in bench.table(record)
+
+
+def test_the_probe_finds_a_machine():
+    ceilings = machine.probe()
+    assert ceilings.keys() == {"bfloat16", "float32", "copy"}
+    assert all(1e8 < value < 1e17 for value in ceilings.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats=0"], "--repeats=0: must be at least 1"),
+        (["--output=nowhere/bench.json"], "no such folder nowhere"),
+        (["--config.model.layers=1"], "layers"),
+        (["--config.mesh.data=99", "--only", "pass"], "config.mesh: .* needs 99 devices"),
+        (["--config.model.attention=cudnn", "--only", "pass"], "attention cudnn: it does not run on cpu"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        bench.main([*SMALL_CONFIG, *arguments])
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_sections_are_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        bench.main([*SMALL_CONFIG, "--only", "everything"])
+    assert error.value.code == 2
+    assert "everything" in capsys.readouterr().err
+
+
+def test_the_small_configuration_is_one():
+    config = parse_config([*SMALL_CONFIG, *WAN_DECODERS])
+    assert config.latent_shape == (4, 4, 16)

@@ -1,0 +1,183 @@
+"""The sample command on random weights and on converted networks: what it writes, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import small_wan
+
+from adastate_jax import sample
+from adastate_jax.config import to_dict
+from adastate_jax.errors import UserError
+from adastate_jax.media import VideoWriter, read_image, read_last_frames
+
+ROOT = Path(__file__).parents[1]
+TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_wan.write_model(tmp_path_factory.mktemp("model") / "weights")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """`small_wan.CONFIG` as a file of --config."""
+    file = tmp_path_factory.mktemp("config") / "small_wan.py"
+    values = json.dumps(to_dict(small_wan.CONFIG))
+    file.write_text(
+        "import json\nimport ml_collections\n\n\n"
+        f"def get_config():\n    return ml_collections.ConfigDict(json.loads({values!r}))\n"
+    )
+    return f"--config={file}"
+
+
+def frames_of(path):
+    with av.open(str(path)) as video:
+        assert video.streams.video[0].average_rate == 16
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.zeros((60, 60, 3), np.uint8)
+    pixels[:, :, 2] = 200  # red
+    cv2.imwrite(str(path), pixels)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """One second at 16 frames per second, each brighter than the one before."""
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path) as writer:
+        writer.write(np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None, None] * 10, (16, 64, 64, 3)))
+    return path
+
+
+def test_a_dry_run_needs_no_files(tmp_path, capsys):
+    output = tmp_path / "out.mp4"
+    options = ["--random-weights", TINY, "--prompt=x", "--seconds=0.5", f"--output={output}"]
+    assert sample.main(options) == 0
+    assert frames_of(output).shape == (8, 32, 32, 3)
+    assert "random: transformer, codec and text embeddings" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_converted_networks_make_a_video(folder, config, clip, tmp_path):
+    output = tmp_path / "out" / "fox.mp4"
+    common = [f"--checkpoint={folder}", config, "--prompt=a red fox", f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*common, "--seconds=1.3", f"--output={output}"]) == 0
+    assert frames_of(output).shape == (21, 16, 24, 3)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert sample.main([*common, "--seconds=2", f"--output={output}", f"--video={clip}"]) == 0
+    assert frames_of(output).shape == (32, 16, 24, 3)
+
+
+@pytest.mark.parametrize(("option", "count"), [("image", 1), ("video", 6)])
+def test_what_to_start_from_reaches_the_stream(option, count, picture, clip, tmp_path, monkeypatch):
+    """A picture is one frame; of a clip, as many as fill the window: two chunks of three."""
+    monkeypatch.setattr(sample, "stream", lambda *arguments: iter([arguments[-1]]))
+    file = picture if option == "image" else clip
+    output = tmp_path / "out.mp4"
+    options = ["--random-weights", TINY, "--prompt=x", f"--{option}={file}", f"--output={output}"]
+    assert sample.main(options) == 0
+    frames = frames_of(output)
+    assert frames.shape == (count, 32, 32, 3)
+    expected = [200, 0, 0] if option == "image" else [150, 150, 150]
+    np.testing.assert_allclose(frames[-1].mean(axis=(0, 1)), expected, atol=4)
+
+
+def test_pictures_and_clips_are_fitted(picture, clip):
+    pixels = read_image(picture, 32, 48)
+    assert pixels.shape == (1, 32, 48, 3)
+    assert pixels[0, 16, 24].tolist() == [200, 0, 0]
+    frames = read_last_frames(clip, 5, 32, 48)
+    assert frames.shape == (5, 32, 48, 3)
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), np.arange(11, 16) * 10, atol=3)
+    assert len(read_last_frames(clip, 100, 32, 48)) == 16
+
+
+def test_what_is_no_picture_or_clip_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("a fox")
+    for read, arguments, message in (
+        (read_image, (8, 8), "not a readable picture"),
+        (read_last_frames, (2, 8, 8), "not a readable video"),
+    ):
+        with pytest.raises(UserError, match=rf"notes\.txt: {message}"):
+            read(tmp_path / "notes.txt", *arguments)
+        with pytest.raises(UserError, match="nowhere: no such file"):
+            read("nowhere", *arguments)
+
+
+def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
+    with VideoWriter(tmp_path / "fast.mp4", fps=48) as writer:
+        writer.write(np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None, None, None] * 5, (48, 64, 64, 3)))
+    frames = read_last_frames(tmp_path / "fast.mp4", 4, 64, 64)
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), np.array([38, 41, 44, 47]) * 5, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=x"], "--checkpoint: name a folder, or give --random-weights"),
+        (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint: name a folder, or give"),
+        (["--prompt=x", "--random-weights"], "--random-weights: needs --config"),
+        (["--prompt=x", "--checkpoint=nowhere"], "nowhere: no such folder"),
+        (["--prompt=x", "--checkpoint=w", "--config.seed=3"], "--config.seed=3: unknown argument, or needs --config"),
+        (["--prompt=x", "--random-weights", TINY, "--config.sed=3"], "sed"),
+        (["--prompt=x", "--random-weights", TINY, "--loud"], "loud"),
+        (["--prompt=x", "--random-weights", TINY, "--decoder=wan"], "decoder wan: .*must be the 16 channels"),
+        (["--prompt=x", "--random-weights", TINY, "--image=no.png"], r"no\.png: no such file"),
+        (["--prompt=x", "--random-weights", TINY, "--video=no.mp4"], r"no\.mp4: no such file"),
+        (["--prompt=x", "--random-weights", TINY, "--video=a", "--image=b"], "starts from one of them"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        sample.main(arguments)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stops_the_compression_stops_the_command(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VideoWriter, "_compress", full)
+    options = ["--random-weights", TINY, "--prompt=x", "--seconds=1", f"--output={tmp_path / 'out.mp4'}"]
+    with pytest.raises(UserError, match=r"out\.mp4: cannot be written \(No space left on device\)"):
+        sample.main(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_what_was_there_before(tmp_path):
+    output = tmp_path / "out.mp4"
+    output.write_text("of an earlier run")
+    command = [sys.executable, "-m", "adastate_jax.sample", "--random-weights", TINY, "--prompt=x", "--seconds=100000"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [*command, f"--output={output}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    partial = tmp_path / ".out.partial.mp4"
+    while not partial.is_file() or not partial.stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == f"stopped; {output} was not written"
+    assert output.read_text() == "of an earlier run"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
