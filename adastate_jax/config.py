@@ -26,6 +26,7 @@ from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
+from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.rollout import StreamConfig
 from adastate_jax.training.dmd import DistillConfig
 from adastate_jax.training.initialize import InitializeConfig
@@ -101,9 +102,9 @@ class SampleConfig:
     scale: int = 4
 
     def __post_init__(self):
-        unknown = [name for name in self.anchors if name not in ANCHORS]
+        unknown = [name for name in self.anchors if name not in STREAM_NAMES]
         if unknown or not self.anchors:
-            raise ValueError(f"anchors must be some of {', '.join(ANCHORS)}, got {self.anchors}")
+            raise ValueError(f"anchors must be some of {', '.join(STREAM_NAMES)}, got {self.anchors}")
         if self.horizon < 1 or self.scale < 1 or self.count < 1:
             raise ValueError("horizon, scale and count must be at least 1")
 

@@ -70,6 +70,10 @@ class StoredTextEncoder:
             (config.param_dtype, config.dtype, config.text_length),
         ]
 
+    def fits(self, prompt: str) -> bool:
+        """Whether nothing of a prompt is cut off."""
+        return self._tokenizer.fits(prompt)
+
     def __call__(self, prompts: Sequence[str]) -> jax.Array:
         """B texts → embeddings [B, T, text_dim] in the config's dtype."""
         config = self._config

@@ -18,9 +18,10 @@ from adastate_jax.errors import UserError, run_command
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video, read_header
 from adastate_jax.evaluation.report import Video, by_group, summarize_group, write_report
-from adastate_jax.generate import load, stream
-from adastate_jax.streaming.anchors import ANCHORS
+from adastate_jax.generate import load
+from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.training.loop import progress
+from adastate_jax.video_stream import stream
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _EXAMPLE = """examples:
@@ -234,7 +235,7 @@ def export(arguments: Sequence[str]) -> int:
     what.add_argument("--checkpoint", type=Path, metavar="DIR", help="generate with this model, as sample does")
     what.add_argument("--check", action="store_true", help="only list what is missing or wrong")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of generated videos (default 5)")
-    parser.add_argument("--anchor", choices=tuple(ANCHORS), help="instead of the one that the model was trained with")
+    parser.add_argument("--anchor", choices=STREAM_NAMES, help="instead of the one that the model was trained with")
     options = parser.parse_args(arguments)
     if not math.isfinite(options.seconds) or options.seconds <= 0:
         raise UserError(f"--seconds={options.seconds}: must be positive")

@@ -1,9 +1,8 @@
-"""From a prompt to video frames: load a model, and stream or sample from it."""
+"""Models to generate with: loading them, and what lies between prompts, latents and frames."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,11 +12,9 @@ from flax import nnx
 
 from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config import WAN_NEGATIVE_PROMPT, Config, DataConfig, load_config, parse_config
-from adastate_jax.continuation import continue_stream, max_given_frames
 from adastate_jax.data.videos import ClipConfig
 from adastate_jax.embeddings import Embed, StoredTextEncoder, encode_tokens, random_embed
 from adastate_jax.errors import UserError
-from adastate_jax.media import FPS
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
@@ -27,8 +24,9 @@ from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.parts import has_part, load_part
 from adastate_jax.sharding import init_sharded, make_mesh, tree_shardings
+from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
-from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys
+from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout
 from adastate_jax.streaming.schedule import StreamConfig
 
 # Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
@@ -57,6 +55,7 @@ class Model:
         student: the causal transformer.
         codec: between latents and video.
         embed: texts → embeddings [B, T, text_dim], zero past each text.
+        fits: whether nothing of a text is cut off.
         mesh: devices that the weights are split over.
     """
 
@@ -64,6 +63,7 @@ class Model:
     student: DiT
     codec: PatchCodec | WanCodec
     embed: Embed
+    fits: Callable[[str], bool]
     mesh: jax.sharding.Mesh
 
 
@@ -155,7 +155,8 @@ def _load_run(path: Path) -> Model:
         if step is not None:
             student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
             frozen = load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh))
-            return Model(config, student, frozen.codec, functools.partial(embed_prompts, frozen), mesh)
+            embed, fits = functools.partial(embed_prompts, frozen), ByteTokenizer(config.text.text_length).fits
+            return Model(config, student, frozen.codec, embed, fits, mesh)
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
 
 
@@ -173,7 +174,7 @@ def _load_parts(folder: Path, config: Config | None, decoder: str | None, text_c
     encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
     decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
     embed = StoredTextEncoder(folder, config.text, text_cache)
-    return Model(config, student, WanCodec(decoder, encoder), embed, mesh)
+    return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh)
 
 
 def _wan_config(model: DiTConfig, decoder: str) -> Config:
@@ -208,7 +209,8 @@ def _random_model(config: Config) -> Model:
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
 
     student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
-    return Model(config, student, _random_codec(config, network), random_embed(config.text), mesh)
+    embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
+    return Model(config, student, _random_codec(config, network), embed, fits, mesh)
 
 
 def _random_codec(config: Config, network) -> PatchCodec | WanCodec:
@@ -252,115 +254,6 @@ def num_given_frames(config: Config, available: int, anchor: str | None = None) 
 
 
 # --- generating -------------------------------------------------------------------------------------------------------
-
-
-def stream_batch(
-    model: Model,
-    prompts: Sequence[str],
-    seed: int,
-    num_frames: int,
-    anchor: str | None = None,
-    start: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """Generates videos of several prompts together, chunk by chunk.
-
-    A chunk and its decoding are dispatched before the one before it is fetched, so that the device never waits for
-    the host.
-
-    Args:
-        prompts: B texts.
-        seed: of the first sample; sample i has seed + i.
-        num_frames: video frames in all; the last chunk is cut to fit.
-        anchor: a preset or strategy to use instead of the configured one, see `named_stream`.
-        start: frames to start all videos from, uint8 [n, height, width, 3]; a video begins with the last of them that
-            `num_given_frames` counts, as the codec gives them back.
-
-    Yields:
-        uint8 [B, frames of the chunk, height, width, 3].
-
-    Raises:
-        UserError: the codec cannot encode `start`, or its frames are all that is asked for.
-    """
-    frames = _stream_frames(model, prompts, seed, num_frames, anchor, start)
-    while True:
-        with jax.set_mesh(model.mesh):  # not around the `yield`, where it would be set for the caller
-            chunk = next(frames, None)
-        if chunk is None:
-            return
-        yield chunk
-
-
-def _stream_frames(
-    model: Model, prompts: Sequence[str], seed: int, num_frames: int, anchor: str | None, start: np.ndarray | None
-) -> Iterator[np.ndarray]:
-    config, latent_shape = stream_config(model.config.stream, anchor), model.config.latent_shape
-    given = jnp.zeros((len(prompts), 0, *latent_shape))
-    if start is not None:
-        given = _encode_start(model, start, num_frames, anchor)
-        given = jnp.broadcast_to(given, (len(prompts), *given.shape[1:]))
-    text = jax.jit(DiT.text_keys_values)(model.student, model.embed(prompts))
-    carry = initial_carry(model.student.config, config, seed_keys(seed, len(prompts)), *latent_shape[:2])
-    cache = model.codec.decode_start(len(prompts), *latent_shape[:2])
-    num_latents = 1 + -(-(num_frames - 1) // model.config.time_factor)
-    num_chunks = -(-num_latents // config.chunk_frames)
-    previous = None
-    remaining = num_frames
-    for index, (_, chunk) in enumerate(continue_stream(model.student, carry, text, given, config, num_chunks)):
-        frames, cache = decode_frames(model.codec, chunk.content, cache, index == 0)
-        frames = frames[:, :remaining]
-        frames.copy_to_host_async()
-        if previous is not None:
-            yield np.asarray(previous)
-        previous = frames
-        remaining -= previous.shape[1]
-    yield np.asarray(previous)
-
-
-def _encode_start(model: Model, start: np.ndarray, num_frames: int, anchor: str | None) -> jax.Array:
-    """Latents [1, n, H, W, C] of the frames that a stream starts from."""
-    count = num_given_frames(model.config, len(start), anchor)
-    if not count:
-        raise UserError(
-            f"anchor {anchor or 'of the configuration'}: denoises chunks jointly, and starts from no frames"
-        )
-    if count >= num_frames:
-        raise UserError(f"the video starts with {count} given frames; ask for more than {count / FPS:g} seconds")
-    if isinstance(model.codec, WanCodec) and model.codec.encoder is None:
-        raise UserError("this model cannot encode the frames to start from; add the network vae to its folder")
-    return encode_frames(model.codec, start[None, -count:])
-
-
-def stream(
-    model: Model,
-    prompt: str,
-    seconds: float,
-    seed: int = 0,
-    anchor: str | None = None,
-    start: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """Generates a video chunk by chunk, at 16 frames per second.
-
-    Args:
-        prompt: what to show.
-        seconds: length of the video.
-        seed: of the noise.
-        anchor: a preset or strategy to use instead of the configured one.
-        start: frames to start from, uint8 [n, height, width, 3], see `stream_batch`.
-
-    Yields:
-        uint8 [frames of the chunk, height, width, 3].
-
-    Raises:
-        UserError: the length is not positive, the anchor is unknown, or as `stream_batch`.
-
-    >>> model = load(config="configs/tiny.py", random_weights=True)
-    >>> [frames.shape for frames in stream(model, "a camera pans left", seconds=0.5)]
-    [(3, 32, 32, 3), (3, 32, 32, 3), (2, 32, 32, 3)]
-    """
-    if not math.isfinite(seconds) or seconds <= 0:
-        raise UserError(f"seconds must be positive, got {seconds}")
-    for frames in stream_batch(model, [prompt], seed, math.ceil(seconds * FPS), anchor, start):
-        yield frames[0]
 
 
 def stream_config(config: StreamConfig, anchor: str | None) -> StreamConfig:

@@ -51,6 +51,8 @@ def _streams(options: argparse.Namespace, config: StreamConfig) -> dict[tuple[st
     found = {}
     for name in options.anchors or [None]:
         stream = stream_config(config, name)
+        if stream.anchor.joint:
+            raise UserError(f"--anchors {name}: denoises chunks jointly, there is no single one to probe")
         for past_frames in options.past_frames or [stream.past_frames]:
             try:
                 found[name or "own", past_frames] = dataclasses.replace(stream, past_frames=past_frames)

@@ -10,15 +10,18 @@ import numpy as np
 
 from adastate_jax.config import parse_config
 from adastate_jax.errors import UserError, run_command
-from adastate_jax.generate import Model, load, num_given_frames, stream
+from adastate_jax.generate import Model, load, num_given_frames
 from adastate_jax.media import FPS, VideoWriter, read_image, read_last_frames
 from adastate_jax.streaming.presets import STREAM_NAMES
+from adastate_jax.streaming.prompts import TRANSITIONS, read_schedule
 from adastate_jax.training.loop import progress
+from adastate_jax.video_stream import stream
 
 _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=runs/tiny --prompt="a camera pans left over green hills with a red ball" \\
       --seconds=5 --output=hills.mp4
   python -m adastate_jax.sample --checkpoint=weights --prompt="a red fox runs through fresh snow" --seconds=30
+  python -m adastate_jax.sample --checkpoint=weights --prompts=story.txt --seconds=60
   python -m adastate_jax.sample --checkpoint=weights --decoder=tiny --image=fox.jpg --prompt="the fox runs on"
   python -m adastate_jax.sample --random-weights --config=configs/tiny.py --prompt="a dry run" --seconds=1"""
 
@@ -38,7 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder that train wrote, or one of networks that convert wrote (transformer, text_encoder, vae or "
         "tiny_vae) with the text encoder's tokenizer.json",
     )
-    parser.add_argument("--prompt", required=True, help="what to show")
+    parser.add_argument("--prompt", help="what to show")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="instead of --prompt, a schedule: lines of SECOND [TRANSITION] | PROMPT, or a JSON list of objects; "
+        f"transitions are {', '.join(TRANSITIONS)}",
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help=f"length at {FPS} frames per second (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument(
@@ -80,6 +90,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--seconds={options.seconds}: must be positive")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed}: must not be negative")
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("--prompt: say what to show, or name a schedule with --prompts instead")
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("--prompt: is empty; say what to show")
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
     for file in (options.image, options.video):
@@ -121,13 +135,16 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line and writes the video."""
     options, overrides = _parser().parse_known_args(arguments)
     _check(options)
+    prompts = read_schedule(options.prompts) if options.prompts else None
     num_frames = math.ceil(options.seconds * FPS)
     try:
         with VideoWriter(options.output) as writer:  # opened first: what cannot be written need not be generated
             model = _load(options, overrides)
             start = _start(options, model)
             with progress("sample (compiling)", num_frames, unit="frame") as bar:
-                for frames in stream(model, options.prompt, options.seconds, options.seed, options.anchor, start):
+                for frames in stream(
+                    model, options.prompt, options.seconds, options.seed, options.anchor, start, prompts
+                ):
                     writer.write(frames)
                     bar.set_description("sample")
                     bar.update(len(frames))

@@ -21,7 +21,7 @@ from adastate_jax.data.videos import videos as videos_dataset
 from adastate_jax.data.worlds import worlds as worlds_dataset
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError
-from adastate_jax.generate import Frozen, abstract_frozen, load, stream_batch, with_shardings
+from adastate_jax.generate import Frozen, abstract_frozen, load, with_shardings
 from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.patch_codec import fit_patch_codec
@@ -32,6 +32,7 @@ from adastate_jax.training.initialize import initialize_step, ode_sigmas, sample
 from adastate_jax.training.loop import Metrics, StopRequest, progress, run_stage
 from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.state import TrainState, create_state
+from adastate_jax.video_stream import stream_batch
 
 _CODEC_CLIPS = 256
 

@@ -13,16 +13,17 @@ import small_wan
 from conftest import LATENT_SHAPE, SMALL
 
 import adastate_jax as ada
-from adastate_jax import generate
+from adastate_jax import generate, video_stream
 from adastate_jax.config import parse_config
-from adastate_jax.continuation import continue_stream, max_given_frames
 from adastate_jax.embeddings import StoredTextEncoder, random_embed
 from adastate_jax.errors import UserError
 from adastate_jax.models import vae
 from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.parts import load_part
 from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
+from adastate_jax.streaming.prompts import Cue, Schedule, initial_prompted, prompted_stream
 from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream
 from adastate_jax.streaming.schedule import StreamConfig
 
@@ -40,11 +41,11 @@ def model(folder):
     return ada.load(folder, small_wan.CONFIG)
 
 
-@pytest.mark.parametrize("module", [ada, generate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ada, generate, video_stream], ids=lambda module: module.__name__)
 def test_the_examples_in_docstrings_run(module, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = doctest.testmod(module)
-    assert found.attempted > 2
+    assert found.attempted > 1
     assert found.failed == 0
 
 
@@ -53,7 +54,7 @@ def test_the_examples_in_docstrings_run(module, monkeypatch):
 
 def test_a_stream_is_text_then_rollout_then_the_whole_clips_decoding(folder, model):
     """Chunks of 3 latents: 1 + 4 · 2 frames, then 12 each, the last one cut."""
-    parts = list(generate.stream_batch(model, PROMPTS, seed=3, num_frames=40))
+    parts = list(video_stream.stream_batch(model, PROMPTS, seed=3, num_frames=40))
     assert [part.shape for part in parts] == [(2, n, 16, 24, 3) for n in (9, 12, 12, 7)]
     assert all(part.dtype == np.uint8 for part in parts)
 
@@ -70,7 +71,7 @@ def test_a_stream_is_text_then_rollout_then_the_whole_clips_decoding(folder, mod
 
 
 def test_a_sample_does_not_depend_on_its_batch_but_on_its_seed_and_prompt(model):
-    pair = next(generate.stream_batch(model, PROMPTS, seed=3, num_frames=9))
+    pair = next(video_stream.stream_batch(model, PROMPTS, seed=3, num_frames=9))
     alone = next(ada.stream(model, PROMPTS[1], seconds=9 / 16, seed=4))
     np.testing.assert_allclose(pair[1].astype(int), alone, rtol=0, atol=1)
     for seed, prompt in ((5, PROMPTS[1]), (4, PROMPTS[0])):
@@ -241,9 +242,10 @@ def test_random_embeddings_are_a_prompts_own():
 
 
 def run(student, text, given, chunks, config):
-    text = student.text_keys_values(text[:1])
     carry = initial_carry(SMALL, config, seed_keys(0, 1), *LATENT_SHAPE[:2])
-    generated = continue_stream(student, carry, text, given, config, chunks)
+    carry = initial_prompted(carry, config, LATENT_SHAPE)
+    schedule = Schedule((Cue(0, "x"),), (0,))
+    generated = prompted_stream(student, carry, [text[:1]], schedule, config, LATENT_SHAPE, chunks, given)
     return np.concatenate([next(generated)[1].content for _ in range(chunks)], axis=1)
 
 
@@ -308,3 +310,77 @@ def test_a_model_without_encoder_cannot_start_from_frames(folder, tmp_path):
     model = ada.load(copy, small_wan.TINY_DECODER)
     with pytest.raises(UserError, match="add the network vae"):
         next(ada.stream(model, "a fox", seconds=1, start=np.zeros((1, 32, 48, 3), np.uint8)))
+
+
+# --- schedules, and streams on disk -----------------------------------------------------------------------------------
+
+STORY = (Cue(0, "a red fox runs"), Cue(1.5, "snow", "recache"))
+
+
+def frames_of(video, count=None):
+    return [next(video) for _ in range(count)] if count else list(video)
+
+
+def test_a_schedule_changes_the_video_from_its_chunk_on(model, tmp_path):
+    """At 1.5 seconds, video frame 24, chunk 2 has begun (frames 21 to 32): the cue waits for chunk 3."""
+    plain = frames_of(ada.stream(model, STORY[0].prompt, seconds=4))
+    story = frames_of(ada.stream(model, seconds=4, prompts=STORY))
+    differs = [bool(np.any(one != other)) for one, other in zip(plain, story, strict=True)]
+    assert differs == [False, False, False, True, True, True]
+    file = tmp_path / "story.txt"
+    file.write_text("0 | a red fox runs\n1.5 recache | snow\n")
+    read = frames_of(ada.stream(model, seconds=4, prompts=file))
+    assert all(np.array_equal(one, other) for one, other in zip(story, read, strict=True))
+
+
+def test_a_prompt_that_does_not_fit_is_refused_by_entry(model):
+    with pytest.raises(UserError, match="entry 2 is longer than 70 tokens"):
+        ada.stream(model, seconds=4, prompts=(Cue(0, "a fox"), Cue(2, " ".join(["fox"] * 100))))
+
+
+def test_a_video_without_end(model):
+    assert len(frames_of(ada.stream(model, "a fox"), 7)) == 7
+
+
+@pytest.mark.parametrize("count", [None, 1, 3, 4])
+def test_a_saved_stream_goes_on_to_the_bit(model, tmp_path, count):
+    """Before the first chunk, before and behind the cue of the schedule."""
+    whole = frames_of(ada.stream(model, seconds=4, prompts=STORY, seed=2))
+    video = ada.stream(model, seconds=4, prompts=STORY, seed=2)
+    before = [next(video) for _ in range(count or 0)]
+    ada.save_stream(video, tmp_path / "saved")
+    after = frames_of(ada.load_stream(model, tmp_path / "saved"))
+    for found in (before + after, before + frames_of(video)):
+        assert len(found) == len(whole)
+        assert all(np.array_equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_a_saved_batch_that_starts_from_frames(model, tmp_path):
+    start = np.random.default_rng(0).integers(0, 255, (21, 16, 24, 3), np.uint8)
+    begin = lambda: video_stream.stream_batch(model, PROMPTS, 1, 60, "static", start)  # noqa: E731
+    whole, video = frames_of(begin()), begin()
+    next(video)
+    ada.save_stream(video, tmp_path / "saved")
+    after = frames_of(ada.load_stream(model, tmp_path / "saved"))
+    np.testing.assert_array_equal(np.concatenate(after, axis=1), np.concatenate(whole[1:], axis=1))
+
+
+def test_what_is_no_stream_of_this_model_is_refused(model, tmp_path):
+    video = ada.stream(model, "a fox", seconds=4)
+    next(video)
+    ada.save_stream(video, tmp_path / "saved")
+    with pytest.raises(UserError, match="exists; name a new folder"):
+        ada.save_stream(video, tmp_path / "saved")
+    with pytest.raises(UserError, match=r"stream\.json: cannot be read"):
+        ada.load_stream(model, tmp_path)
+    head = model.student.head.kernel[...]
+    other = jax.tree.map(lambda leaf: leaf + 1 if leaf.shape == head.shape else leaf, model.student)
+    with pytest.raises(UserError, match="saved with another model"):
+        ada.load_stream(dataclasses.replace(model, student=other), tmp_path / "saved")
+    largest = max((tmp_path / "saved" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    with pytest.raises(UserError, match="damaged"):
+        ada.load_stream(model, tmp_path / "saved")
+    (tmp_path / "saved" / "stream.json").write_text("{")
+    with pytest.raises(UserError, match=r"stream\.json: is damaged"):
+        ada.load_stream(model, tmp_path / "saved")

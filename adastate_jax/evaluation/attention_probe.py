@@ -153,7 +153,12 @@ def probe_stream(
 
     Yields:
         One result per chunk of `chunks`, in ascending order.
+
+    Raises:
+        ValueError: chunks are denoised jointly, there is no single one to probe.
     """
+    if config.anchor.joint:
+        raise ValueError(f"{type(config.anchor).__name__} denoises chunks jointly; there is no single one to probe")
     wanted = sorted(set(chunks))
     for chunk in range(int(carry.chunk), wanted[-1] + 1):
         phase = phase_of(chunk, config)

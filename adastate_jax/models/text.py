@@ -230,6 +230,10 @@ class ByteTokenizer:
     def vocab_size(self) -> int:
         return _NUM_SPECIAL + 256
 
+    def fits(self, text: str) -> bool:
+        """Whether nothing of a text is cut off."""
+        return len(text.encode("utf-8", errors="replace")) < self.text_length
+
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Args:
             texts: B strings. One that does not fit loses its last bytes, never the end token; an empty one is the end
@@ -297,6 +301,10 @@ class PieceTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._pieces.get_vocab_size()
+
+    def fits(self, text: str) -> bool:
+        """Whether nothing of a text is cut off."""
+        return not self._pieces.encode(clean_prompt(text)).overflowing
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """B texts → token ids [B, text_length] int32 and mask [B, text_length] bool, true up to and with the end token.

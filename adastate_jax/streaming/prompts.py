@@ -31,6 +31,7 @@ from adastate_jax.errors import UserError
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.anchors import AdaptiveAnchor, Layout
+from adastate_jax.streaming.continuation import given_step, max_given_frames
 from adastate_jax.streaming.rollout import Chunk, Reencode, RolloutCarry, denoise, stream_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
@@ -299,18 +300,25 @@ def prompted_stream(
     config: StreamConfig,
     latent_shape: tuple[int, int, int],
     num_chunks: int | None = None,
+    given: jax.Array | None = None,
     reencode: Reencode | None = None,
 ) -> Iterator[tuple[PromptedCarry, Chunk]]:
-    """`stream` along a schedule of prompts; with one cue, the same bits.
+    """`stream` along a schedule of prompts; with one cue and nothing given, the same bits.
 
     Args:
         model, config, latent_shape, num_chunks, reencode: as `stream`.
         carry: it is donated when the next chunk is asked for.
         embeddings: of each cue's prompt, [B, T, text_dim].
+        given: clean latents that take the place of the stream's first frames, [B, n, H, W, C], n ≤ `max_given_frames`.
 
     Yields:
         The carry after the chunk, and the chunk.
+
+    Raises:
+        ValueError: too many frames are given.
     """
+    if given is not None and given.shape[1] > max_given_frames(config):
+        raise ValueError(f"at most {max_given_frames(config)} latent frames can be given, got {given.shape[1]}")
     chunk = int(carry.stream.chunk)
     last_chunk = None if num_chunks is None else chunk + num_chunks
     text, text_of = None, None
@@ -325,7 +333,12 @@ def prompted_stream(
             state = _recache(model, state, carry.recent, text, config, plan.phase)
         elif plan.transition == "reset_state":
             state = _reset_state(state, config)
-        state, generated = stream_step(model, state, text, config, latent_shape, plan.phase, reencode)
+        first = chunk * config.chunk_frames
+        if given is not None and first < given.shape[1]:
+            part = given[:, first : first + config.chunk_frames]
+            state, generated = given_step(model, state, text, part, config, plan.phase)
+        else:
+            state, generated = stream_step(model, state, text, config, latent_shape, plan.phase, reencode)
         carry = PromptedCarry(state, _remember(carry.recent, generated.content))
         chunk += 1
         yield carry, generated

@@ -7,7 +7,6 @@ part, the given frames stand at noise level zero beside the frames that are deno
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.rollout import Chunk, RolloutCarry, denoise, draw_noise, read_context, stream
-from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of, sigmas_of
+from adastate_jax.streaming.rollout import Chunk, RolloutCarry, denoise, draw_noise, read_context
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, sigmas_of
 
 
 @functools.partial(jax.jit, static_argnames=("config", "phase"), donate_argnames="carry")
@@ -60,26 +59,3 @@ def max_given_frames(config: StreamConfig) -> int:
     if config.anchor.joint:
         return 0
     return (config.num_fill_chunks - config.anchor.restarts) * config.chunk_frames
-
-
-def continue_stream(
-    model: DiT, carry: RolloutCarry, text: KeyValues, given: jax.Array, config: StreamConfig, num_chunks: int
-) -> Iterator[tuple[RolloutCarry, Chunk]]:
-    """`stream` whose first frames are given.
-
-    Args:
-        model, carry, text, config: as for `stream`, with the carry of a stream's beginning.
-        given: clean latents [B, n, H, W, C], n ≤ `max_given_frames`.
-        num_chunks: in all, those with given frames among them.
-
-    Yields:
-        As `stream`: the chunks with the given frames first.
-    """
-    if given.shape[1] > max_given_frames(config):
-        raise ValueError(f"at most {max_given_frames(config)} latent frames can be given, got {given.shape[1]}")
-    first = -(-given.shape[1] // config.chunk_frames)
-    for index in range(first):
-        part = given[:, index * config.chunk_frames : (index + 1) * config.chunk_frames]
-        carry, chunk = given_step(model, carry, text, part, config, phase_of(index, config))
-        yield carry, chunk
-    yield from stream(model, carry, text, config, given.shape[2:], num_chunks - first)
