@@ -128,7 +128,7 @@ class ChunkShares:
 
     Attributes:
         chunk: its number in the stream.
-        roles: what stands where: anchor, window or state of each frame, in cache order, and `siblings`.
+        roles: what stands where: anchor, state or window of each frame, by position in time; last, `siblings`.
         shares: [T, layers, roles], see `context_shares`; averaged over the samples.
     """
 
@@ -166,7 +166,9 @@ def probe_stream(
             layout = layout_of(phase, config)
             masses = np.asarray(probe_chunk(model, carry, text, config, latent_shape, phase))
             parts = (("anchor", layout.anchor), ("window", layout.window), ("state", layout.state))
-            roles = tuple(name for name, frames in parts for _ in frames)
-            yield ChunkShares(chunk, (*roles, "siblings"), context_shares(masses, len(layout.state)).mean(axis=2))
+            roles = [name for name, frames in parts for _ in frames]
+            in_time = [*np.argsort(layout.cached + layout.state), len(roles)]
+            shares = context_shares(masses, len(layout.state)).mean(axis=2)[..., in_time]
+            yield ChunkShares(chunk, tuple([*roles, "siblings"][place] for place in in_time), shares)
         if chunk < wanted[-1]:
             carry, _ = stream_step(model, carry, text, config, latent_shape, phase)

@@ -132,7 +132,7 @@ def attention_shares(streams: Mapping[tuple[str, int], Sequence[ChunkShares]]) -
             panels[anchor].plot(np.arange(len(shares)), shares, "o-", label=label, **style)
     for anchor, axis in panels.items():
         axis.set_title(anchor, fontsize=10, loc="left")
-        axis.set_xlabel("cache position")
+        axis.set_xlabel("position in time")
         axis.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("share of attention")
     return _png(figure)

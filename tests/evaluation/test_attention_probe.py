@@ -72,7 +72,7 @@ def test_shares_name_every_cached_frame_and_sum_to_one(student, text, anchor):
     text = student.text_keys_values(text)
     found = list(probe_stream(student, carry_at(student, text, config, 0), text, config, LATENT_SHAPE, [4, 1]))
     assert [one.chunk for one in found] == [1, 4]
-    roles = ["anchor"] * anchor.frames + ["window"] * 3 + ["state"] * anchor.state_frames + ["siblings"]
+    roles = ["anchor"] * anchor.frames + ["state"] * anchor.state_frames + ["window"] * 3 + ["siblings"]
     assert list(found[1].roles) == roles
     for one in found:
         assert one.shares.shape == (len(config.sigmas), SMALL.num_layers, len(one.roles))
