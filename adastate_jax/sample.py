@@ -142,9 +142,8 @@ def main(arguments: Sequence[str]) -> int:
             model = _load(options, overrides)
             start = _start(options, model)
             with progress("sample (compiling)", num_frames, unit="frame") as bar:
-                for frames in stream(
-                    model, options.prompt, options.seconds, options.seed, options.anchor, start, prompts
-                ):
+                shown = (model, options.prompt, options.seconds, options.seed, options.anchor)
+                for frames in stream(*shown, start=start, prompts=prompts):
                     writer.write(frames)
                     bar.set_description("sample")
                     bar.update(len(frames))

@@ -89,7 +89,10 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def init_sharded(function: Callable[..., Any], mesh: jax.sharding.Mesh, *arguments: Any) -> Any:
-    """Runs an initialiser under `jit` so that each leaf is born in its place, never whole on one device."""
+    """Runs an initialiser under `jit` so that each leaf comes out in its place; the tree is whole on no device.
+
+    Leaves of one layer may be, for a while: `draw_normal` draws flat, and not every axis can be split through that.
+    """
     shardings = tree_shardings(jax.eval_shape(function, *arguments), mesh)
     with jax.set_mesh(mesh):
         return jax.jit(function, out_shardings=shardings)(*arguments)

@@ -86,7 +86,7 @@ def test_converted_networks_make_a_video(folder, config, clip, tmp_path):
 @pytest.mark.parametrize(("option", "count"), [("image", 1), ("video", 6)])
 def test_what_to_start_from_reaches_the_stream(option, count, picture, clip, tmp_path, monkeypatch):
     """A picture is one frame; of a clip, as many as fill the window: two chunks of three."""
-    monkeypatch.setattr(sample, "stream", lambda *arguments: iter([arguments[-1]]))
+    monkeypatch.setattr(sample, "stream", lambda *_, start, prompts: iter([start]))
     file = picture if option == "image" else clip
     output = tmp_path / "out.mp4"
     options = ["--random-weights", TINY, "--prompt=x", f"--{option}={file}", f"--output={output}"]
@@ -137,6 +137,10 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
         (["--prompt=x", "--random-weights", TINY, "--config.sed=3"], "sed"),
         (["--prompt=x", "--random-weights", TINY, "--loud"], "loud"),
         (["--prompt=x", "--random-weights", TINY, "--decoder=wan"], "decoder wan: .*must be the 16 channels"),
+        (["--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
+        (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
+        (["--prompt= ", "--random-weights", TINY], "--prompt: is empty"),
+        (["--prompts=no.txt", "--random-weights", TINY], r"no\.txt: cannot be read"),
         (["--prompt=x", "--random-weights", TINY, "--image=no.png"], r"no\.png: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--video=no.mp4"], r"no\.mp4: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--video=a", "--image=b"], "starts from one of them"),

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from adastate_jax import verify
 from adastate_jax.errors import UserError, run_command
-from adastate_jax.fixtures.record import Check
+from adastate_jax.fixtures.record import ARITHMETIC_TOLERANCE, NETWORK_TOLERANCE, Check
 from adastate_jax.weights import SafeTensors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -20,9 +20,6 @@ needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtur
 NOT_CHECKED = {
     ("scheduler", "sigma_at_timestep"),
     ("dmd", "masked"),
-    ("block_relative_rope", "cut.chunk4 positions"),
-    ("causal_rollout_chunk1", "local6_sink1"),
-    ("causal_rollout_chunk3", "local6_sink1"),
 }
 
 
@@ -54,6 +51,20 @@ def copy(stem, folder, edit=lambda tensors: None):
     save_file(tensors, folder / f"{stem}.safetensors", source.metadata)
 
 
+def change_one_number(tensor, rng):
+    """Moves a number anywhere in a tensor to twice what any check tolerates there."""
+    place = rng.integers(tensor.size)
+    whole = np.issubdtype(tensor.dtype, np.integer)
+    largest = np.abs(tensor).max()
+    tensor.flat[place] += 1 if whole else 2 * max(NETWORK_TOLERANCE, ARITHMETIC_TOLERANCE * largest)
+
+
+def change_one_entry(entries, rng):
+    """Changes one shape, name or number of a list or an object."""
+    key = rng.choice(range(len(entries)) if isinstance(entries, list) else list(entries))
+    entries[key] += {list: [2], str: "x", float: 1.0}[type(entries[key])]
+
+
 def failures(results):
     return {key: result for key, result in results.items() if result.startswith("FAIL")}
 
@@ -65,6 +76,36 @@ def test_all_fixtures_pass(run):
     assert code == 0
     assert {key for key, result in results.items() if result.startswith("not checked")} == NOT_CHECKED
     assert {stem for stem, _ in results} == set(verify.FIXTURES)
+
+
+@needs_golden
+def test_one_changed_number_in_every_tensor_fails_every_check(run, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if name.startswith("out."):
+                change_one_number(tensor, rng)
+
+    for path in sorted(GOLDEN.glob("*.safetensors")):
+        copy(path.stem, tmp_path, change)
+    for path in sorted(GOLDEN.glob("*.json")):
+        content = json.loads(path.read_text())
+        if path.stem.startswith("manifest_"):
+            for part in ("official", "state_dict", "diffusers_to_official", "transformers_to_official", "latents_mean"):
+                if part in content:
+                    change_one_entry(content[part], rng)
+        else:
+            for part in sorted({name.split(".")[0] for name in content}):  # encoder and decoder are checked apart
+                of_part = {name: content[name] for name in content if name.split(".")[0] == part}
+                change_one_entry(of_part, rng)
+                content |= of_part
+        (tmp_path / path.name).write_text(json.dumps(content))
+    code, results = run(tmp_path)
+    assert code == 1
+    assert {stem for stem, _ in results} == set(verify.FIXTURES)
+    assert results.keys() - failures(results).keys() == NOT_CHECKED
+    assert not any(case == "the rest of the file" for _, case in results)
 
 
 @needs_golden
@@ -82,7 +123,8 @@ def test_all_fixtures_pass(run):
 )
 def test_one_changed_number_fails(run, tmp_path, stem, tensor, amount, case):
     def change(tensors):
-        tensors[tensor].flat[-1] += amount
+        place = np.random.default_rng(0).integers(tensors[tensor].size)
+        tensors[tensor].flat[place] += amount
 
     copy(stem, tmp_path, change)
     for path in GOLDEN.glob("*_names.json"):

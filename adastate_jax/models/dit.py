@@ -309,4 +309,4 @@ def _remat(function, policy: str):
     if policy == "none":
         return function
     kept = jax.checkpoint_policies.save_only_these_names("attention_output") if policy == "attention" else None
-    return jax.checkpoint(function, policy=kept)
+    return jax.checkpoint(function, policy=kept, prevent_cse=False)  # needless in the body of a scan

@@ -386,7 +386,7 @@ def make_anchor(name: str, frames: int | None = None, **settings: Any) -> NoAnch
     if name not in ANCHORS:
         raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, got {name!r}")
     kind = ANCHORS[name]
-    fields = {field.name for field in dataclasses.fields(kind)}
+    fields = [field.name for field in dataclasses.fields(kind)]
     for setting in settings:
         if setting not in fields:
             raise ValueError(f"anchor {name!r} has no setting {setting!r}; known are {', '.join(fields) or 'none'}")

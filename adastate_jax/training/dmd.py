@@ -126,6 +126,10 @@ def score_sigma(uniform: jax.Array, config: DistillConfig) -> jax.Array:
     return timestep / MAX_TIMESTEP
 
 
+def _draw_sigma(key: jax.Array, batch: int, config: DistillConfig) -> jax.Array:
+    return score_sigma(1.0 - jax.random.uniform(key, (batch,)), config)  # u in (0, 1]
+
+
 def clean_estimate(model: DiT, noisy: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
     """x̂_0 of a bidirectional network.  noisy [B, N, H, W, C]; sigma [B]; text embeddings [B, T, text_dim]."""
     sigma = jnp.broadcast_to(sigma[:, None], noisy.shape[:2])
@@ -146,18 +150,24 @@ class Rollout:
 
     Attributes:
         fill, steady: the chunks.
+        fill_anchors: the anchor memory that each fill chunk read.
         anchors: the anchor memory that each steady chunk read, stacked; None without steady chunks.
         exit_step: the step whose output is each chunk's, int32 [].
     """
 
     fill: tuple[GeneratedChunk, ...]
+    fill_anchors: tuple[Any, ...]
     steady: GeneratedChunk | None
     anchors: Any
     exit_step: jax.Array
 
 
 def num_chunks(frames: int, stream: StreamConfig) -> int:
-    """Chunks of a rollout of `frames` content frames; raises ValueError if it is not a whole number."""
+    """Chunks of a rollout of `frames` content frames; raises ValueError if there is no such rollout to train on."""
+    if stream.anchor.joint or stream.first_denoising_steps:
+        raise ValueError("distillation rolls out chunk by chunk with one step list; choose another stream")
+    if stream.anchor.restarts and frames > stream.num_fill_chunks * stream.chunk_frames:
+        raise ValueError("a rollout of this stream ends where it restarts; shorten distill.rollout_frames")
     if frames < 1 or frames % stream.chunk_frames:
         raise ValueError(f"{frames} rollout frames are no whole number of chunks of {stream.chunk_frames} frames")
     return frames // stream.chunk_frames
@@ -189,15 +199,16 @@ def self_rollout(
         cache = cache_lib.advance(carry.cache, stream.anchor, layout_of(phase, stream), chunk.fresh, phase.first_frame)
         return RolloutCarry(cache, carry.chunk + 1, carry.keys), (chunk, carry.cache.anchor)
 
-    fill = []
+    fill, fill_anchors = [], []
     for index in range(min(chunks, stream.num_fill_chunks)):
-        carry, (chunk, _) = step(carry, phase_of(index, stream))
+        carry, (chunk, anchor) = step(carry, phase_of(index, stream))
         fill.append(chunk)
+        fill_anchors.append(anchor)
     steady = anchors = None
     if chunks > len(fill):
         phase = phase_of(stream.num_fill_chunks, stream)
         _, (steady, anchors) = jax.lax.scan(lambda carry, _: step(carry, phase), carry, length=chunks - len(fill))
-    return jax.lax.stop_gradient(Rollout(tuple(fill), steady, anchors, exit_step))
+    return jax.lax.stop_gradient(Rollout(tuple(fill), tuple(fill_anchors), steady, anchors, exit_step))
 
 
 def rollout_latents(record: Rollout, stream: StreamConfig) -> jax.Array:
@@ -244,8 +255,8 @@ def gradient_pass(
 
     contents = []
     content_cache = None  # all content committed so far, the window of a chunk is a slice of it
-    for index, chunk in enumerate(record.fill):
-        contents.append(exit_pass(chunk.noisy, Cache(None, content_cache), phase_of(index, stream)))
+    for index, (chunk, anchor) in enumerate(zip(record.fill, record.fill_anchors, strict=True)):
+        contents.append(exit_pass(chunk.noisy, Cache(anchor, content_cache), phase_of(index, stream)))
         content_cache = chunk.fresh if content_cache is None else concatenate(content_cache, chunk.fresh)
     if record.steady is not None:
         phase = phase_of(stream.num_fill_chunks, stream)
@@ -263,7 +274,7 @@ def gradient_pass(
 
         indices = jnp.arange(record.steady.noisy.shape[0])
         inputs = (indices, record.steady.noisy, record.anchors)
-        _, scanned = jax.lax.scan(jax.checkpoint(steady_pass), None, inputs)
+        _, scanned = jax.lax.scan(steady_pass, None, inputs)
         contents.append(_join_chunks(scanned))
     return jnp.concatenate(contents, axis=1)
 
@@ -297,7 +308,7 @@ def _straight_through_pass(student: DiT, text: KeyValues, record: Rollout, strea
         contents.append(content)
     if record.steady is not None:
         phase = phase_of(stream.num_fill_chunks, stream)
-        _, scanned = jax.lax.scan(jax.checkpoint(lambda cache, chunk: step(cache, chunk, phase)), cache, record.steady)
+        _, scanned = jax.lax.scan(lambda cache, chunk: step(cache, chunk, phase), cache, record.steady)
         contents.append(_join_chunks(scanned))
     return jnp.concatenate(contents, axis=1)
 
@@ -339,7 +350,7 @@ def critic_step(
     rollout_key, noise_key, level_key = jax.random.split(key, 3)
     latents = rollout_latents(_rollout_for(student, text, rollout_key, config, stream, latent_shape), stream)
     noise = constrain(draw_normal(noise_key, latents.shape), "batch")
-    sigma = score_sigma(jax.random.uniform(level_key, latents.shape[:1]), config)
+    sigma = _draw_sigma(level_key, latents.shape[0], config)
     loss, gradients = jax.value_and_grad(flow_loss)(state.params, latents, noise, sigma, text)
     state, metrics = apply_gradients(state, gradients, config.critic)
     return state, {"loss": loss, **metrics}
@@ -375,7 +386,7 @@ def student_step(
     latents = rollout_latents(record, stream)
 
     noise = constrain(draw_normal(noise_key, latents.shape), "batch")
-    sigma = score_sigma(jax.random.uniform(level_key, latents.shape[:1]), config)
+    sigma = _draw_sigma(level_key, latents.shape[0], config)
     noisy = add_noise(latents, noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)
     both_texts = jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])

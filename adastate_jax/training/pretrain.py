@@ -81,7 +81,7 @@ def pretrain_step(
     noise_key, level_key, drop_key = jax.random.split(key, 3)
     batch = latents.shape[0]
     noise = constrain(draw_normal(noise_key, latents.shape), "batch")
-    sigma = warp(jax.random.uniform(level_key, (batch,)), config.shift)
+    sigma = warp(1.0 - jax.random.uniform(level_key, (batch,)), config.shift)  # of u in (0, 1]
     dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (batch,))
     text = jnp.where(dropped[:, None, None], null_text, text)
 

@@ -38,10 +38,26 @@ class OptimizerConfig:
         if self.warmup_steps:
             warmup = optax.schedules.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
             rate = optax.schedules.join_schedules([warmup, rate], [self.warmup_steps])
+        adam = optax.scale_by_adam(*self.betas)
         return optax.chain(
             optax.clip_by_global_norm(self.max_gradient_norm),
-            optax.adamw(rate, b1=self.betas[0], b2=self.betas[1], weight_decay=self.weight_decay),
+            adam if self.betas[0] else _without_momentum(adam),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(rate),
         )
+
+
+def _without_momentum(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam with β1 = 0, whose momentum is the gradient itself: the state has None in its place."""
+
+    def init(params):
+        return adam.init(params)._replace(mu=None)
+
+    def update(gradients, state, params=None):
+        updates, state = adam.update(gradients, state._replace(mu=optax.tree.zeros_like(gradients)), params)
+        return updates, state._replace(mu=None)
+
+    return optax.GradientTransformation(init, update)
 
 
 @jax.tree_util.register_dataclass

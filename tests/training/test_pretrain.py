@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import LATENT_SHAPE
 
@@ -57,15 +58,48 @@ def test_ema_follows_and_shares_no_buffer(student, latents, text):
     donated(jax.tree.map(jnp.copy, state), latents, text, text[:1], jax.random.key(0), config)
 
 
-def test_gradients_are_clipped_and_rates_scheduled():
+def test_gradients_are_clipped():
+    """Adam's steps do not show it; its momentum after one update is (1 − β1) of the clipped gradient."""
+    gradient = jnp.array([300.0, 0.0, 400.0])
+    for largest, scale in ((50.0, 0.1), (1000.0, 1.0)):
+        optimizer = OptimizerConfig(betas=(0.75, 0.999), max_gradient_norm=largest)
+        state, scalars = apply_gradients(
+            create_state({"w": jnp.zeros(3)}, optimizer, False), {"w": gradient}, optimizer
+        )
+        (momentum,) = (part.mu["w"] for part in state.optimizer if hasattr(part, "mu"))
+        np.testing.assert_allclose(momentum, 0.25 * scale * gradient, rtol=1e-6)
+        assert float(scalars["gradient_norm"]) == pytest.approx(500.0)  # before clipping
+
+
+def test_adam_without_momentum_keeps_none_and_computes_the_same():
+    optimizer = OptimizerConfig(learning_rate=0.1)
+    assert optimizer.betas[0] == 0
+    adamw = optax.chain(
+        optax.clip_by_global_norm(optimizer.max_gradient_norm),
+        optax.adamw(optimizer.learning_rate, *optimizer.betas, weight_decay=optimizer.weight_decay),
+    )
+    rng = np.random.default_rng(0)
+    ours = theirs = {"w": jnp.asarray(rng.standard_normal((64, 3)), jnp.float32)}
+    state, their_state = create_state(ours, optimizer, False), adamw.init(theirs)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) < ours["w"].size + 8
+    step = jax.jit(lambda state, gradients: apply_gradients(state, gradients, optimizer)[0])
+    update = jax.jit(adamw.update)
+    for scale in (1e-6, 1.0, 1e3):
+        gradients = {"w": jnp.asarray(scale * rng.standard_normal((64, 3)), jnp.float32)}
+        state = step(state, gradients)
+        updates, their_state = update(gradients, their_state, theirs)
+        theirs = jax.jit(optax.apply_updates)(theirs, updates)
+        np.testing.assert_allclose(state.params["w"], theirs["w"], rtol=1e-6)  # another compiler may fuse otherwise
+
+
+def test_rates_are_scheduled():
     optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=4, decay_steps=8, weight_decay=0.0, betas=(0.0, 0.0))
     state = create_state({"w": jnp.zeros(3)}, optimizer, False)
     sizes = []
     for _ in range(9):
         before = state.params["w"]
-        state, scalars = apply_gradients(state, {"w": jnp.array([300.0, 0.0, 400.0])}, optimizer)
+        state, _ = apply_gradients(state, {"w": jnp.array([300.0, 0.0, 400.0])}, optimizer)
         sizes.append(float(jnp.abs(state.params["w"] - before).max()))
-    assert float(scalars["gradient_norm"]) == pytest.approx(500.0)
     np.testing.assert_allclose(sizes[:5], [0, 0.25, 0.5, 0.75, 1.0], atol=1e-5)  # β = 0: a step is the rate itself
     assert sizes[5] < sizes[4]
     assert sizes[8] == pytest.approx(0.0, abs=1e-6)

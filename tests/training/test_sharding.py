@@ -1,6 +1,8 @@
-"""Every training step on 8 devices (data 2 × fsdp 4) gives what one device gives."""
+"""Every training step on 8 devices gives what one device gives, and what is split stays split."""
 
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,15 @@ from adastate_jax.sharding import (
     shard_batch,
     tree_shardings,
 )
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.stages import _compile_step
+from adastate_jax.streaming.rollout import StreamConfig, draw_noise, generate_chunk, initial_carry, phase_of, seed_keys
 from adastate_jax.training.dmd import DistillConfig, critic_step, student_step
 from adastate_jax.training.initialize import InitializeConfig, initialize_step
 from adastate_jax.training.pretrain import PretrainConfig, pretrain_step
 from adastate_jax.training.state import OptimizerConfig, create_state
 
 STREAM = StreamConfig(denoising_steps=(1000.0, 500.0))
-# With β1 = 0 an update is the sign of the gradient: rounding noise on tiny entries would be blown up to ± the rate.
+# Keeps both of Adam's moments, and so shows gradients as they are: the first updates are but their signs.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999))
 BATCH, FRAMES = 8, 9
 
@@ -73,12 +76,52 @@ NULL_TEXT = jnp.ones((1, SMALL.text_length, SMALL.text_dim))
 
 
 def test_pretrain_step(student, batch, meshes):
+    """As the train command compiles it: on all meshes the same, one program, and the state updated in its place."""
     config = PretrainConfig(optimizer=OPTIMIZER)
 
-    def step(state, batch):
+    def function(state, batch):
         return pretrain_step(state, batch["latents"], batch["text"], NULL_TEXT, jax.random.key(1), config)
 
-    compare(step, create_state(student, OPTIMIZER, True), batch, *meshes)
+    results = []
+    for mesh in (*meshes, make_mesh(2, 2, 2)):
+        with jax.set_mesh(mesh):
+            state, sharded = (
+                place(jax.tree.map(jnp.copy, create_state(student, OPTIMIZER, True)), mesh),
+                shard_batch(batch, mesh),
+            )
+            step = _compile_step(types.SimpleNamespace(mesh=mesh), function, state)
+            held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+            assert step.lower(state, sharded).compile().memory_analysis().alias_size_in_bytes == held
+            state, scalars = step(state, sharded)
+            results.append(jax.tree.map(np.asarray, (state, scalars)))
+            step(state, sharded)
+            assert step._cache_size() == 1
+    for result in results[1:]:
+        for a, b in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_tensor_parallel_layers_gather_nothing(student, batch):
+    """Keys and values stay on their heads' devices; all that is gathered is the projected timestep."""
+    mesh = make_mesh(model=2)
+    text = batch["text"]
+
+    def first_chunk(student, text):
+        carry = initial_carry(SMALL, STREAM, seed_keys(0, BATCH), *LATENT_SHAPE[:2])
+        noise, phase = draw_noise(carry, STREAM, LATENT_SHAPE), phase_of(0, STREAM)
+        return generate_chunk(student, carry.cache, student.text_keys_values(text), noise, STREAM, phase, 1)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(first_chunk).lower(place(student, mesh), text).compile()
+    assert all(
+        sharding.spec == jax.P(None, None, None, "model")
+        for sharding in jax.tree.leaves(compiled.output_shardings.fresh)
+    )
+    program = compiled.as_text()
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", program)
+    assert set(gathered) == {f"{BATCH},{STREAM.chunk_frames},{6 * SMALL.dim}"}
+    assert "all-to-all" not in program
+    assert "collective-permute" not in program
 
 
 @pytest.mark.parametrize("context", ["noisy", "clean"])
