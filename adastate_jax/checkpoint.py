@@ -6,6 +6,7 @@ every file. What is not sealed was cut short and is never loaded; what no longer
 
 import json
 import logging
+import shutil
 import threading
 import zlib
 from pathlib import Path
@@ -67,22 +68,31 @@ def is_finished(path: str | Path) -> bool:
 
 def latest_step(folder: str | Path) -> int | None:
     """Step of the newest finished checkpoint of a stage's folder, or None."""
-    steps = [int(path.name) for path in Path(folder).glob("[0-9]*") if path.name.isdigit() and is_finished(path)]
-    return max(steps, default=None)
+    return max((int(path.name) for path in _numbered(Path(folder)) if is_finished(path)), default=None)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The folders of a stage's checkpoints, finished or not."""
+    return [path for path in folder.glob("[0-9]*") if path.name.isdigit()]
 
 
 class Checkpoints:
-    """The numbered checkpoints of one training stage, in `folder/STEP`; the newest `keep` are kept.
+    """The numbered checkpoints of one training stage, in `folder/STEP`; the newest `keep` finished ones are kept.
 
+    An older one goes only when a newer one is sealed; what a kill left unsealed goes at the start.
     A context manager: leaving it waits for a save that is under way.
     """
 
     def __init__(self, folder: str | Path, keep: int):
         self.folder = Path(folder).absolute()
+        self._keep = keep
+        for path in _numbered(self.folder):
+            if not is_finished(path):
+                shutil.rmtree(path)
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # it does not know of our seals
             cleanup_tmp_directories=True,
         )
         self._saving: threading.Thread | None = None
@@ -111,6 +121,10 @@ class Checkpoints:
             try:
                 response.result()
                 _seal(self.folder / str(step))
+                finished = sorted(filter(is_finished, _numbered(self.folder)), key=lambda path: int(path.name))
+                for path in finished[: -self._keep]:
+                    (path / _SEAL).unlink()  # first, so that what a kill leaves of it is no checkpoint
+                    shutil.rmtree(path)
             except BaseException as error:  # handed to the main thread by `wait`
                 self._failure = error
 
@@ -141,8 +155,6 @@ def _fingerprint(file: Path) -> list[int]:
 
 
 def _seal(path: Path) -> None:
-    if jax.process_index():
-        return
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _SEAL)
     content = {str(file.relative_to(path)): _fingerprint(file) for file in files}
     partial = path / f".{_SEAL}.partial"
@@ -158,12 +170,12 @@ def _verify_seal(path: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{path}: not a finished checkpoint of ours (no {_SEAL}); name another folder") from None
     except ValueError:
-        raise UserError(f"{path / _SEAL}: damaged; remove the folder {path} to fall back to an older one") from None
+        raise UserError(f"{path / _SEAL}: damaged; remove {path}, to use an older one or make it again") from None
     for name, fingerprint in content.items():
         file = path / name
         if not file.is_file() or _fingerprint(file) != fingerprint:
             state = "damaged" if file.is_file() else "missing"
-            raise UserError(f"{file}: {state}; remove the folder {path} to fall back to an older checkpoint")
+            raise UserError(f"{file}: {state}; remove {path}, to use an older one or make it again")
 
 
 def _check_names(path: Path, wanted: dict[str, Any], saved: Any, partial: bool) -> None:

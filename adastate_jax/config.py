@@ -4,9 +4,11 @@ A file under `configs/` starts from `default_config()` and sets fields; `--confi
 command line. What is unknown, of a wrong type or out of range is refused by name.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,15 +24,16 @@ from adastate_jax.data.worlds import WorldConfig
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
-from adastate_jax.models.text import TextConfig
+from adastate_jax.models.text import ByteTokenizer, TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
 from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.rollout import StreamConfig
-from adastate_jax.training.dmd import DistillConfig
-from adastate_jax.training.initialize import InitializeConfig
+from adastate_jax.training.dmd import DistillConfig, num_chunks
+from adastate_jax.training.initialize import InitializeConfig, ode_sigmas
 from adastate_jax.training.pretrain import PretrainConfig
+from adastate_jax.training.state import require_positive
 
 STAGES = ("pretrain", "initialize", "distill", "sample")
 DECODERS = ("patch", "wan", "tiny")
@@ -117,6 +120,9 @@ class MeshConfig:
     fsdp: int = 1
     model: int = 1
 
+    def __post_init__(self):
+        require_positive(self, "data", "fsdp", "model")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
@@ -169,8 +175,8 @@ class Config:
 
     def __post_init__(self):
         unknown = [name for name in self.stages if name not in STAGES]
-        if unknown:
-            raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {self.stages}")
+        if unknown or list(self.stages) != sorted(set(self.stages), key=STAGES.index):
+            raise ValueError(f"stages must be some of {', '.join(STAGES)}, in this order, got {self.stages}")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.stages and self.data.kind == "none":
@@ -181,6 +187,12 @@ class Config:
         for name, value in frames:
             if value < 1 or value % self.stream.chunk_frames:
                 raise ValueError(f"{name} {value} is no whole number of chunks of {self.stream.chunk_frames} frames")
+        if self.stages and self.text.vocab_size < ByteTokenizer(self.text.text_length).vocab_size:
+            raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
+        if "initialize" in self.stages:
+            ode_sigmas(self.stream, self.initialize.ode_steps)
+        if "distill" in self.stages:
+            num_chunks(self.distill.rollout_frames, self.stream)
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:
             raise ValueError(
                 f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
@@ -257,13 +269,20 @@ def parse_config(arguments: Sequence[str]) -> Config:
     try:
         rest = values(command_line)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # A failure inside the file comes with its whole traceback as text; the last line says what it was.
-        raise UserError(f"{arguments[0]}: {str(error).strip().splitlines()[-1]}") from None
+        raise UserError(f"{arguments[0]}: {_last_line(str(error))}") from None
     if rest:
         raise UserError(f"unknown argument {rest[0]}; see --help")
     if values.config is None:
         raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
     return from_config_dict(values.config)
+
+
+def _last_line(text: str) -> str:
+    """What a failure was: a configuration file's comes with a whole traceback, an unknown field's in nested quotes."""
+    text = text.strip().splitlines()[-1]
+    while text[:1] in ("'", '"') and text[:1] == text[-1:]:
+        text = " ".join(str(ast.literal_eval(text)).split())
+    return text
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -335,4 +354,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{where}: must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: must be a finite number, got {value}")
     return value

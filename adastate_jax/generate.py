@@ -100,6 +100,7 @@ def load(
     decoder: str | None = None,
     random_weights: bool = False,
     text_cache: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads a model to generate with.
 
@@ -112,6 +113,7 @@ def load(
         random_weights: makes a model of `config` alone, with random networks and, instead of a text encoder, random
             embeddings of each prompt: it runs as the real one does, and shows noise.
         text_cache: folder that keeps the embeddings of prompts; None is `text_cache` in `path`.
+        mesh: devices that the weights of a folder that `train` wrote are split over; None is one device.
 
     Raises:
         UserError: a file or folder is missing or damaged, or does not match the others.
@@ -143,13 +145,12 @@ def load(
         return _load_parts(path, config, decoder, Path(text_cache) if text_cache else path / "text_cache")
     if config or decoder:
         raise UserError(f"{path}: a folder that train wrote has its own configuration and decoder; name no others")
-    return _load_run(path)
+    return _load_run(path, mesh or make_mesh())
 
 
-def _load_run(path: Path) -> Model:
+def _load_run(path: Path, mesh: jax.sharding.Mesh) -> Model:
     """The student of a folder that `train` wrote."""
     config = load_config(path / "config.json")
-    mesh = make_mesh()
     for stage, part in _STUDENTS:
         step = latest_step(path / stage)
         if step is not None:

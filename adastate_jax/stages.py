@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Run:
         clips: random-access source of clips with captions.
         prompts: random-access texts that distillation draws from.
         frozen: codec and text encoder.
-        null_text: embedding of the negative prompt [1, T, text_dim].
+        empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
     """
 
     config: Config
@@ -54,7 +55,8 @@ class Run:
     clips: Any
     prompts: Sequence[str]
     frozen: Frozen
-    null_text: jax.Array
+    empty_text: jax.Array
+    negative_text: jax.Array
     metrics: Metrics
     stop: StopRequest
 
@@ -64,8 +66,12 @@ class Run:
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; step s uses fold_in(key, s)."""
-        stages = ("frozen", "pretrain", "trajectories", "initialize", "distill")
-        return jax.random.fold_in(jax.random.key(self.config.seed), stages.index(stage))
+        return _key(self.config, stage)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has made its last checkpoint."""
+        steps = getattr(getattr(self.config, stage), "steps", None)
+        return steps is not None and (latest_step(self.workdir / stage) or 0) >= steps
 
     def indices(self, stage: str, step: int, batch_size: int, num_examples: int) -> np.ndarray:
         """The examples of this process at a step of a stage."""
@@ -81,13 +87,22 @@ class Run:
         """First step → prefetched (step, sharded global batch)."""
         return lambda first: prefetch(lambda step: shard_batch(read(step), self.mesh), first)
 
-    def run_stage(self, name: str, state: Any, step_function, read: Callable[[int], Any], steps: int, **options) -> Any:
+    def run_stage(
+        self,
+        name: str,
+        create: Callable[[], Any],
+        step_function,
+        read: Callable[[int], Any],
+        steps: int,
+        compiling: Callable[[int], bool],
+    ) -> Any:
         """`loop.run_stage` with this run's settings."""
         logging = self.config.logging
         with Checkpoints(self.workdir / name, logging.keep) as checkpoints:
             return run_stage(
                 name,
-                state,
+                with_shardings(abstract_states(self.config)[name], self.mesh),
+                create,
                 step_function,
                 self.batches(read),
                 steps,
@@ -96,8 +111,21 @@ class Run:
                 self.stop,
                 logging.log_every,
                 logging.save_every,
-                **options,
+                compiling,
             )
+
+
+_KEYS = ("frozen", "pretrain", "trajectories", "initialize", "distill", "weights")
+
+
+def _key(config: Config, name: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), _KEYS.index(name))
+
+
+def _first_call() -> Callable[[int], bool]:
+    """A `compiling` of a stage whose one program is compiled at its first step, whichever that is."""
+    calls = itertools.count()
+    return lambda step: next(calls) == 0
 
 
 # --- data and frozen parts --------------------------------------------------------------------------------------------
@@ -144,8 +172,7 @@ def make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
             codec = fit_patch_codec(config.codec, read_batch(clips, chosen)["video"])
         except ValueError as error:
             raise UserError(f"config.codec: {error}") from None
-        key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, key)
+        encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, _key(config, "frozen"))
         save_tree(folder, Frozen(codec, encoder))
     return load_tree(folder, with_shardings(abstract_frozen(config), mesh))
 
@@ -165,10 +192,13 @@ def _read_prompts(run: Run, stage: str, batch_size: int, step: int) -> dict[str,
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _compile_step(run: Run, function, state: Any, donate: int = 0):
-    """Jits a training step that gives (state, scalars): the state keeps its shardings and is donated."""
+def _compile_step(run: Run, function, state: Any):
+    """Jits a training step (state, …) → (state, scalars): the state keeps its shardings and is donated.
+
+    state: its shapes.
+    """
     shardings = tree_shardings(state, run.mesh)
-    return jax.jit(function, donate_argnums=donate, out_shardings=(shardings, replicated(run.mesh)))
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, replicated(run.mesh)))
 
 
 def abstract_states(config: Config) -> dict[str, Any]:
@@ -201,25 +231,28 @@ def _trained(run: Run, stage: str, part: str) -> Any:
 def pretrain(run: Run) -> None:
     """Trains the bidirectional teacher on clips."""
     config, key = run.config.pretrain, run.key("pretrain")
-    state = init_sharded(
-        lambda key: create_state(DiT(run.config.model, rngs=nnx.Rngs(key)), config.optimizer, True),
-        run.mesh,
-        jax.random.fold_in(key, config.steps),
-    )
 
-    def step_function(state: TrainState, frozen: Frozen, null_text, batch, step):
+    def create() -> TrainState:
+        return init_sharded(
+            lambda key: create_state(DiT(run.config.model, rngs=nnx.Rngs(key)), config.optimizer, True),
+            run.mesh,
+            run.key("weights"),
+        )
+
+    def step_function(state: TrainState, frozen: Frozen, empty_text, batch, step):
         latents = frozen.codec.encode(batch["video"].astype(jnp.float32) / 127.5 - 1)
         text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        return pretrain_step(state, latents, text, null_text, jax.random.fold_in(key, step), config)
+        return pretrain_step(state, latents, text, empty_text, jax.random.fold_in(key, step), config)
 
-    compiled = _compile_step(run, step_function, state)
+    compiled = _compile_step(run, step_function, abstract_states(run.config)["pretrain"])
     read = functools.partial(_read_clips, run, "pretrain", config.batch_size)
     run.run_stage(
         "pretrain",
-        state,
-        lambda state, batch, step: compiled(state, run.frozen, run.null_text, batch, jnp.int32(step)),
+        create,
+        lambda state, batch, step: compiled(state, run.frozen, run.empty_text, batch, jnp.int32(step)),
         read,
         config.steps,
+        _first_call(),
     )
 
 
@@ -231,13 +264,14 @@ def initialize(run: Run) -> None:
     """Trains the causal student to land on the teacher's ODE trajectories."""
     config, stream, key = run.config.initialize, run.config.stream, run.key("initialize")
     captions = _Texts(run.clips, "caption")
-    teacher = _trained(run, "pretrain", "ema")
-    trajectories = _make_trajectories(run, teacher, captions)
-    state = jax.jit(
-        lambda params: create_state(_copy(params), config.optimizer, True),
-        out_shardings=tree_shardings(abstract_states(run.config)["initialize"], run.mesh),
-    )(teacher)
-    del teacher
+    abstract = abstract_states(run.config)["initialize"]
+    trajectories = _make_trajectories(run, captions)
+
+    def create() -> TrainState:
+        return jax.jit(
+            lambda params: create_state(_copy(params), config.optimizer, True),
+            out_shardings=tree_shardings(abstract, run.mesh),
+        )(_trained(run, "pretrain", "ema"))
 
     def step_function(state: TrainState, frozen: Frozen, batch, step):
         text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
@@ -248,17 +282,18 @@ def initialize(run: Run) -> None:
         token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in chosen])
         return {"trajectory": trajectories(chosen), "token_ids": token_ids, "mask": mask}
 
-    compiled = _compile_step(run, step_function, state)
+    compiled = _compile_step(run, step_function, abstract)
     run.run_stage(
         "initialize",
-        state,
+        create,
         lambda state, batch, step: compiled(state, run.frozen, batch, jnp.int32(step)),
         read,
         config.steps,
+        _first_call(),
     )
 
 
-def _make_trajectories(run: Run, teacher: DiT, captions: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+def _make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
     """Draws the teacher's trajectories into files, each whole or absent, and returns how to read them.
 
     Trajectory i is for caption i (modulo their number), from noise of key i: a missing file is made again, the same.
@@ -290,13 +325,14 @@ def _make_trajectories(run: Run, teacher: DiT, captions: Sequence[str]) -> Calla
 
     missing = [i for i in range(num_files) if not file(i).is_file()]
     if missing:
+        teacher = _trained(run, "pretrain", "ema")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.stop.check()
                 numbers = np.arange(index * per_file, (index + 1) * per_file)
                 token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
                 batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
-                drawn = np.asarray(draw(teacher, run.frozen, run.null_text, *batch))
+                drawn = np.asarray(draw(teacher, run.frozen, run.negative_text, *batch))
                 if not np.isfinite(drawn).all():
                     raise UserError(
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
@@ -325,17 +361,17 @@ def distill(run: Run) -> None:
     """Distils the teacher into the student on the student's own rollouts."""
     config, stream, key = run.config.distill, run.config.stream, run.key("distill")
     teacher = _trained(run, "pretrain", "ema")
-    student = _trained(run, "initialize", "ema")
+    abstract = abstract_states(run.config)["distill"]
 
-    def create(student, teacher):
-        return {
-            "student": create_state(_copy(student), config.student, True),
-            "critic": create_state(_copy(teacher), config.critic, False),
-        }
+    def create() -> dict[str, TrainState]:
+        def states(student, teacher):
+            return {
+                "student": create_state(_copy(student), config.student, True),
+                "critic": create_state(_copy(teacher), config.critic, False),
+            }
 
-    shardings = tree_shardings(abstract_states(run.config)["distill"], run.mesh)
-    state = jax.jit(create, out_shardings=shardings)(student, teacher)
-    del student
+        shardings = tree_shardings(abstract, run.mesh)
+        return jax.jit(states, out_shardings=shardings)(_trained(run, "initialize", "ema"), teacher)
 
     def update_student(student, critic, teacher, frozen, null_text, batch, step):
         text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
@@ -349,31 +385,36 @@ def distill(run: Run) -> None:
         update_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
         return critic_step(critic, student, text, update_key, config, stream, run.latent_shape)
 
-    compiled_student = _compile_step(run, update_student, state["student"])
-    compiled_critic = _compile_step(run, update_critic, state["critic"])
+    compiled_student = _compile_step(run, update_student, abstract["student"])
+    compiled_critic = _compile_step(run, update_critic, abstract["critic"])
+    uncompiled = {False, True}  # a step of the critic alone, a step of both
+
+    def compiling(step: int) -> bool:
+        kind = config.updates_student(step)
+        compiles = kind in uncompiled
+        uncompiled.discard(kind)
+        return compiles
 
     def step_function(state, batch, step):
         student, critic, number = state["student"], state["critic"], jnp.int32(step)
         scalars = {}
         if config.updates_student(step):
             student, scalars = compiled_student(
-                student, critic.params, teacher, run.frozen, run.null_text, batch, number
+                student, critic.params, teacher, run.frozen, run.negative_text, batch, number
             )
         critic, critic_scalars = compiled_critic(critic, student.params, run.frozen, batch, number)
         scalars = {**scalars, **{f"critic_{name}": value for name, value in critic_scalars.items()}}
         return {"student": student, "critic": critic}, scalars
 
     read = functools.partial(_read_prompts, run, "distill", config.batch_size)
-    run.run_stage(
-        "distill", state, step_function, read, config.steps, compiling=lambda step: step in (0, config.critic_ratio - 1)
-    )
+    run.run_stage("distill", create, step_function, read, config.steps, compiling)
 
 
 def sample(run: Run) -> None:
     """Writes videos of several anchors side by side, a contact sheet and the loss curves into the work directory."""
     settings = run.config.sample
     folder = run.workdir / "samples"
-    model = load(run.workdir)
+    model = load(run.workdir, mesh=run.mesh)
     prompts = list(settings.prompts) or _distinct(run.prompts, settings.count)
     num_frames = settings.horizon * run.config.distill.rollout_frames
     streams = [stream_batch(model, prompts, settings.seed, num_frames, anchor) for anchor in settings.anchors]

@@ -27,21 +27,35 @@ def train(config: Config, workdir: Path) -> None:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C; the same call goes on.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
     _refuse_other_configuration(workdir, config)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from None
-    with StopRequest() as stop, jax.set_mesh(mesh):
+    _refuse_uneven_batches(config)
+    with jax.set_mesh(mesh):
         clips = open_clips(config, workdir)
         prompts = open_prompts(config, workdir, clips)
         frozen = make_frozen(config, workdir, clips, mesh)
         save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
-        null_text = embed_prompts(frozen, [config.negative_prompt])
-        run = Run(config, workdir, mesh, clips, prompts, frozen, null_text, Metrics(workdir), stop)
-        for stage in config.stages:
-            STAGES[stage](run)
-            stop.check()
+        texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
+        with StopRequest() as stop:
+            run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir), stop)
+            for stage in config.stages:
+                if not run.is_finished(stage):
+                    STAGES[stage](run)
+                stop.check()
+
+
+def _refuse_uneven_batches(config: Config) -> None:
+    """Batches are split over the devices of the mesh's axes data and fsdp."""
+    parts = config.mesh.data * config.mesh.fsdp
+    for stage in config.stages:
+        size = getattr(getattr(config, stage), "batch_size", parts)
+        if size % parts:
+            raise UserError(f"config.{stage}.batch_size {size} must be a multiple of mesh.data * mesh.fsdp = {parts}")
 
 
 def _refuse_other_configuration(workdir: Path, config: Config) -> None:

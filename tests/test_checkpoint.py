@@ -89,3 +89,21 @@ def test_what_does_not_fit_is_named(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="not a finished checkpoint"):
         load_tree(tmp_path / "other", tree)
+
+
+def test_an_old_checkpoint_goes_only_when_a_new_one_is_sealed(tmp_path, monkeypatch):
+    """A kill before the seal leaves the old one, also where one alone is kept; what it left unsealed goes next time."""
+    tree = {"a": jnp.arange(4.0)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, tree)
+    with monkeypatch.context() as killed, pytest.raises(UserError, match="cannot save"):
+        killed.setattr("adastate_jax.checkpoint._seal", lambda path: 1 / 0)
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(4, tree)
+    assert (tmp_path / "4").is_dir()
+    assert latest_step(tmp_path) == 2
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert not (tmp_path / "4").exists()
+        checkpoints.save(4, tree)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["4"]
+    assert same(load_tree(tmp_path / "4", tree), tree)

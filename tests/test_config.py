@@ -126,3 +126,26 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"sed": 3}')
     with pytest.raises(UserError, match="sed: unknown field; did you mean seed"):
         load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.batch_size=0", "config.distill: batch_size must be positive, got 0"),
+        ("pretrain.steps=-3", "config.pretrain: steps must be positive"),
+        ("pretrain.optimizer.learning_rate=-1", "config.pretrain.optimizer: learning_rate must be positive"),
+        ("distill.ema_decay=7", "config.distill: ema_decay must lie in"),
+        ("distill.horizon_alpha=nan", "config.distill.horizon_alpha: must be a finite number"),
+        ("initialize.trajectories=0", "config.initialize: trajectories must be positive"),
+        ("initialize.ode_steps=7", "ode_steps 7 must be a multiple of the 4 denoising steps"),
+        ("text.vocab_size=10", "text.vocab_size 10 is too small"),
+        ("mesh.data=0", "config.mesh: data must be positive"),
+        ("stages=('distill','pretrain')", "in this order"),
+        ("stream.anchor.name=rolling", "distillation rolls out chunk by chunk"),
+        ("model.dimm=3", "'dimm' Did you mean"),
+    ],
+)
+def test_nonsense_is_refused_by_name(override, message):
+    with pytest.raises(UserError) as error:
+        parse_config([f"--config={CONFIGS / 'tiny.py'}", f"--config.{override}"])
+    assert message in str(error.value)

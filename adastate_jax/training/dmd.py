@@ -33,7 +33,7 @@ from adastate_jax.streaming.rollout import (
     split_live,
 )
 from adastate_jax.training.pretrain import flow_loss
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
 
 CACHE_GRADIENTS = ("stop", "straight_through")
 
@@ -75,10 +75,12 @@ class DistillConfig:
     cache_gradient: str = "stop"
 
     def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
+        require_decay(self)
+        if self.horizon_alpha < 0 or self.ema_start < 0:
+            raise ValueError("horizon_alpha and ema_start must not be negative")
         if self.cache_gradient not in CACHE_GRADIENTS:
             raise ValueError(f"cache_gradient must be one of {', '.join(CACHE_GRADIENTS)}, got {self.cache_gradient!r}")
-        if self.critic_ratio < 1:
-            raise ValueError(f"critic_ratio must be at least 1, got {self.critic_ratio}")
         if not 0 <= self.min_timestep <= self.max_timestep <= MAX_TIMESTEP:
             raise ValueError(f"0 <= min_timestep <= max_timestep <= 1000, got {self.min_timestep}, {self.max_timestep}")
 

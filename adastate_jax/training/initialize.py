@@ -12,7 +12,7 @@ from adastate_jax.models.attention import attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming.rollout import StreamConfig
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
 
 CONTEXTS = ("noisy", "clean")
 
@@ -42,6 +42,8 @@ class InitializeConfig:
     context: str = "noisy"
 
     def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
+        require_decay(self)
         if self.context not in CONTEXTS:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 

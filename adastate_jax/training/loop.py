@@ -41,6 +41,7 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.requested = True
+        print(f"{signal.Signals(number).name}: stopping as soon as all is saved", file=sys.stderr)
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
@@ -111,7 +112,8 @@ def progress(description: str, total: int, initial: int = 0, unit: str = "step")
 
 def run_stage(
     name: str,
-    state: Any,
+    like: Any,
+    create: Callable[[], Any],
     step_function: Callable[[Any, Any, int], tuple[Any, Mapping[str, jax.Array]]],
     batches: Callable[[int], Iterator[tuple[int, Any]]],
     steps: int,
@@ -120,17 +122,18 @@ def run_stage(
     stop: StopRequest,
     log_every: int,
     save_every: int,
-    compiling: Callable[[int], bool] = lambda step: step == 0,
+    compiling: Callable[[int], bool],
 ) -> Any:
     """Runs a training stage from its newest checkpoint to its last step.
 
     Args:
         name: of the stage.
-        state: the state before the first step, or like it, with shardings, where there is a checkpoint.
+        like: shapes of the state, with shardings.
+        create: makes the state before the first step; not called where there is a checkpoint.
         step_function: (state, batch, step) → (state, scalars on the device); may donate the state.
         batches: first step → iterator of (step, batch).
         steps: of the stage in all.
-        compiling: whether the step-th call since the start compiles, for the display.
+        compiling: whether the call at a step compiles, for the display; asked once per step, in order.
 
     Returns:
         The state after the last step, which is also the newest checkpoint.
@@ -140,10 +143,7 @@ def run_stage(
         UserError: a loss or gradient norm is not finite; the last good checkpoint stays.
     """
     first = checkpoints.latest or 0
-    if first:
-        state = checkpoints.load(state)
-    if first >= steps:
-        return state
+    state = checkpoints.load(like) if first else create()
     metrics.rewind(name, first)
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
 
@@ -165,11 +165,11 @@ def run_stage(
 
     with contextlib.closing(batches(first)) as stream, progress(name, steps, first) as bar:
         for step, batch in stream:
-            if compiling(step - first):
+            if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
             state, scalars = step_function(state, batch, step)
             pending.append((step, scalars))
-            if compiling(step - first):
+            if compiles:
                 jax.block_until_ready(scalars)
                 bar.set_description(name)
                 bar.start_t, bar.initial = time.time(), step + 1  # the rate shall not include the compilation

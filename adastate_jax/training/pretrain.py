@@ -9,7 +9,7 @@ import numpy as np
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, training_weight, warp
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients
+from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
 
 WEIGHTINGS = ("uniform", "bell", "clean")
 
@@ -37,6 +37,8 @@ class PretrainConfig:
     weighting: str = "uniform"
 
     def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "shift")
+        require_decay(self)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
         if not 0.0 <= self.caption_dropout <= 1.0:

@@ -8,6 +8,19 @@ import jax.numpy as jnp
 import optax
 
 
+def require_positive(config, *fields: str) -> None:
+    """Raises ValueError naming the first of these fields that is not above zero."""
+    for field in fields:
+        if getattr(config, field) <= 0:
+            raise ValueError(f"{field} must be positive, got {getattr(config, field)}")
+
+
+def require_decay(config) -> None:
+    """Raises ValueError if the field `ema_decay` is none."""
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {config.ema_decay}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with clipping; the defaults are Self-Forcing's for the student.
@@ -27,6 +40,13 @@ class OptimizerConfig:
     max_gradient_norm: float = 10.0
     warmup_steps: int = 0
     decay_steps: int = 0
+
+    def __post_init__(self):
+        require_positive(self, "learning_rate", "max_gradient_norm")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if min(self.weight_decay, self.warmup_steps, self.decay_steps) < 0:
+            raise ValueError("weight_decay, warmup_steps and decay_steps must not be negative")
 
     def make(self) -> optax.GradientTransformation:
         """The Optax transformation."""
