@@ -96,10 +96,11 @@ def test_an_old_checkpoint_goes_only_when_a_new_one_is_sealed(tmp_path, monkeypa
     tree = {"a": jnp.arange(4.0)}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, tree)
-    with monkeypatch.context() as killed, pytest.raises(UserError, match="cannot save"):
+    with monkeypatch.context() as killed, Checkpoints(tmp_path, keep=1) as checkpoints:
         killed.setattr("adastate_jax.checkpoint._seal", lambda path: 1 / 0)
-        with Checkpoints(tmp_path, keep=1) as checkpoints:
-            checkpoints.save(4, tree)
+        checkpoints.save(4, tree)
+        with pytest.raises(UserError, match="cannot save"):
+            checkpoints.wait()
     assert (tmp_path / "4").is_dir()
     assert latest_step(tmp_path) == 2
     with Checkpoints(tmp_path, keep=1) as checkpoints:
