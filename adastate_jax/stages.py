@@ -132,6 +132,7 @@ def _first_call() -> Callable[[int], bool]:
 
 
 def open_clips(config: Config, workdir: Path):
+    """The source of clips, built in the work directory where it is not there yet."""
     data = config.data
     if data.kind == "worlds":
         builder = worlds_dataset(data.worlds, data.num_worlds, 1, config.seed)
@@ -140,15 +141,16 @@ def open_clips(config: Config, workdir: Path):
     return open_source(builder, workdir / "data", "train")
 
 
-def open_prompts(config: Config, workdir: Path, clips) -> Sequence[str]:
+def open_prompts(config: Config, workdir: Path, clips) -> "Texts":
+    """The prompts that distillation draws from: of a file, or else the captions of the clips."""
     if config.data.prompts:
         source = open_source(prompts_dataset(config.data.prompts), workdir / "data", "train")
-        return _Texts(source, "prompt")
-    return _Texts(clips, "caption")
+        return Texts(source, "prompt")
+    return Texts(clips, "caption")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Texts(Sequence):
+class Texts(Sequence):
     """One text feature of a source."""
 
     source: Any
@@ -263,7 +265,7 @@ def _copy(tree: Any) -> Any:
 def initialize(run: Run) -> None:
     """Trains the causal student to land on the teacher's ODE trajectories."""
     config, stream, key = run.config.initialize, run.config.stream, run.key("initialize")
-    captions = _Texts(run.clips, "caption")
+    captions = Texts(run.clips, "caption")
     abstract = abstract_states(run.config)["initialize"]
     trajectories = _make_trajectories(run, captions)
 

@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -38,6 +40,7 @@ def train(config: Config, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         clips = open_clips(config, workdir)
         prompts = open_prompts(config, workdir, clips)
+        _refuse_other_data(workdir, {"clips": clips, "prompts": prompts.source})
         frozen = make_frozen(config, workdir, clips, mesh)
         save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
         texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
@@ -73,6 +76,27 @@ def _refuse_other_configuration(workdir: Path, config: Config) -> None:
                     f"{workdir}: was made with config.{name.replace('/', '.')}={old.get(name)!r}, now it is "
                     f"{new.get(name)!r}; use a fresh --workdir or the old value"
                 )
+
+
+def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
+    """Notes the datasets that the work directory is made with, or checks that they are still the same.
+
+    A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
+    """
+    path = workdir / "data.json"
+    names = {kind: source.dataset_info.full_name for kind, source in sources.items()}
+    if not path.exists():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(names, indent=2) + "\n")
+        partial.replace(path)
+        return
+    old = json.loads(path.read_text())
+    for kind, name in names.items():
+        if old.get(kind) != name:
+            raise UserError(
+                f"{workdir}: its {kind} have changed since it was begun: {old.get(kind)} is now {name}; bring them "
+                "back, or use a fresh --workdir"
+            )
 
 
 def _comparable(config: Config) -> dict:

@@ -158,6 +158,19 @@ def test_all_stages_run_on_a_mesh(environment, tmp_path):
     assert (tmp_path / "mesh" / "samples" / "00.mp4").is_file()
 
 
+def test_changed_data_are_noticed(environment, tmp_path):
+    """A prompt file that is edited between a run and its resumption."""
+    prompts = tmp_path / "prompts.txt"
+    options = (f"--config.data.prompts={prompts}", "--config.stages=('pretrain',)")
+    prompts.write_text("hills\n")
+    code, errors = run(environment, tmp_path / "run", *options)
+    assert code == 0, errors
+    prompts.write_text("hills\ndunes\n")
+    code, errors = run(environment, tmp_path / "run", *options)
+    assert code == 2
+    assert "its prompts have changed since it was begun" in errors.strip().splitlines()[-1]
+
+
 def test_a_batch_that_the_mesh_cannot_split_is_refused(environment, tmp_path):
     flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path, "--config.mesh.fsdp=4")
