@@ -44,7 +44,7 @@ def test_folders_become_groups_of_a_report(videos, tmp_path, capsys):
     lines = captured.out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["adaptive/samples", "static/samples"]
     assert all("motion" in line and "drift" in line for line in lines)
-    assert "6/" in captured.err  # the progress bar counts frames
+    assert "12/12 " in captured.err  # the progress bar counts the frames of both
 
 
 def test_processes_measure_the_same(videos):
