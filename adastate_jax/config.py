@@ -148,6 +148,8 @@ class Config:
     """Everything that determines a run.
 
     Attributes:
+        start_from: work directory of another run with the same networks and data: its clips, its frozen parts and the
+            networks of its stages are taken over, so that several runs can start from one teacher.
         negative_prompt: what the teacher is guided away from.
         decoder: between latents and video: `patch`, a linear codec that training fits to its data; `wan`, Wan2.1's
             autoencoder; `tiny`, its fast stand-in TAEW2.1.
@@ -157,6 +159,7 @@ class Config:
 
     seed: int = 0
     stages: tuple[str, ...] = STAGES
+    start_from: str = ""
     negative_prompt: str = ""
     text: TextConfig = TextConfig()
     decoder: str = "patch"
@@ -302,6 +305,8 @@ def load_config(path: Path) -> Config:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this a folder that train wrote?") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a configuration ({error})") from None
     return build(Config, values, str(path))

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.checkpoint import Checkpoints, is_finished, latest_step, load_tree, save_tree
-from adastate_jax.config import Config
+from adastate_jax.config import Config, load_config
 from adastate_jax.data.batches import example_indices, open_source, prefetch, read_batch
 from adastate_jax.data.prompts import prompts as prompts_dataset
 from adastate_jax.data.videos import videos as videos_dataset
@@ -132,13 +132,21 @@ def _first_call() -> Callable[[int], bool]:
 
 
 def open_clips(config: Config, workdir: Path):
-    """The source of clips, built in the work directory where it is not there yet."""
+    """The source of clips, built in the work directory where it is not there yet; or else of the run started from."""
+    if config.start_from:
+        return open_clips(*_start(config))
     data = config.data
     if data.kind == "worlds":
         builder = worlds_dataset(data.worlds, data.num_worlds, 1, config.seed)
     else:
         builder = videos_dataset(data.folder, data.clips)
     return open_source(builder, workdir / "data", "train")
+
+
+def _start(config: Config) -> tuple[Config, Path]:
+    """The run that this one starts from."""
+    folder = Path(config.start_from)
+    return load_config(folder / "config.json"), folder
 
 
 def open_prompts(config: Config, workdir: Path, clips) -> "Texts":
@@ -166,9 +174,11 @@ class Texts(Sequence):
 
 
 def make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
-    """The codec, fitted to the first clips, and the text encoder; both are made once per work directory."""
+    """The codec, fitted to some clips, and the text encoder; both are made or taken over once per work directory."""
     folder = workdir / "frozen"
-    if not is_finished(folder):
+    if not is_finished(folder) and config.start_from:
+        save_tree(folder, make_frozen(*_start(config), clips, mesh))
+    elif not is_finished(folder):
         chosen = np.linspace(0, len(clips) - 1, min(_CODEC_CLIPS, len(clips))).astype(int)
         try:
             codec = fit_patch_codec(config.codec, read_batch(clips, chosen)["video"])
@@ -221,13 +231,15 @@ def abstract_states(config: Config) -> dict[str, Any]:
 
 def _trained(run: Run, stage: str, part: str) -> Any:
     """Weights that an earlier stage left behind."""
-    like = abstract_states(run.config)[stage]
+    config, workdir = run.config, run.workdir
+    while latest_step(workdir / stage) is None:
+        if not config.start_from:
+            raise UserError(f"{workdir}: stage {stage} has not run; put it into config.stages before the later ones")
+        config, workdir = _start(config)
+    like = abstract_states(config)[stage]
     for name in part.split("/"):
         like = like[name] if isinstance(like, dict) else getattr(like, name)
-    step = latest_step(run.workdir / stage)
-    if step is None:
-        raise UserError(f"{run.workdir}: stage {stage} has not run; put it into config.stages before the later ones")
-    return load_tree(run.workdir / stage / str(step), with_shardings(like, run.mesh), part)
+    return load_tree(workdir / stage / str(latest_step(workdir / stage)), with_shardings(like, run.mesh), part)
 
 
 def pretrain(run: Run) -> None:

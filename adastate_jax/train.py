@@ -18,6 +18,9 @@ from adastate_jax.sharding import make_mesh
 from adastate_jax.stages import STAGES, Run, make_frozen, open_clips, open_prompts
 from adastate_jax.training.loop import Metrics, Stopped, StopRequest
 
+# Fields in which a run and the one that it starts from must be alike.
+_INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "data")
+
 # Fields that a later call with the same work directory may change: they do not alter what was trained so far.
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
@@ -32,6 +35,7 @@ def train(config: Config, workdir: Path) -> None:
     if jax.process_count() > 1:
         raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
     _refuse_other_configuration(workdir, config)
+    _refuse_other_start(config)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
@@ -69,13 +73,28 @@ def _refuse_other_configuration(workdir: Path, config: Config) -> None:
         raise UserError(f"--workdir={workdir}: cannot be created ({error.strerror}); name another folder") from None
     path = workdir / "config.json"
     if path.exists():
-        old, new = (flatten(_comparable(c)) for c in (load_config(path), config))
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                raise UserError(
-                    f"{workdir}: was made with config.{name.replace('/', '.')}={old.get(name)!r}, now it is "
-                    f"{new.get(name)!r}; use a fresh --workdir or the old value"
-                )
+        fields = [field.name for field in dataclasses.fields(Config) if field.name not in _FREE_FIELDS]
+        difference = _difference(load_config(path), config, fields)
+        if difference:
+            raise UserError(f"{workdir}: was made with {difference}; use a fresh --workdir or the old value")
+
+
+def _refuse_other_start(config: Config) -> None:
+    """Checks that the run to start from has this one's networks and data."""
+    if config.start_from:
+        path = Path(config.start_from) / "config.json"
+        difference = _difference(load_config(path), config, _INHERITED_FIELDS)
+        if difference:
+            raise UserError(f"config.start_from={config.start_from}: was made with {difference}; they must be alike")
+
+
+def _difference(old: Config, new: Config, fields: Sequence[str]) -> str:
+    """The first of the fields in which two configurations differ, or nothing."""
+    before, after = (flatten({name: to_dict(config)[name] for name in fields}) for config in (old, new))
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            return f"config.{name.replace('/', '.')}={before.get(name)!r}, now it is {after.get(name)!r}"
+    return ""
 
 
 def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
@@ -97,11 +116,6 @@ def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
                 f"{workdir}: its {kind} have changed since it was begun: {old.get(kind)} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
-
-
-def _comparable(config: Config) -> dict:
-    fields = to_dict(config)
-    return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
 
 
 _DESCRIPTION = """Trains the stages of a configuration, and ends with sample videos in the work directory.

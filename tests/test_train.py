@@ -74,11 +74,13 @@ def uninterrupted(environment, tmp_path_factory):
 
 
 def weights(workdir) -> dict[str, bytes]:
-    """Every leaf of the last checkpoint of every stage, as bytes."""
+    """Every leaf of the last checkpoint of every stage that ran, as bytes."""
     from orbax.checkpoint.experimental import v1 as ocp
 
     found = {}
     for stage in ("pretrain", "initialize", "distill"):
+        if not (workdir / stage).exists():
+            continue
         step = max(int(path.name) for path in (workdir / stage).glob("[0-9]*") if path.name.isdigit())
         for name, leaf in ocp.load((workdir / stage / str(step)).absolute()).items():
             found[f"{stage}/{step}/{name}"] = np.asarray(leaf).tobytes()
@@ -148,6 +150,32 @@ def test_a_finished_run_does_nothing_again(environment, uninterrupted):
         "loss_curves.png",
         "config.json",
     }
+
+
+def test_a_run_that_starts_from_another_is_what_that_one_became(environment, uninterrupted, tmp_path):
+    """Distilled from the other's networks, with its seed: to the bit. Its folder stands alone."""
+    start = (f"--config.start_from={uninterrupted}", "--config.stages=('distill', 'sample')")
+    code, errors = run(environment, tmp_path / "run", *start)
+    assert code == 0, errors
+    of_other = {name: leaf for name, leaf in weights(uninterrupted).items() if name.startswith("distill")}
+    assert of_other
+    assert weights(tmp_path / "run") == of_other
+    video = (tmp_path / "run" / "samples" / "00.mp4").read_bytes()
+    assert video == (uninterrupted / "samples" / "00.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--config.model.num_heads=2",), "was made with config.model.num_heads=1, now it is 2"),
+        (("--config.start_from=nowhere",), "nowhere/config.json: no such file"),
+    ],
+)
+def test_another_kind_of_run_to_start_from_is_refused(options, message, environment, uninterrupted, tmp_path):
+    code, errors = run(environment, tmp_path / "run", f"--config.start_from={uninterrupted}", *options)
+    assert code == 2
+    assert message in errors.strip().splitlines()[-1]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_all_stages_run_on_a_mesh(environment, tmp_path):

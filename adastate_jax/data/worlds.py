@@ -92,6 +92,12 @@ PALETTES = {
         0.55,
         ("red", "orange", "yellow"),
     ),
+    "clay": Palette(
+        "clay",
+        ((0.0, "#3d1a10"), (0.35, "#6b3020"), (0.65, "#9a4a30"), (1.0, "#c07050")),
+        0.55,
+        ("red", "orange"),
+    ),
     "moon": Palette(
         "grey moon rock",
         ((0.0, "#17181c"), (0.35, "#4a4c52"), (0.6, "#808389"), (1.0, "#cfd0d2")),
@@ -121,12 +127,16 @@ class WorldConfig:
     # Pans pass identical subjects this many frame extents apart: beyond 1.5 the subject is out of sight in between,
     # and its colour has to be remembered until the next one.
     subject_spacing: float = 1.0
+    subject_scatter: float = 1.0  # how irregularly they stand; 0 is a straight row at even distances
+    subject_radius: tuple[float, float] = (0.11, 0.15)  # fractions of the frame's shorter side
     name_colour: bool = True  # whether the caption tells the subject's colour
-    hue_turn: tuple[float, float] = (0.0, 0.0)  # turns of the landscape's hue per second, in either sense
+    # Turns of the landscape's hue per second. The caption tells the sense, forwards (red, yellow, green, blue) or
+    # backwards, but not the hue that a video begins with: it is any.
+    hue_turn: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self):
         # Command lines and configuration files hand over lists; the hash of a configuration must not depend on that.
-        for field in ("speed", "zoom_speed", "motions", "palettes", "shapes", "colours", "hue_turn"):
+        for field in ("speed", "zoom_speed", "motions", "palettes", "shapes", "colours", "subject_radius", "hue_turn"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("height", "width"):
             if getattr(self, field) < 8:
@@ -134,7 +144,7 @@ class WorldConfig:
         for field in ("num_frames", "fps"):
             if getattr(self, field) < 1:
                 raise UserError(f"world {field} is {getattr(self, field)}: give at least 1")
-        for field in ("speed", "zoom_speed", "hue_turn"):
+        for field in ("speed", "zoom_speed", "subject_radius", "hue_turn"):
             value = getattr(self, field)
             if len(value) != 2 or not 0 <= value[0] <= value[1] < math.inf:
                 raise UserError(f"world {field} is {value}: give (lowest, highest) with 0 ≤ lowest ≤ highest")
@@ -148,6 +158,10 @@ class WorldConfig:
                 raise UserError(f"world colours {self.colours} all vanish into palette {palette!r}: add another colour")
         if not self.subject_spacing >= 0.8:
             raise UserError(f"world subject_spacing is {self.subject_spacing}: give at least 0.8 frame extents")
+        if not 0.0 <= self.subject_scatter <= 1.0:
+            raise UserError(f"world subject_scatter is {self.subject_scatter}: give a number in [0, 1]")
+        if not 0.0 < self.subject_radius[0] <= self.subject_radius[1] <= 0.5:
+            raise UserError(f"world subject_radius is {self.subject_radius}: give (lowest, highest) in (0, 0.5]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +170,8 @@ class World:
 
     `video` is uint8 sRGB `[F, H, W, 3]`. `pan_x`, `pan_y` are the camera's velocity in frame widths and heights per
     second, `subject_x`, `subject_y` the subject's mean velocity over the ground in the same units (zero unless the
-    camera follows it), `zoom` the rate of log-scale per second and `hue_turn` the landscape's hue in turns per second.
-    The module's docstring gives the signs.
+    camera follows it), `zoom` the rate of log-scale per second and `hue_turn` the landscape's hue in turns per second,
+    positive forwards. The module's docstring gives the signs.
     """
 
     video: np.ndarray
@@ -190,8 +204,9 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
     zoom_speed = rng.uniform(*config.zoom_speed)
     hue_turn = rng.uniform(*config.hue_turn) * rng.choice((-1.0, 1.0)) + 0.0  # + 0 makes -0 an ordinary 0
     ground_key, subject_key = rng.integers(2**63, size=2, dtype=np.uint64)
-    radius = rng.uniform(0.11, 0.15)
+    radius = rng.uniform(*config.subject_radius)
     start = rng.uniform(-1.0, 1.0, size=2)
+    hue = rng.uniform() if hue_turn else 0.0
 
     kind, way = motion.split()
     zoom = {"in": zoom_speed, "out": -zoom_speed}.get(way, 0.0)
@@ -199,7 +214,7 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
     pan = speed * direction + 0.0
     seconds = np.arange(config.num_frames) / config.fps
 
-    video = _ground(config, PALETTES[palette], ground_key, pan, zoom, hue_turn, seconds)
+    video = _ground(config, PALETTES[palette], ground_key, pan, zoom, hue + hue_turn * seconds, seconds)
     if kind == "pan":
         centres = _subjects_passed_by(config, direction, speed, subject_key, start, seconds)
     elif kind == "follow":
@@ -238,14 +253,18 @@ def _caption(config, kind, way, landscape, shape, colour, hue_turn):
         "zoom": f"a camera zooms {way} over {landscape} with {subject}",
         "follow": f"a camera follows {subject} moving {way} over {landscape}",
     }[kind]
-    return sentence + (" while the colours slowly turn" if hue_turn else "")
+    sense = {1.0: "forwards", -1.0: "backwards"}
+    return sentence + (f" while the colours turn {sense[math.copysign(1.0, hue_turn)]}" if hue_turn else "")
 
 
 # --- the ground ---------------------------------------------------------------------------------------------------
 
 
-def _ground(config, palette, key, pan, zoom, hue_turn, seconds):
-    """Colours of the landscape, float32 `[F, H, W, 3]` in [0, 1]. One world unit is one frame height at time 0."""
+def _ground(config, palette, key, pan, zoom, hue, seconds):
+    """Colours of the landscape, float32 `[F, H, W, 3]` in [0, 1]. One world unit is one frame height at time 0.
+
+    hue `[F]`: how far the palette's hues are turned, in turns.
+    """
     height, width = config.height, config.width
     aspect = width / height
     view = np.exp(-zoom * seconds)[:, None]
@@ -281,8 +300,8 @@ def _ground(config, palette, key, pan, zoom, hue_turn, seconds):
     ramp = _ramp(palette)
     steps = len(ramp) - 1
     entry = np.clip(elevation[:, 1:, 1:] * steps, 0, steps).astype(np.intp)
-    if hue_turn:
-        ramps = np.clip(np.einsum("fij,nj->fni", _hue_rotation(hue_turn * seconds), ramp), 0.0, 1.0)
+    if hue.any():
+        ramps = np.clip(np.einsum("fij,nj->fni", _hue_rotation(hue), ramp), 0.0, 1.0)
         colours = ramps[np.arange(len(seconds))[:, None, None], entry]
     else:
         colours = ramp[entry]
@@ -369,8 +388,8 @@ def _subjects_passed_by(config, direction, speed, key, start, seconds):
     ahead = 0.1 + 0.15 * (start[0] + 1.0)
     numbers = np.arange(math.floor((travelled[0] - 1.0) / spacing) - 1, math.ceil((travelled[-1] + 1.0) / spacing) + 2)
     hashed = _mix(numbers.astype(np.uint64) ^ key)
-    jitter = (_unit(hashed) - 0.5) * 0.3 * spacing * (numbers != 0)
-    aside = (_unit(_mix(hashed)) - 0.5) * 0.56
+    jitter = (_unit(hashed) - 0.5) * 0.3 * spacing * (numbers != 0) * config.subject_scatter
+    aside = (_unit(_mix(hashed)) - 0.5) * 0.56 * config.subject_scatter
     along = (numbers * spacing + jitter)[:, None] + ahead - travelled
     visible = (np.abs(along) < 0.8).any(axis=1)
     across = np.array([abs(direction[1]), abs(direction[0])])

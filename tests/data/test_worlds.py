@@ -107,15 +107,41 @@ def test_the_caption_tells_motion_landscape_and_subject():
     assert " a ball" in plain.caption
 
 
-def test_the_hue_turns_while_the_subject_keeps_its_colour():
-    config = WorldConfig(num_frames=17, motions=("follow left",), palettes=("meadow",), hue_turn=(0.5, 0.5))
-    world = render_world(config, 0, 3)
-    assert abs(world.hue_turn) == 0.5
-    first, last = world.video[0].astype(float), world.video[16].astype(float)
-    ground = [frame[:4].mean(axis=(0, 1)) for frame in (first, last)]  # the top rows, away from the subject
-    assert ground[0].argmax() == 1  # green at first
-    assert ground[1].argmax() != 1
-    assert world.caption.endswith("while the colours slowly turn")
+def hue_turns(frames):
+    """Hue of the mean colour of frames [F, ..., 3], in turns from red through yellow and green."""
+    colour = frames.reshape(len(frames), -1, 3).astype(float).mean(axis=1)
+    red, green, blue = colour.T
+    return np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * np.pi)
+
+
+def test_the_hue_turns_as_the_caption_says():
+    config = WorldConfig(num_frames=17, motions=("follow left",), palettes=("clay",), hue_turn=(0.25, 0.25))
+    starts = []
+    for index in range(6):
+        world = render_world(config, 0, index)
+        hue = hue_turns(world.video[:, :4])  # the top rows, away from the subject
+        forwards = world.caption.endswith("while the colours turn forwards")
+        assert forwards or world.caption.endswith("while the colours turn backwards")
+        assert world.hue_turn == (0.25 if forwards else -0.25)
+        turned = np.diff(hue[[0, 16]])[0]  # over one second
+        assert abs((turned - world.hue_turn + 0.5) % 1 - 0.5) < 0.05
+        starts.append(hue[0])
+    assert np.ptp(starts) > 0.2  # and it begins anywhere
+
+
+def test_subjects_without_scatter_stand_in_a_row_at_even_distances():
+    config = WorldConfig(
+        height=32, width=32, num_frames=65, motions=("pan right",), palettes=("moon",), colours=("red",),
+        shapes=("ball",), speed=(2.0, 2.0), subject_spacing=2.0, subject_scatter=0.0, subject_radius=(0.2, 0.2),
+    )  # fmt: skip
+    video = render_world(config, 0, 0).video.astype(int)
+    red = video[..., 0] - video[..., 1] > 90
+    rows = np.flatnonzero(red.any(axis=(0, 2)))
+    assert (rows[0] + rows[-1] + 1) / 2 == 16  # about the middle
+    assert abs(len(rows) - 2 * 0.2 * 32) <= 2  # as large as its radius says
+    seen = red.any(axis=(1, 2))
+    period = 16  # frames to travel 2 widths at 2 widths a second
+    np.testing.assert_array_equal(seen[:-period], seen[period:])
 
 
 @pytest.mark.parametrize(
@@ -128,6 +154,8 @@ def test_the_hue_turns_while_the_subject_keeps_its_colour():
         ({"palettes": ()}, "palettes"),
         ({"colours": ("white",)}, "snow"),
         ({"subject_spacing": 0.1}, "subject_spacing"),
+        ({"subject_scatter": 1.5}, "subject_scatter"),
+        ({"subject_radius": (0.0, 0.1)}, "subject_radius"),
     ],
 )
 def test_a_senseless_configuration_is_named(fields, culprit):

@@ -1,0 +1,523 @@
+"""The study of docs/reproduction.md: which anchor moves, and which remembers, in the world of configs/small_world.py.
+
+python studies/small_world.py train --folder=runs/small_world      # hours; stops and resumes at any time
+python studies/small_world.py measure --folder=runs/small_world    # rolls out and measures every trained arm
+python studies/small_world.py report                               # tables and figures from the measurements
+
+`measure` writes one row per video and horizon into docs/small_world/videos.csv.gz, and what exchanging anchors does
+into swaps.csv.gz; `report` reads nothing else. Arms that are not trained yet are left out, and named.
+"""
+
+import argparse
+import csv
+import gzip
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+from adastate_jax.checkpoint import latest_step, load_tree
+from adastate_jax.config import load_config
+from adastate_jax.data.worlds import World, WorldConfig, render_world
+from adastate_jax.diffusion import draw_normal
+from adastate_jax.evaluation import small_world
+from adastate_jax.generate import (
+    Frozen,
+    Model,
+    abstract_dit,
+    abstract_frozen,
+    decode_frames,
+    embed_prompts,
+    load,
+    with_shardings,
+)
+from adastate_jax.media import write_image
+from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.cache import Cache
+from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys
+from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
+from adastate_jax.video_stream import stream_batch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "small_world.py"
+RESULTS = ROOT / "docs" / "small_world"
+
+HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
+VIDEOS = 128
+NOISE_SEEDS = (0, 1)
+WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
+LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
+ABSENCE = 4  # frames without a subject after which it counts as coming back
+COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
+SWAP_CHUNK, SWAP_CHUNKS = 8, 14  # when anchors are exchanged, and how long the stream goes on
+
+# (column, what it is in a table)
+MEASURES = {
+    "pan": "signed pan / truth",
+    "hue": "signed turn of the hue / truth",
+    "hue_lock": "cosine of the hue to the first frame's, minus the truth's",
+    "picture_lock": "correlation with the first frame, minus the truth's",
+    "brightness": "brightness / truth",
+    "saturation": "saturation / truth",
+    "contrast": "contrast / truth",
+    "seen": "share of frames with a subject / truth",
+    "identity": "share of subjects that come back in the first one's colour",
+}
+_DIFFERENCES = ("hue_lock", "picture_lock")
+_ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
+
+
+def arms() -> list[str]:
+    """The arms that the configuration knows."""
+    spec = importlib.util.spec_from_file_location("small_world_config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.ARMS)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
+    """Trains the teacher, then the arms, `jobs` at a time on processor cores of their own; done runs are skipped."""
+    _train_one(folder, "teacher", 0, None)
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[job::jobs] for job in range(jobs)] if jobs > 1 else [None]
+    waiting = iter([(name, seed) for seed in seeds for name in names])
+
+    def work(share):
+        for name, seed in waiting:  # a list's iterator may be shared between threads
+            _train_one(folder, name, seed, share)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, shares))
+
+
+def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
+    workdir = folder / (name if name == "teacher" else f"{name}-{seed}")
+    done = folder / f"{workdir.name}.seconds"
+    if done.exists():
+        return
+    command = [sys.executable, "-m", "adastate_jax.train", f"--config={CONFIG}:{name}", f"--workdir={workdir}"]
+    if name != "teacher":
+        command += [f"--config.seed={seed}", f"--config.start_from={folder / 'teacher'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations")}
+    start = time.monotonic()
+    with (folder / f"{workdir.name}.log").open("ab") as log:
+        subprocess.run(
+            command,
+            check=True,
+            stderr=log,
+            env=environment,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        )
+    seconds = time.monotonic() - start
+    done.write_text(f"{seconds:.0f}\n")
+    print(f"{workdir.name}: {seconds:.0f} s", flush=True)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def worlds_for(config: WorldConfig, frames: int) -> list[World]:
+    """The true videos, ordered by caption."""
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    config = WorldConfig(**{**fields, "num_frames": frames})
+    return sorted((render_world(config, WORLD_SEED, i) for i in range(VIDEOS)), key=lambda world: world.caption)
+
+
+def measure_videos(
+    videos: np.ndarray, worlds: list[World], config: WorldConfig, rollout_frames: int
+) -> Iterator[dict[str, object]]:
+    """Rows of one video and one horizon each; a horizon's numbers are of its last training length of frames.
+
+    videos: uint8 [V, F, H, W, 3], each for the caption of one of the `worlds`.
+    """
+    pan_truth = np.array([world.pan_x for world in worlds]) * config.width / config.fps
+    hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
+    hues = small_world.hue(videos)
+    found = small_world.subject_colours(videos, config.colours, config.subject_radius[0])
+    for horizon in HORIZONS:
+        end = round(horizon * rollout_frames)
+        if end > videos.shape[1]:
+            return
+        start = end - rollout_frames
+        shown = videos[:, start:end]
+        with_first = np.concatenate([videos[:, :1], shown], axis=1)
+        means = {
+            "pan": small_world.pan_per_frame(shown, LARGEST_PAN).mean(axis=1) / pan_truth,
+            "hue": small_world.hue_per_frame(hues[:, start:end]).mean(axis=1) / hue_truth,
+            "hue_lock": np.cos(2 * np.pi * (hues[:, start:end] - hues[:, :1])).mean(axis=1),
+            "picture_lock": small_world.resemblance(with_first)[:, 1:].mean(axis=1),
+            **{name: values.mean(axis=1) for name, values in small_world.look(shown).items()},
+        }
+        for index in range(len(videos)):
+            row = {name: float(values[index]) for name, values in means.items()}
+            yield {"video": index, "horizon": horizon, **row, **_read_subject(found[index, :end], start)}
+
+
+def _read_subject(found: np.ndarray, start: int) -> dict[str, float]:
+    """How often a subject is seen from frame `start` on, and how often it has the first one's colour on coming back."""
+    seen = found >= 0
+    result = {"seen": float(seen[start:].mean()), "identity": float("nan")}
+    if not seen.any():
+        return result
+    own = found[seen.argmax()]
+    absences = np.convolve(~seen, np.ones(ABSENCE), "valid") == ABSENCE
+    absences[: seen.argmax()] = False
+    if absences.any():
+        back = np.arange(len(found)) >= max(start, absences.argmax() + ABSENCE)
+        if (seen & back).any():
+            result["identity"] = float((found[seen & back] == own).mean())
+    return result
+
+
+def roll_out(model: Model, prompts: list[str], seed: int, frames: int) -> np.ndarray:
+    """Videos uint8 [V, F, H, W, 3]; sample i's noise is of seed · V + i."""
+    chunks = stream_batch(model, prompts, seed * len(prompts), frames)
+    return np.concatenate(list(chunks), axis=1)
+
+
+def roll_out_teacher(folder: Path, prompts: list[str], seed: int) -> np.ndarray:
+    """The bidirectional teacher's own videos of one training length, by the ODE that the student learned from."""
+    config, mesh = load_config(folder / "config.json"), make_mesh()
+    step = latest_step(folder / "pretrain")
+    teacher = load_tree(folder / "pretrain" / str(step), with_shardings(abstract_dit(config), mesh), "ema")
+    frozen: Frozen = load_tree(folder / "frozen", with_shardings(abstract_frozen(config), mesh))
+    keys = seed_keys(seed * len(prompts), len(prompts))
+    shape = (config.data.num_frames, *config.latent_shape)
+    sigmas = ode_sigmas(config.stream, config.initialize.ode_steps)
+
+    @jax.jit
+    def draw(teacher, text, null_text):
+        noise = jax.vmap(lambda key: draw_normal(key, shape))(keys)
+        guidance = config.initialize.guidance_scale
+        return sample_trajectory(teacher, noise, text, null_text, sigmas, guidance, config.initialize.ode_steps)[:, -1]
+
+    latents = draw(teacher, embed_prompts(frozen, prompts), embed_prompts(frozen, [config.negative_prompt]))
+    return np.asarray(decode_frames(frozen.codec, latents, (), True)[0])
+
+
+# --- exchanging anchors -----------------------------------------------------------------------------------------------
+
+
+def measure_swaps(model: Model, worlds: list[World], seed: int) -> Iterator[dict[str, object]]:
+    """What a stream becomes when, midway, its anchor or its window is exchanged with another video's of its caption.
+
+    Yields a row per video and exchange: how far the next chunk's latents move (in units of how far the other video's
+    chunk is), and in the frames after the next absence, which share of the subjects has the colour of its own video
+    and which that of the other, where these differ.
+    """
+    config, stream = model.config, model.config.stream
+    prompts = [world.caption for world in worlds]
+    other = np.empty(len(prompts), int)
+    for caption in set(prompts):
+        same = np.flatnonzero([prompt == caption for prompt in prompts])
+        other[same] = np.roll(same, 1)
+    text = jax.jit(model.student.text_keys_values)(model.embed(prompts))
+    keys = seed_keys(seed * len(prompts), len(prompts))
+
+    @jax.jit
+    def begin(student, text):
+        carry = initial_carry(student.config, stream, keys, *config.latent_shape[:2])
+        return rollout(student, carry, text, stream, config.latent_shape, SWAP_CHUNK)
+
+    @jax.jit
+    def go_on(student, carry, text):
+        return rollout(student, carry, text, stream, config.latent_shape, SWAP_CHUNKS, SWAP_CHUNK)[1]
+
+    carry, before = begin(model.student, text)
+    streams = {"own": go_on(model.student, carry, text)}
+    for name in ("anchor", "window"):
+        streams[name] = go_on(model.student, _exchanged(carry, name, other), text)
+    streams["erased anchor"] = go_on(model.student, _erased(carry), text)
+
+    def colours(latents):
+        frames = decode_frames(model.codec, jnp.concatenate([before, latents], axis=1), (), True)[0]
+        world = config.data.worlds
+        return small_world.subject_colours(np.asarray(frames), world.colours, world.subject_radius[0])
+
+    past = SWAP_CHUNK * stream.chunk_frames
+    own_found = colours(streams["own"])
+    first = np.array([found[(found >= 0).argmax()] for found in own_found])
+    next_chunk = {name: np.asarray(latents[:, : stream.chunk_frames]) for name, latents in streams.items()}
+    apart = np.abs(next_chunk["own"] - next_chunk["own"][other]).mean(axis=(1, 2, 3, 4))
+    apart[apart == 0] = np.nan  # the only video of its caption
+    for name, latents in streams.items():
+        found = colours(latents)
+        moved = np.abs(next_chunk[name] - next_chunk["own"]).mean(axis=(1, 2, 3, 4)) / apart
+        for index, colour in enumerate(found):
+            if first[index] < 0 or first[other[index]] < 0 or first[index] == first[other[index]]:
+                continue
+            absent = np.convolve(colour[past:] < 0, np.ones(ABSENCE), "valid") == ABSENCE
+            after = colour[past + absent.argmax() + ABSENCE :] if absent.any() else colour[:0]
+            after = after[after >= 0]
+            yield {
+                "swap": name,
+                "video": index,
+                "moved": float(moved[index]),
+                "own_colour": float((after == first[index]).mean()) if len(after) else float("nan"),
+                "other_colour": float((after == first[other[index]]).mean()) if len(after) else float("nan"),
+            }
+
+
+def _exchanged(carry: RolloutCarry, part: str, other: np.ndarray) -> RolloutCarry:
+    """The carry with every sample's anchor or window replaced by another sample's."""
+    cache = {"anchor": carry.cache.anchor, "window": carry.cache.window}
+    # Keys and values are [layers, B, tokens, heads, head_dim]; what else an anchor has is the same for all samples.
+    cache[part] = jax.tree.map(lambda x: x[:, other] if x.ndim == 5 else x, cache[part])
+    return RolloutCarry(Cache(**cache), carry.chunk, carry.keys)
+
+
+def _erased(carry: RolloutCarry) -> RolloutCarry:
+    """The carry with an anchor of zeros."""
+    anchor = jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim == 5 else x, carry.cache.anchor)
+    return RolloutCarry(Cache(anchor, carry.cache.window), carry.chunk, carry.keys)
+
+
+def measure(folder: Path, names: list[str], seeds: list[int]) -> None:
+    """Measures the truth, the teacher, the initialised student and every trained arm, and writes the tables' rows."""
+    teacher = load_config(folder / "teacher" / "config.json")
+    world, length = teacher.data.worlds, teacher.distill.rollout_frames
+    frames = round(max(HORIZONS) * length)
+    worlds = worlds_for(world, frames)
+    prompts = [truth.caption for truth in worlds]
+    rows, swaps, sheets = [], [], {}
+
+    def add(arm: str, seed: int, noise: int, videos: np.ndarray) -> None:
+        found = measure_videos(videos, worlds, world, length)
+        rows.extend({"arm": arm, "seed": seed, "noise": noise, **row} for row in found)
+        sheets.setdefault(arm, videos[0])
+
+    add("truth", 0, 0, np.stack([truth.video for truth in worlds]))
+    for noise in NOISE_SEEDS:
+        add("teacher", 0, noise, roll_out_teacher(folder / "teacher", prompts, noise))
+    for arm, seed in [("initialized", 0), *((name, seed) for seed in seeds for name in names)]:
+        workdir = folder / ("teacher" if arm == "initialized" else f"{arm}-{seed}")
+        if latest_step(workdir / ("initialize" if arm == "initialized" else "distill")) is None:
+            print(f"{workdir}: not trained yet, left out")
+            continue
+        model = load(workdir)
+        for noise in NOISE_SEEDS:
+            add(arm, seed, noise, roll_out(model, prompts, noise, frames))
+        if model.config.stream.anchor.frames:
+            for noise in NOISE_SEEDS:
+                swaps.extend(
+                    {"arm": arm, "seed": seed, "noise": noise, **row} for row in measure_swaps(model, worlds, noise)
+                )
+        print(f"{arm}-{seed}: measured", flush=True)
+        jax.clear_caches()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_rows(RESULTS / "videos.csv.gz", rows)
+    write_rows(RESULTS / "swaps.csv.gz", swaps)
+    write_image(RESULTS / "frames.png", contact_sheet(sheets, length))
+
+
+def contact_sheet(videos: dict[str, np.ndarray], length: int) -> np.ndarray:
+    """A row per arm of every third frame of two stretches: the first training length, and the last of the video."""
+    rows = []
+    for video in videos.values():
+        last = video[-length:] if len(video) > length else np.full_like(video, 255)
+        shown = np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])
+        row = np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0)), constant_values=255) for frame in shown], axis=1)
+        rows.append(row)
+    return np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1)
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes rows of one set of columns as gzipped CSV, the same bytes for the same rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    partial.replace(path)
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a file of `write_rows`: text where one is, else float64."""
+    with gzip.open(path, "rt") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {name: x if name in ("arm", "swap") else x.astype(float) for name, x in columns.items()}
+
+
+def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
+    """Mean, standard error over training seeds (NaN for one), and a 95 % interval by a bootstrap of seeds and videos.
+
+    values, seeds, videos: [N]; NaN values are left out.
+    """
+    kept = np.isfinite(values)
+    values, seeds, videos = values[kept], seeds[kept], videos[kept]
+    if not len(values):
+        return (float("nan"),) * 4
+    # Sums and counts by seed and video make a resample a product of multiplicities.
+    seed_names, seed = np.unique(seeds, return_inverse=True)
+    video_names, video = np.unique(videos, return_inverse=True)
+    total, count = np.zeros((2, len(seed_names), len(video_names)))
+    np.add.at(total, (seed, video), values)
+    np.add.at(count, (seed, video), 1)
+    by_seed = total.sum(axis=1) / count.sum(axis=1)
+    error = by_seed.std(ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else float("nan")
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(1000):
+        of_seed = np.bincount(rng.integers(len(seed_names), size=len(seed_names)), minlength=len(seed_names))
+        of_video = np.bincount(rng.integers(len(video_names), size=len(video_names)), minlength=len(video_names))
+        weight = of_seed[:, None] * of_video
+        if (weight * count).sum():
+            draws.append((weight * total).sum() / (weight * count).sum())
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(values.mean()), float(error), float(low), float(high)
+
+
+def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns with each measure as `MEASURES` describes it."""
+    result = dict(columns)
+    for name in MEASURES:
+        values = columns[name].copy()
+        for horizon in HORIZONS if name not in _ITSELF else ():
+            here = columns["horizon"] == horizon
+            truth = columns[name][here & (columns["arm"] == "truth")].mean()
+            values[here] = values[here] - truth if name in _DIFFERENCES else values[here] / truth
+        result[name] = values
+    return result
+
+
+def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
+    """Runs whose look at the first horizon is off by more than `COLLAPSE`, and in what. Takes compared columns."""
+    found = {}
+    for arm in dict.fromkeys(columns["arm"]):
+        for seed in np.unique(columns["seed"][columns["arm"] == arm]):
+            here = (columns["arm"] == arm) & (columns["seed"] == seed) & (columns["horizon"] == HORIZONS[0])
+            for name in ("brightness", "saturation", "contrast"):
+                mean = columns[name][here].mean()
+                if abs(mean - 1) > COLLAPSE:
+                    found.setdefault((arm, int(seed)), f"{name} {mean:.2f} of the truth's")
+    return found
+
+
+def report() -> None:
+    """Writes docs/small_world/tables.md and the figures."""
+    columns = compared_with_truth(read_rows(RESULTS / "videos.csv.gz"))
+    gone = collapsed(columns)
+    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
+    columns = {name: values[keep] for name, values in columns.items()}
+    names = list(dict.fromkeys(columns["arm"]))
+    lines = [
+        "Collapsed and left out: " + ("; ".join(f"{a}-{s} ({why})" for (a, s), why in gone.items()) or "none") + "."
+    ]
+    summary = {}
+    for measure_name, text in MEASURES.items():
+        lines += [
+            "",
+            f"**{text[0].upper()}{text[1:]}**",
+            "",
+            "| arm | " + " | ".join(f"{h:g}×" for h in HORIZONS) + " |",
+        ]
+        lines.append("|---|" + "---|" * len(HORIZONS))
+        for arm in names:
+            cells = []
+            for horizon in HORIZONS:
+                here = (columns["arm"] == arm) & (columns["horizon"] == horizon)
+                found = summarize(columns[measure_name][here], columns["seed"][here], columns["video"][here])
+                summary[measure_name, arm, horizon] = found
+                cells.append(_cell(*found))
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += ["", *_swap_table(gone)]
+    (RESULTS / "tables.md").write_text("\n".join(lines) + "\n")
+    _draw(summary, names)
+
+
+def _cell(mean: float, error: float, low: float, high: float) -> str:
+    if not np.isfinite(mean):
+        return ""
+    error = f" ± {error:.2f}" if np.isfinite(error) else ""
+    return f"{mean:.2f}{error} [{low:.2f}, {high:.2f}]"
+
+
+def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
+    columns = read_rows(RESULTS / "swaps.csv.gz")
+    lines = ["**What exchanging a part of the cache with another video's does**", ""]
+    lines += [
+        "| arm | exchanged | next chunk moves | own colour comes back | the other's comes back |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(columns["arm"]):
+        for swap in dict.fromkeys(columns["swap"]):
+            here = (columns["arm"] == arm) & (columns["swap"] == swap)
+            here &= np.array([(arm, int(seed)) not in gone for seed in columns["seed"]])
+            cells = [
+                _cell(*summarize(columns[name][here], columns["seed"][here], columns["video"][here]))
+                for name in ("moved", "own_colour", "other_colour")
+            ]
+            if any(cells):
+                lines.append(f"| {arm} | {'nothing' if swap == 'own' else swap} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _draw(summary: dict, names: list[str]) -> None:
+    """A panel per measure, a line per arm over the horizons: one figure of the anchors and one of the ablations."""
+    anchors = [
+        n for n in ("truth", "initialized", "none", "static", "ema", "memory", "ping_pong", "adaptive") if n in names
+    ]
+    ablations = [n for n in names if n not in anchors and n != "teacher"]
+    for file, shown in (("anchors.png", anchors), ("ablations.png", ["truth", "adaptive", *ablations])):
+        shown = [name for name in shown if name in names]
+        figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
+        drawn = ("pan", "hue", "hue_lock", "picture_lock", "identity", "seen", "brightness", "saturation")
+        for panel, measure_name in zip(panels.flat, drawn, strict=True):
+            for number, arm in enumerate(shown):
+                found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])
+                colour = "black" if arm == "truth" else f"C{number}"
+                panel.plot(
+                    HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=2 if arm == "adaptive" else 1
+                )
+                panel.fill_between(HORIZONS, found[:, 2], found[:, 3], color=colour, alpha=0.12, linewidth=0)
+            panel.set_xscale("log")
+            panel.set_xticks(HORIZONS, [f"{h:g}×" for h in HORIZONS])
+            panel.minorticks_off()
+            panel.set_title(MEASURES[measure_name], fontsize=8)
+            panel.grid(alpha=0.3)
+        panels[0, 0].legend(fontsize=8)
+        figure.savefig(RESULTS / file, dpi=90)
+        pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "measure", "report"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/small_world"))
+    parser.add_argument("--arms", nargs="+", default=arms(), choices=arms(), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    options = parser.parse_args()
+    if options.command == "train":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        train(options.folder.resolve(), options.arms, options.seeds, options.jobs)
+    elif options.command == "measure":
+        measure(options.folder.resolve(), options.arms, options.seeds)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()

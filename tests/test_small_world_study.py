@@ -1,0 +1,123 @@
+"""The study's instruments: what they say of the truth, of spoiled videos, and of an exchange whose effect is known."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from adastate_jax.config import parse_config
+from adastate_jax.generate import load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study_of_the_small_world", ROOT / "studies" / "small_world.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.VIDEOS = 12
+    return module
+
+
+@pytest.fixture(scope="module")
+def config():
+    return parse_config([f"--config={ROOT}/configs/small_world.py:adaptive"])
+
+
+@pytest.fixture(scope="module")
+def truth(study, config):
+    worlds = study.worlds_for(config.data.worlds, 53)
+    return worlds, np.stack([world.video for world in worlds])
+
+
+def means(rows, horizon):
+    rows = [row for row in rows if row["horizon"] == horizon]
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {name: values[np.isfinite(values)].mean() for name, values in columns.items() if np.isfinite(values).any()}
+
+
+def test_every_arm_is_a_configuration(study):
+    configs = {arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in study.arms()}
+    assert len(set(configs.values())) == len(configs)
+    streams = {name: dataclasses.astuple(config.stream) for name, config in configs.items()}
+    # One factor at a time: what is no anchor changes nothing else.
+    assert streams["alpha_0"] == streams["alpha_4"] == streams["normalized"] == streams["adaptive"]
+
+
+def test_the_truth_moves_turns_and_remembers(study, config, truth):
+    worlds, videos = truth
+    rows = list(study.measure_videos(videos, worlds, config.data.worlds, 21))
+    for horizon in (1.0, 2.5):
+        mean = means(rows, horizon)
+        assert abs(mean["pan"] - 1) < 0.03
+        assert abs(mean["hue"] - 1) < 0.06
+        assert mean["identity"] > 0.98
+        assert mean["seen"] > 0.3
+    assert {row["horizon"] for row in rows} == {1.0, 2.5}  # the video is too short for more
+
+
+def test_a_frozen_and_a_forgetful_video_are_told_apart(study, config, truth):
+    worlds, videos = truth
+    frozen = means(study.measure_videos(np.repeat(videos[:, :1], 21, axis=1), worlds, config.data.worlds, 21), 1.0)
+    assert frozen["pan"] == frozen["hue"] == 0
+    assert frozen["hue_lock"] > 0.99
+    assert frozen["picture_lock"] > 0.99
+    assert "identity" not in frozen  # nothing went and came back
+    # The second half of every video is another's: its pan may be right, its subject's colour is that video's.
+    same_way = np.array([next(j for j, w in enumerate(worlds) if w.colour != world.colour) for world in worlds])
+    spliced = np.concatenate([videos[:, :21], videos[same_way, 21:]], axis=1)
+    mean = means(study.measure_videos(spliced, worlds, config.data.worlds, 21), 2.5)
+    assert mean["identity"] < 0.02
+
+
+def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there(study):
+    values = np.array([1.0, 3.0, 5.0, 7.0, np.nan])
+    seeds, videos = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 0, 1, 2])
+    mean, error, low, high = study.summarize(values, seeds, videos)
+    assert mean == 4
+    assert error == pytest.approx(np.std([2, 6], ddof=1) / np.sqrt(2))
+    assert 1 <= low < 4 < high <= 7
+    assert np.isnan(study.summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
+
+
+def test_a_collapsed_run_is_named(study, monkeypatch):
+    columns = {
+        "arm": np.array(["truth", "good", "dark", "dark"]),
+        "seed": np.array([0.0, 0.0, 0.0, 1.0]),
+        "horizon": np.ones(4),
+        **{name: np.ones(4) for name in study.MEASURES},
+    }
+    monkeypatch.setattr(study, "HORIZONS", (1.0,))
+    columns["brightness"] = np.array([80.0, 88.0, 60.0, 72.0])
+    assert set(study.collapsed(study.compared_with_truth(columns))) == {("dark", 0)}
+
+
+def test_rows_come_back_as_they_were_written(study, tmp_path):
+    rows = [{"arm": "none", "video": 1, "pan": 0.123456}, {"arm": "ema", "video": 2, "pan": float("nan")}]
+    study.write_rows(tmp_path / "rows.csv.gz", rows)
+    columns = study.read_rows(tmp_path / "rows.csv.gz")
+    assert list(columns["arm"]) == ["none", "ema"]
+    np.testing.assert_allclose(columns["pan"], [0.1235, np.nan])
+
+
+def test_exchanging_moves_the_next_chunk_and_exchanging_nothing_does_not(study, config, truth, monkeypatch):
+    model = load(config=config, random_weights=True)
+    # A fresh network's last layer is zero, and its output the same whatever it reads.
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.student))))
+    shaken = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), model.student)
+    model = dataclasses.replace(model, student=shaken)
+    monkeypatch.setattr(study, "SWAP_CHUNK", 3)
+    monkeypatch.setattr(study, "SWAP_CHUNKS", 2)
+    found = np.array([0, 1, 2, 3] * 3)  # random networks show no subjects: give each video one
+    monkeypatch.setattr(
+        study.small_world, "subject_colours", lambda videos, *_: np.repeat(found[:, None], videos.shape[1], axis=1)
+    )
+    rows = list(study.measure_swaps(model, truth[0], 0))
+    moved = {name: [row["moved"] for row in rows if row["swap"] == name] for name in ("own", "anchor", "window")}
+    assert max(moved["own"]) == 0
+    assert min(moved["anchor"]) > 0
+    assert min(moved["window"]) > 0
