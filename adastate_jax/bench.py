@@ -25,7 +25,7 @@ from adastate_jax.sharding import make_mesh
 from adastate_jax.training.loop import progress
 
 # In the order they run: what starts a process of its own must come before this one holds the device.
-STREAMING = ("ready", "pass", "chunk", "decode", "end_to_end", "first_image")
+STREAMING = ("ready", "pass", "chunk", "decode", "end_to_end", "first_image", "prompt_switch")
 SECTIONS = (*STREAMING, "training")
 
 DEFINITIONS = {
@@ -37,12 +37,15 @@ DEFINITIONS = {
     "decoder": "a steady chunk's latents into 8-bit images on the device",
     "end to end": "from the end of one steady chunk's writing into an mp4 file to the end of the next's",
     "first image": "from text embeddings to the first chunk's images on the host, everything compiled",
+    "prompt switch": "from the last images of a prompt on the host to the first images of the next one, both chunks "
+    "steady, the transition a switch",
     "training": "one update, without reading data or encoding text and video; a student's rollout draws how many "
     "denoising steps it takes, its operations are those of the mean",
     "percent_of_ceiling": "counted operations / median time / the square matrix product of the same dtype",
     "fps dit": "images of a chunk / its time",
     "fps with_decoder": "images of a chunk / (its time + the decoder's, one after the other)",
     "fps end_to_end": "images of the steady chunks / their time until the mp4 file is closed",
+    "growth_mebibytes": "what peak memory grew by from the first repetition to the last",
     "peak_mebibytes": "so far, of the device where it tells, else of the process",
 }
 
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     parser.add_argument(
-        "--random-weights", action="store_true", help="says what is done anyway: times do not depend on the weights"
+        "--random-weights",
+        action="store_true",
+        help="changes nothing: weights are drawn at random with and without it, as times do not depend on them",
     )
     parser.add_argument(
         "--only",
@@ -143,6 +148,7 @@ def _measurements(subject: Subject, section: str, repeats: int) -> Iterator[Meas
             "decode": measure.time_decoder,
             "end_to_end": measure.time_end_to_end,
             "first_image": measure.time_first_image,
+            "prompt_switch": measure.time_prompt_switch,
         }[section]
         for name in subject.codecs:
             yield function(subject, name, repeats)
@@ -231,6 +237,8 @@ def _row_record(row: Measurement, ceilings: Mapping[str, float], devices: int) -
         "p99_ms": row.percentile(99) * 1e3,
         "peak_mebibytes": row.peak_mebibytes,
     }
+    if row.growth_mebibytes is not None:
+        record["growth_mebibytes"] = row.growth_mebibytes
     if row.flops:
         rate = row.flops / row.median
         ceiling = "float32" if row.dtype == "float32" else "bfloat16"

@@ -1,8 +1,8 @@
 """Converted folders: one network in the layout of its own leaves, read straight to where the weights will stay.
 
 `converted.json` says which network it is and how it is configured, `weights.safetensors` holds its leaves by path. The
-writer goes through the source once and holds one tensor (of one layer) at a time; a reader maps the file into memory
-and takes from each leaf the part that its devices get.
+writer goes through the source once and holds one tensor (of one layer) at a time; a reader maps the file into memory,
+checks one leaf after the other against its checksum, and takes from it the part that its devices get.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from adastate_jax.weights import SafeTensors, Slot, leaf_name, leaves, write_saf
 
 _DESCRIPTION = "converted.json"
 _WEIGHTS = "weights.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_converted(network: Network, folder: Path, advance: Callable[[int], Any]) -> None:
@@ -42,17 +42,19 @@ def write_converted(network: Network, folder: Path, advance: Callable[[int], Any
     """
     shapes = leaves(KINDS[network.kind].abstract(network.config))
     layout = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in shapes.items()}
+    checksums = dict.fromkeys(layout, 0)
 
     def layers() -> Iterator[np.ndarray]:
         for name, slot in network.slots.items():
             leaf = shapes[slot.entry.path]
             ours = np.empty(leaf.shape if slot.layer is None else leaf.shape[1:], leaf.dtype)
             _fill(ours, slot, name, network.tensors[name])
+            checksums[slot.entry.path] = _checksum(ours, checksums[slot.entry.path])
             yield ours
             advance(ours.nbytes)
 
-    checksum = write_safetensors(folder / _WEIGHTS, layout, layers(), {})
-    description = {"format": _FORMAT, "kind": network.kind, "config": to_dict(network.config), "crc32": checksum}
+    write_safetensors(folder / _WEIGHTS, layout, layers(), {})
+    description = {"format": _FORMAT, "kind": network.kind, "config": to_dict(network.config), "crc32": checksums}
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
@@ -110,15 +112,17 @@ def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def open_converted(path: str | Path) -> Network:
-    """The network of a folder that `convert` wrote, in official layout, unread.
+    """The network of a folder that `convert` wrote, in official layout, checked, to be read when asked for.
 
     Raises:
         UserError: the folder is not one of ours, or damaged.
     """
     kind, config, stored = _open(Path(path))
+    for leaf in stored.values():
+        leaf.read()
     slots = KINDS[kind].slots(config)
     return Network(
-        kind, config, slots, {name: _official(stored[slot.entry.path], slot) for name, slot in slots.items()}
+        kind, config, slots, {name: _official(stored[slot.entry.path].tensor, slot) for name, slot in slots.items()}
     )
 
 
@@ -135,32 +139,44 @@ def _official(leaf: StoredTensor, slot: Slot) -> StoredTensor:
     return dataclasses.replace(leaf, shape=theirs.shape, strides=theirs.strides)
 
 
-def _open(path: Path) -> tuple[str, Any, dict[str, StoredTensor]]:
-    """Kind, configuration and leaves by path, unread but checked."""
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf in the file, and the checksum of its elements."""
+
+    tensor: StoredTensor
+    checksum: int
+
+    def read(self) -> np.ndarray:
+        """The elements, read-only and mapped; what is copied from them next comes from memory."""
+        whole = self.tensor.read()
+        if _checksum(whole) != self.checksum:
+            raise UserError(f"{self.tensor.path}: damaged; convert it again")
+        return whole
+
+
+def _open(path: Path) -> tuple[str, Any, dict[str, _Leaf]]:
+    """Kind, configuration and leaves by path, unread."""
     description, file = path / _DESCRIPTION, path / _WEIGHTS
     if not is_converted(path):
         raise UserError(f"{path}: not a folder that convert wrote (no {_DESCRIPTION})")
     try:
         values = json.loads(description.read_text())
-        version, kind, fields, checksum = (values[name] for name in ("format", "kind", "config", "crc32"))
+        version, kind, fields, checksums = (values[name] for name in ("format", "kind", "config", "crc32"))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{description}: damaged ({error!r}); convert it again") from None
     if version != _FORMAT or kind not in [*KINDS]:
-        raise UserError(f"{description}: of another version of this package (format {version!r}, kind {kind!r})")
+        raise UserError(
+            f"{description}: of another version of this package (format {version!r}, kind {kind!r}); convert it again"
+        )
     config = build(KINDS[kind].config, fields, str(description))
     stored = SafeTensors(file).stored()
-    if _checksum(file) != checksum:
-        raise UserError(f"{file}: damaged; convert it again")
     wanted = {name: (leaf.dtype, leaf.shape) for name, leaf in leaves(KINDS[kind].abstract(config)).items()}
-    if wanted != {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}:
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    if wanted != found or not isinstance(checksums, dict) or found.keys() != checksums.keys():
         raise UserError(f"{description}: describes another network than {file.name} holds; convert it again")
-    return kind, config, stored
+    return kind, config, {name: _Leaf(tensor, checksums[name]) for name, tensor in stored.items()}
 
 
-def _checksum(file: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
-    checksum = 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            checksum = zlib.crc32(piece, checksum)
-    return checksum
+def _checksum(array: np.ndarray, before: int = 0) -> int:
+    """CRC-32 of an array's elements, after those of what came before."""
+    return zlib.crc32(array.reshape(-1).view(np.uint8), before)

@@ -1,6 +1,7 @@
 """Errors that a user caused and can fix, and how commands report them."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,13 +13,20 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's `main(argv)` and exits: its return code (None is 0), or 2 with one line for a `UserError`.
 
-    What the package logs (which attention backend serves, for one) goes to stderr.
+    SIGTERM interrupts as Ctrl-C does, so that what is half-written gets removed; the exit code is then 130. What the
+    package logs (which attention backend serves, for one) goes to stderr.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.exit(code or 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config import WAN_NEGATIVE_PROMPT, Config, DataConfig, load_config, parse_config
+from adastate_jax.config import WAN_NEGATIVE_PROMPT, Config, DataConfig, build, load_config, parse_config
 from adastate_jax.data.videos import ClipConfig
 from adastate_jax.embeddings import Embed, StoredTextEncoder, encode_tokens, random_embed
 from adastate_jax.errors import UserError
@@ -28,9 +29,13 @@ from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.weights import SafeTensors, leaf_name, leaves, shortlist
 
 # Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
 _STUDENTS = (("distill", "student/ema"), ("initialize", "ema"))
+
+# Models that ship with the package, a file each, see `bundle`.
+_BUNDLED = Path(__file__).parent / "bundled"
 
 # What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
 _WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
@@ -44,6 +49,15 @@ class Frozen:
 
     codec: PatchCodec
     text_encoder: TextEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run leaves behind to generate with: the causal student, and what no stage trains."""
+
+    student: DiT
+    frozen: Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,29 +115,36 @@ def load(
     random_weights: bool = False,
     text_cache: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    text_mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads a model to generate with.
 
     Args:
-        path: a folder that `train` wrote: its distilled student, or the initialised one before that. Or a folder of
-            networks that `convert` wrote: `transformer`, `text_encoder`, `vae` or `tiny_vae`, and a `tokenizer.json`.
+        path: a folder that `train` wrote: its distilled student, or the initialised one before that. Or a file that
+            `bundle` made of such a folder; `tiny`, where no folder has that name, is the one that ships with this
+            package. Or a folder of networks that `convert` wrote: `transformer`, `text_encoder`, `vae` or `tiny_vae`,
+            and a `tokenizer.json`.
         config: of converted networks: a configuration or a file of one, which the networks must match. None takes
-            what the networks say, at 480×832 with AdaState's stream. A folder that `train` wrote brings its own.
+            what the networks say, at 480×832 with AdaState's stream. What was trained here brings its own.
         decoder: `wan` or `tiny` instead of the configuration's.
         random_weights: makes a model of `config` alone, with random networks and, instead of a text encoder, random
             embeddings of each prompt: it runs as the real one does, and shows noise.
         text_cache: folder that keeps the embeddings of prompts; None is `text_cache` in `path`.
-        mesh: devices that the weights of a folder that `train` wrote are split over; None is one device.
+        mesh: devices that the weights are split over; None is what `config` says, or one device.
+        text_mesh: devices that a converted text encoder is split over; None is the host's processor, which encodes
+            while the accelerator generates.
 
     Raises:
         UserError: a file or folder is missing or damaged, or does not match the others.
 
+    >>> load("tiny").config.data.kind
+    'worlds'
     >>> model = load(config="configs/tiny.py", random_weights=True)
     >>> model.config.latent_shape  # a frame is one latent of 48 channels
     (1, 1, 48)
     >>> load("nowhere")
     Traceback (most recent call last):
-    adastate_jax.errors.UserError: nowhere: no such folder; name one that train wrote, or one of converted networks
+    adastate_jax.errors.UserError: nowhere: no such folder; name one that train or convert wrote, or tiny
     """
     if isinstance(config, str | Path):
         config = parse_config([f"--config={config}"])
@@ -135,35 +156,74 @@ def load(
     if random_weights:
         if path is not None or config is None:
             raise UserError("random_weights: needs a configuration, and no folder")
-        return _random_model(config)
+        return _random_model(config, mesh or _mesh(config))
     if path is None:
-        raise UserError("name a folder that train wrote, or one of converted networks")
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; name one that train wrote, or one of converted networks")
+        raise UserError("name a folder that train or convert wrote, or tiny")
+    path = _shipped(Path(path))
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; name one that train or convert wrote, or tiny")
     if has_part(path, "transformer"):
-        return _load_parts(path, config, decoder, Path(text_cache) if text_cache else path / "text_cache")
+        text_cache = Path(text_cache) if text_cache else path / "text_cache"
+        return _load_parts(path, config, decoder, text_cache, mesh or _mesh(config), text_mesh)
     if config or decoder:
-        raise UserError(f"{path}: a folder that train wrote has its own configuration and decoder; name no others")
-    return _load_run(path, mesh or make_mesh())
+        raise UserError(f"{path}: what was trained here has its own configuration and decoder; name no others")
+    mesh = mesh or _mesh(config)
+    config, trained = _load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
+    embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
+    return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh)
 
 
-def _load_run(path: Path, mesh: jax.sharding.Mesh) -> Model:
-    """The student of a folder that `train` wrote."""
+def _shipped(path: Path) -> Path:
+    """The bundle that ships with the package under this name, unless the name is somebody's own folder or file."""
+    bundle = _BUNDLED / f"{path}.safetensors"
+    return bundle if len(path.parts) == 1 and bundle.is_file() and not path.exists() else path
+
+
+def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
+    """Configuration and student of a folder that `train` wrote.
+
+    Raises:
+        UserError: the folder is no such one or damaged, or no student has been trained yet.
+    """
     config = load_config(path / "config.json")
     for stage, part in _STUDENTS:
         step = latest_step(path / stage)
         if step is not None:
             student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
-            frozen = load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh))
-            embed, fits = functools.partial(embed_prompts, frozen), ByteTokenizer(config.text.text_length).fits
-            return Model(config, student, frozen.codec, embed, fits, mesh)
+            return config, Trained(student, load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh)))
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
 
 
-def _load_parts(folder: Path, config: Config | None, decoder: str | None, text_cache: Path) -> Model:
+def _load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
+    """What `bundle` wrote, in the configuration's dtype."""
+    stored = SafeTensors(path)
+    try:
+        fields = json.loads(stored.metadata["config"])
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote") from None
+    config = build(Config, fields, str(path))
+    like = with_shardings(Trained(abstract_dit(config), abstract_frozen(config)), mesh)
+    wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
+    found = {name: tensor.shape for name, tensor in stored.stored().items()}
+    if wanted != found:
+        unlike = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        raise UserError(f"{path}: its tensors are not those of its configuration: {shortlist(unlike)}; make it again")
+
+    def place(path, leaf):
+        return jax.device_put(stored[leaf_name(path)].astype(leaf.dtype), leaf.sharding)
+
+    return config, jax.tree_util.tree_map_with_path(place, like)
+
+
+def _load_parts(
+    folder: Path,
+    config: Config | None,
+    decoder: str | None,
+    text_cache: Path,
+    mesh: jax.sharding.Mesh,
+    text_mesh: jax.sharding.Mesh | None,
+) -> Model:
     """The model of a folder of converted networks."""
-    mesh = _mesh(config)
     if config is None:
         student = load_part(folder, "transformer", DiTConfig(**_HALF), mesh, sizes=False)
         config = _wan_config(student.config, decoder or ("wan" if has_part(folder, "vae") else "tiny"))
@@ -174,7 +234,7 @@ def _load_parts(folder: Path, config: Config | None, decoder: str | None, text_c
     vae = config.decoder == "wan" or has_part(folder, "vae")  # the other decoder wants it for its encoder alone
     encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
     decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
-    embed = StoredTextEncoder(folder, config.text, text_cache)
+    embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
     return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh)
 
 
@@ -202,9 +262,7 @@ def _mesh(config: Config | None) -> jax.sharding.Mesh:
         raise UserError(f"config.mesh: {error}") from None
 
 
-def _random_model(config: Config) -> Model:
-    mesh = _mesh(config)
-
+def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
     def network(build, part: int):
         key = jax.random.fold_in(jax.random.key(config.seed), part)
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
@@ -235,9 +293,12 @@ def embed_prompts(frozen: Frozen, prompts: Sequence[str]) -> jax.Array:
     return encode_tokens(frozen.text_encoder, *map(jnp.asarray, tokenizer.tokenize(list(prompts))))
 
 
-@functools.partial(jax.jit, static_argnames="first")
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
 def decode_frames(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
-    """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache."""
+    """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache.
+
+    The cache is donated: Wan2.1's takes 1.9 GB at 480×832 in bfloat16.
+    """
     video, cache = codec.decode(latents, cache, first)
     return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache
 

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import av
@@ -27,6 +27,9 @@ class VideoWriter:
 
     A context manager; leaving it by an exception, or without a frame, removes the unfinished file. Frames are
     compressed in a thread of their own, while the caller makes the next ones.
+
+    Raises:
+        UserError: the file cannot be written; said at once where it can be known, else by `write` or at the end.
     """
 
     def __init__(self, path: str | Path, fps: int = FPS):
@@ -34,7 +37,9 @@ class VideoWriter:
         self._fps = fps
         self._stream = None
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._naming_the_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.touch()  # the container opens it only when the first frame comes
         self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
@@ -47,8 +52,16 @@ class VideoWriter:
 
         Returns while they are being compressed, but not before those of the last call are; raises what stopped them.
         """
-        self._wait()
+        with self._naming_the_file():
+            self._wait()
         self._writing = self._thread.submit(self._compress, frames)
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -65,7 +78,7 @@ class VideoWriter:
 
     def __exit__(self, kind, *_) -> None:
         complete = kind is None
-        with contextlib.ExitStack() as stack:
+        with self._naming_the_file(), contextlib.ExitStack() as stack:
             stack.callback(self._partial.unlink, missing_ok=True)  # a file that got its own name is not there any more
             with self._container:
                 self._thread.shutdown()

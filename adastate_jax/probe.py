@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from adastate_jax.errors import UserError, run_command
-from adastate_jax.evaluation.attention_probe import ChunkShares, probe_stream
+from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, probe_stream
 from adastate_jax.evaluation.plots import attention_shares
 from adastate_jax.generate import Model, load, stream_config
 from adastate_jax.models.dit import DiT
@@ -19,8 +19,8 @@ from adastate_jax.streaming.rollout import StreamConfig, initial_carry, seed_key
 from adastate_jax.training.loop import progress
 
 _EXAMPLE = """example:
-  python -m adastate_jax.probe --checkpoint=runs/tiny --prompt="a camera pans left over green hills with a red ball" \\
-      --anchors static adaptive --past-frames 3 6 --chunks 5 20 --output=runs/tiny/probe"""
+  python -m adastate_jax.probe --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\
+      --anchors static adaptive --past-frames 3 6 --chunks 5 20 --output=probe"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="as sample's")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR|tiny", help="as sample's")
     parser.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
     parser.add_argument("--anchors", nargs="+", metavar="NAME", help="anchors (default: the model's own)")
     parser.add_argument(
@@ -50,14 +50,14 @@ def _streams(options: argparse.Namespace, config: StreamConfig) -> dict[tuple[st
     """Each combination of anchor and window; refused before anything is generated."""
     found = {}
     for name in options.anchors or [None]:
-        stream = stream_config(config, name)
-        if stream.anchor.joint:
-            raise UserError(f"--anchors {name}: denoises chunks jointly, there is no single one to probe")
-        for past_frames in options.past_frames or [stream.past_frames]:
+        named = stream_config(config, name)
+        for past_frames in options.past_frames or [named.past_frames]:
             try:
-                found[name or "own", past_frames] = dataclasses.replace(stream, past_frames=past_frames)
+                stream = dataclasses.replace(named, past_frames=past_frames)
             except ValueError as error:
                 raise UserError(f"--past-frames {past_frames}: {error}") from None
+            check_probe(stream, options.chunks)
+            found[name or "own", past_frames] = stream
     return found
 
 
@@ -70,7 +70,10 @@ def _probe(model: Model, text, config: StreamConfig, seed: int, prompts: int, ch
 
 
 def _as_json(found: Sequence[ChunkShares]) -> list[dict[str, Any]]:
-    return [{"chunk": one.chunk, "frames": one.roles, "shares": np.round(one.shares, 6).tolist()} for one in found]
+    return [
+        {"chunk": one.chunk, "sigmas": one.sigmas, "frames": one.roles, "shares": np.round(one.shares, 6).tolist()}
+        for one in found
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,14 +93,14 @@ def main(arguments: Sequence[str]) -> int:
         "seed": options.seed,
         "axes of shares": ["denoising step", "layer", "frame"],
         "streams": [
-            {"anchor": name, "past_frames": past, "sigmas": streams[name, past].sigmas, "chunks": _as_json(found)}
-            for (name, past), found in results.items()
+            {"anchor": name, "past_frames": past, "chunks": _as_json(found)} for (name, past), found in results.items()
         ],
     }
+    written = json.dumps(report, indent=1, allow_nan=False) + "\n"
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "probe.png").write_bytes(attention_shares(results))
-        (options.output / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.output / "probe.json").write_text(written)
     except OSError as error:
         raise UserError(f"--output={options.output}: cannot be written ({error.strerror or error})") from None
     print(f"{options.output}/probe.png, {options.output}/probe.json")

@@ -18,8 +18,9 @@ from adastate_jax.training.loop import progress
 from adastate_jax.video_stream import stream
 
 _EXAMPLE = """examples:
-  python -m adastate_jax.sample --checkpoint=runs/tiny --prompt="a camera pans left over green hills with a red ball" \\
-      --seconds=5 --output=hills.mp4
+  python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\
+      --seconds=30 --output=hills.mp4
+  python -m adastate_jax.sample --checkpoint=runs/tiny --prompt="a camera pans right over sand dunes with a white ball"
   python -m adastate_jax.sample --checkpoint=weights --prompt="a red fox runs through fresh snow" --seconds=30
   python -m adastate_jax.sample --checkpoint=weights --prompts=story.txt --seconds=60
   python -m adastate_jax.sample --checkpoint=weights --decoder=tiny --image=fox.jpg --prompt="the fox runs on"
@@ -37,9 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        metavar="DIR",
-        help="a folder that train wrote, or one of networks that convert wrote (transformer, text_encoder, vae or "
-        "tiny_vae) with the text encoder's tokenizer.json",
+        metavar="DIR|tiny",
+        help="a folder that train wrote, or a file that bundle made of it; tiny, the one that ships with this package "
+        "(a folder of that name goes before it); or a folder of networks that convert wrote (transformer, "
+        "text_encoder, vae or tiny_vae) with the text encoder's tokenizer.json",
     )
     parser.add_argument("--prompt", help="what to show")
     parser.add_argument(
@@ -147,8 +149,6 @@ def main(arguments: Sequence[str]) -> int:
                     writer.write(frames)
                     bar.set_description("sample")
                     bar.update(len(frames))
-    except OSError as error:
-        raise UserError(f"--output={options.output}: cannot be written ({error.strerror or error})") from None
     except KeyboardInterrupt:
         print(f"stopped; {options.output} was not written", file=sys.stderr)
         return 130

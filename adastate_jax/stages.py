@@ -425,7 +425,7 @@ def distill(run: Run) -> None:
 
 
 def sample(run: Run) -> None:
-    """Writes videos of several anchors side by side, a contact sheet and the loss curves into the work directory."""
+    """Writes videos of several anchors, side by side and each by itself, a contact sheet and the loss curves."""
     settings = run.config.sample
     folder = run.workdir / "samples"
     model = load(run.workdir, mesh=run.mesh)
@@ -436,12 +436,18 @@ def sample(run: Run) -> None:
     paths = [folder / f"{index:02d}.mp4" for index in range(len(prompts))]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(VideoWriter(path)) for path in paths]
+        alone = {
+            (index, name): stack.enter_context(VideoWriter(folder / name / path.name))
+            for index, path in enumerate(paths)
+            for name in settings.anchors
+        }
         bar = stack.enter_context(progress("sample (compiling)", num_frames, unit="frame"))
         for panels in zip(*streams, strict=True):  # each [B, frames of a chunk, height, width, 3]
             for index, writer in enumerate(writers):
                 named = {name: panel[index] for name, panel in zip(settings.anchors, panels, strict=True)}
                 writer.write(side_by_side(named, settings.scale))
                 for name, frames in named.items():
+                    alone[index, name].write(frames)
                     rows.setdefault((index, name), []).append(frames)
             bar.update(panels[0].shape[1])
             bar.set_description("sample")
@@ -454,7 +460,7 @@ def sample(run: Run) -> None:
     metrics = run.workdir / "metrics.jsonl"
     if metrics.is_file():
         loss_curves(read_metrics(metrics), run.workdir / "loss_curves.png")
-    print(f"videos: {folder}/*.mp4, {folder}/contact_sheet.png", file=sys.stderr)
+    print(f"videos: {folder}/*.mp4, {folder}/*/*.mp4, {folder}/contact_sheet.png", file=sys.stderr)
 
 
 def _distinct(texts: Sequence[str], count: int) -> list[str]:

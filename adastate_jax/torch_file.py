@@ -25,6 +25,8 @@ from adastate_jax.tensors import BFLOAT16, StoredTensor
 _LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 # A state dict takes some hundred bytes per tensor; a pickle of this size can build objects of some gigabytes.
 _MAX_PICKLE_BYTES = 1 << 24
+# Weights have five at most. A list that a few bytes of pickle name over and over is copied each time.
+_MAX_AXES = 32
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -338,6 +340,8 @@ class _Machine:
         raise self._refuse(f"makes a {function.role} of unknown arguments")
 
     def _sizes(self, values: Any) -> tuple[int, ...]:
+        if isinstance(values, (tuple, list)) and len(values) > _MAX_AXES:
+            raise self._damaged(f"a tensor has {len(values)} axes, {_MAX_AXES} are allowed")
         if not isinstance(values, (tuple, list)) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in values):
             raise self._damaged("a tensor has a size, stride or offset that is no natural number")
         return tuple(values)

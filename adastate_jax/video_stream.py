@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,25 +65,28 @@ class _State:
         carry: of the stream; its random keys are the settings' seeds.
         decoder: the codec's cache.
         given: latents that the video starts from [B, n, H, W, C], n may be 0.
-        ahead: frames that are dispatched and not handed out yet [B, n, height, width, 3] uint8; None at either end.
+        embeddings: of each cue's prompts, [B, T, text_dim]; none before they are encoded.
+        ahead: frames that are dispatched and not handed out yet [B, n, height, width, 3] uint8; None at either end,
+            and behind the first chunk.
     """
 
     carry: PromptedCarry
     decoder: Any
     given: jax.Array
-    ahead: jax.Array | None
+    embeddings: tuple[jax.Array, ...] = ()
+    ahead: jax.Array | None = None
 
 
 class VideoStream(Iterator[np.ndarray]):
     """A video in the making: an iterator over uint8 [B, frames of the chunk, height, width, 3]; see `stream_batch`.
 
     A chunk and its decoding are dispatched before the one before it is handed out, so that the device never waits for
-    the host.
+    the host. The second alone is not: the first image would wait until the programs of what follows are compiled.
     """
 
     def __init__(self, model: Model, settings: _Settings, state: _State):
         config = model.config
-        self.model, self.settings, self.state = model, settings, state
+        self.model, self.settings = model, settings
         stream = stream_config(config.stream, settings.anchor)
         self._chunk_frames = stream.chunk_frames
         plan = schedule(settings.cues, stream, config.time_factor, FPS)
@@ -91,10 +95,25 @@ class VideoStream(Iterator[np.ndarray]):
         if settings.num_frames is not None:
             num_latents = 1 + -(-(settings.num_frames - 1) // config.time_factor)
             num_chunks = -(-num_latents // stream.chunk_frames) - self._chunk
-        with jax.set_mesh(model.mesh):
-            embeddings = [model.embed(list(prompts)) for prompts in settings.prompts]
+        if not state.embeddings:
+            with jax.set_mesh(model.mesh):
+                embeddings = tuple(model.embed(list(prompts)) for prompts in settings.prompts)
+            state = dataclasses.replace(state, embeddings=embeddings)
+        self.state = state
+        self._decoder = {"cache": state.decoder}  # every chunk leaves another one, and a restart reads the latest
+        reencode = None
+        if stream.anchor.restarts and isinstance(model.codec, WanCodec) and model.codec.encoder is not None:
+            reencode = jax.tree_util.Partial(_reencode, model.codec, self._decoder)
         self._chunks = prompted_stream(
-            model.student, state.carry, embeddings, plan, stream, config.latent_shape, num_chunks, state.given
+            model.student,
+            state.carry,
+            state.embeddings,
+            plan,
+            stream,
+            config.latent_shape,
+            num_chunks,
+            state.given,
+            reencode,
         )
 
     def __next__(self) -> np.ndarray:
@@ -104,7 +123,10 @@ class VideoStream(Iterator[np.ndarray]):
             frames = self.state.ahead
             if frames is None:
                 raise StopIteration
-            self._dispatch()
+            if self._chunk > 1:
+                self._dispatch()
+            else:
+                self.state = dataclasses.replace(self.state, ahead=None)
         return np.asarray(frames)
 
     def _dispatch(self) -> None:
@@ -119,12 +141,23 @@ class VideoStream(Iterator[np.ndarray]):
             frames = frames[:, : self.settings.num_frames - self._num_frames(self._chunk)]
         frames.copy_to_host_async()
         self._chunk += 1
-        self.state = _State(carry, decoder, self.state.given, frames)
+        self._decoder["cache"] = decoder
+        self.state = dataclasses.replace(self.state, carry=carry, decoder=decoder, ahead=frames)
 
     def _num_frames(self, chunk: int) -> int:
         """Video frames before a chunk."""
         latents = chunk * self._chunk_frames
         return 1 + (latents - 1) * self.model.config.time_factor if latents else 0
+
+
+def _reencode(codec: WanCodec, decoder: dict[str, Any], overlap: jax.Array) -> jax.Array:
+    """The overlap [B, F, H, W, C] of two rollouts, its first latent made anew from the first frame that they share.
+
+    A rollout's first latent stands for one frame: here for the last of those that it stood for in the old rollout.
+    Source: CausVid, arXiv 2412.07772.
+    """
+    frames, _ = codec.decode(overlap[:, :1], decoder["cache"], False)
+    return overlap.at[:, :1].set(codec.encode(jnp.clip(frames[:, -1:], -1.0, 1.0)))
 
 
 # --- beginning --------------------------------------------------------------------------------------------------------
@@ -199,6 +232,8 @@ def stream(
             raise UserError(
                 f"prompts: entry {number} is longer than {model.config.text.text_length} tokens: shorten it"
             )
+    if prompt is not None and not model.fits(prompt):
+        print(f"note: the prompt is longer than {model.config.text.text_length} tokens: it is cut", file=sys.stderr)
     num_frames = None if seconds is None else math.ceil(seconds * FPS)
     settings = _Settings(cues, tuple((cue.prompt,) for cue in cues), seed, num_frames, anchor)
     return SingleVideo(_begin(model, settings, start))
@@ -229,7 +264,7 @@ def _initial_state(model: Model, settings: _Settings, given: jax.Array) -> _Stat
         keys = seed_keys(settings.seed, settings.batch)
         carry = initial_carry(model.student.config, config, keys, *latent_shape[:2])
         decoder = model.codec.decode_start(settings.batch, *latent_shape[:2])
-        return _State(initial_prompted(carry, config, latent_shape), decoder, given, None)
+        return _State(initial_prompted(carry, config, latent_shape), decoder, given)
 
 
 def _encode_start(model: Model, start: np.ndarray, settings: _Settings) -> jax.Array:
@@ -288,7 +323,7 @@ def load_stream(model: Model, path: str | Path) -> VideoStream | SingleVideo:
     """The video that `save_stream` kept.
 
     Args:
-        model: the one that it is made with: the same configuration and weights.
+        model: the one that it is made with: the same configuration and weights. Its text encoder is not used.
         path: the folder.
 
     Raises:
@@ -307,12 +342,14 @@ def load_stream(model: Model, path: str | Path) -> VideoStream | SingleVideo:
         raise UserError(f"{file}: is damaged; save the stream again") from None
     if fingerprint != _fingerprint(model):
         raise UserError(f"{path}: was saved with another model; load the one that it is made with")
-    latents = jnp.zeros((settings.batch, given, *model.config.latent_shape))
-    state = _initial_state(model, settings, latents)
-    if ahead is not None:
-        state = dataclasses.replace(
-            state, ahead=jnp.zeros((settings.batch, ahead, *model.config.data.size, 3), "uint8")
-        )
+    text = model.config.text
+    with jax.set_mesh(model.mesh):  # what is loaded comes to lie where these do
+        state = _initial_state(model, settings, jnp.zeros((settings.batch, given, *model.config.latent_shape)))
+        embeddings = jnp.zeros((settings.batch, text.text_length, text.dim), text.dtype)
+        state = dataclasses.replace(state, embeddings=(embeddings,) * len(settings.prompts))
+        if ahead is not None:
+            frames = jnp.zeros((settings.batch, ahead, *model.config.data.size, 3), "uint8")
+            state = dataclasses.replace(state, ahead=frames)
     kept = load_tree(path / "state", _stored(state))
     state = jax.tree.map(lambda fresh, stored: fresh if stored is None else stored, state, kept)
     video = VideoStream(model, settings, state)
@@ -331,6 +368,22 @@ def _stored(state: _State) -> _State:
 def _fingerprint(model: Model) -> dict[str, Any]:
     """What two models must have in common for one to go on where the other stopped."""
     config = to_dict(model.config)
-    head = np.asarray(model.student.head.kernel[...])
     kept = {name: config[name] for name in ("model", "stream", "decoder", "codec", "vae", "tiny_vae", "text")}
-    return json.loads(json.dumps({**kept, "head": zlib.crc32(np.ascontiguousarray(head).view(np.uint8))}))
+    checksums = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves((model.student, model.codec))])
+    return json.loads(json.dumps({**kept, "weights": zlib.crc32(np.asarray(checksums, np.uint32))}))
+
+
+@jax.jit
+def _checksum(weights: jax.Array) -> jax.Array:
+    """uint32 [] of an array's bits and their places, in whatever pieces it lies on devices.
+
+    The sum over all elements of a hash of bits and place: any one change makes another sum, several nearly always.
+    """
+    place = jnp.uint32(0)
+    for axis, size in enumerate(weights.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, weights.shape, axis)
+    bits = jax.lax.bitcast_convert_type(weights, f"uint{8 * weights.dtype.itemsize}").astype(jnp.uint32)
+    bits ^= place * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # numbers of Wellons' lowbias32
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -435,8 +434,11 @@ class SafeTensors(Mapping[str, np.ndarray]):
             tensors[name] = StoredTensor.dense(self.path, offset, _SAFETENSORS_DTYPES[kind], shape)
         return tensors
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading the tensor, as a mapping would by itself
+
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
+        if name not in self:
             raise KeyError(name)
         return self._file.get_tensor(name)
 
@@ -452,7 +454,7 @@ def write_safetensors(
     layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     blocks: Iterable[np.ndarray],
     metadata: Mapping[str, str],
-) -> int:
+) -> None:
     """Writes a `.safetensors` file piece by piece; the library's writer wants all tensors in memory at once.
 
     Args:
@@ -460,9 +462,6 @@ def write_safetensors(
         layout: dtype and shape of every tensor by name, in the order of their elements.
         blocks: all elements, the last axis fastest, in pieces of any size.
         metadata: of the header.
-
-    Returns:
-        CRC-32 of the file.
     """
     kinds = {dtype: kind for kind, dtype in _SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -473,16 +472,12 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     head = len(text).to_bytes(8, "little") + text
-    checksum = zlib.crc32(head)
     with path.open("wb") as stream:
         stream.write(head)
         for block in blocks:
-            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-            checksum = zlib.crc32(data, checksum)
-            stream.write(data)
+            stream.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
         if stream.tell() != len(head) + end:
             raise ValueError(f"{path}: {stream.tell() - len(head)} bytes of elements, the layout has {end}")
-    return checksum
 
 
 @dataclasses.dataclass(frozen=True)

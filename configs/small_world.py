@@ -46,6 +46,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.data.worlds.subject_scatter = 0.0
     config.data.worlds.subject_radius = (0.2, 0.2)
     config.data.worlds.hue_turn = (0.5, 0.5)
+    config.data.worlds.hue_start = 0.2  # from any hue on, noise hides either sense alike: no teacher learned it
 
     # A frame is one latent, hence one token.
     config.codec.patch = 16
@@ -76,7 +77,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.pretrain.optimizer.warmup_steps = 200
     config.pretrain.optimizer.decay_steps = 8000
     config.pretrain.ema_decay = 0.998
-    config.pretrain.shift = 8.0  # much noise: only there is the caption needed to tell which way the hue turns
+    config.pretrain.shift = 5.0
     config.pretrain.weighting = "clean"
 
     config.initialize.steps = 3000

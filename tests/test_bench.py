@@ -1,6 +1,7 @@
 """The bench command: what it counts is what the networks do, and what it writes is complete."""
 
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -17,11 +18,13 @@ from adastate_jax import bench
 from adastate_jax.benchmarking import flops, machine, measure
 from adastate_jax.config import parse_config
 from adastate_jax.errors import UserError
+from adastate_jax.media import FPS
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
+from adastate_jax.streaming.prompts import schedule
 from adastate_jax.streaming.rollout import StreamConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -199,15 +202,18 @@ def check_rows(record, repeats) -> dict:
 
 def test_a_stream_is_measured(tmp_path, small_probe, capsys):
     """All times with both of Wan2.1's decoders, and three kinds of frames per second that follow from them."""
-    sections = ("pass", "chunk", "decode", "end_to_end", "first_image")
+    sections = ("pass", "chunk", "decode", "end_to_end", "first_image", "prompt_switch")
     record = run(tmp_path, *WAN_DECODERS, "--repeats=2", "--only", *sections)
     rows = check_rows(record, 2)
     per_decoder = [
-        f"{kind}{name}" for kind in ("decoder ", "end to end, ", "first image, ") for name in ("wan", "tiny")
+        f"{kind}{name}"
+        for kind in ("decoder ", "end to end, ", "first image, ", "prompt switch, ")
+        for name in ("wan", "tiny")
     ]
     assert list(rows) == ["DiT pass", "chunk", *per_decoder]
     # The steady state has two denoising steps and the clean pass.
     assert rows["chunk"]["tflop"] == pytest.approx(3 * rows["DiT pass"]["tflop"])
+    assert rows["chunk"]["growth_mebibytes"] >= 0
     assert record["skipped"] == {}
     assert record["attention"] == "xla"
     assert record["device"]["kind"] == jax.devices()[0].device_kind
@@ -223,6 +229,24 @@ def test_a_stream_is_measured(tmp_path, small_probe, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
     assert printed.count("FPS") == 5
+
+
+def test_a_switch_is_timed_at_its_boundary(monkeypatch):
+    """With a clock by which a chunk takes a second, and the first of a prompt two."""
+    config = parse_config([*SMALL_CONFIG, *WAN_DECODERS])
+    clock = 0.0
+
+    def stream(model, prompts):
+        nonlocal clock
+        starts = schedule(prompts, model.config.stream, model.config.time_factor, FPS).starts
+        for chunk in itertools.count():
+            clock += 2.0 if chunk in starts else 1.0
+            yield
+
+    monkeypatch.setattr(measure.video_stream, "stream", stream)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
+    subject = measure.Subject(config, None, None, {"wan": None}, None)
+    assert measure.time_prompt_switch(subject, "wan", 3).seconds == (2.0, 2.0, 2.0)
 
 
 def test_training_is_measured(tmp_path, small_probe):

@@ -15,7 +15,7 @@ from adastate_jax import convert, converted, generate, weights
 from adastate_jax.checkpoint import flatten, save_tree
 from adastate_jax.config import default_config, from_config_dict, save_config
 from adastate_jax.convert import main
-from adastate_jax.converted import load_converted
+from adastate_jax.converted import load_converted, open_converted
 from adastate_jax.errors import UserError
 from adastate_jax.kinds import KINDS, identify
 from adastate_jax.models.dit import DiTConfig
@@ -25,6 +25,7 @@ from adastate_jax.models.vae import VAEConfig
 from adastate_jax.sharding import make_mesh, tree_shardings
 from adastate_jax.sources import Source, open_source
 from adastate_jax.tensors import StoredTensor
+from adastate_jax.weights import SafeTensors
 
 DIT = DiTConfig(dim=128, ffn_dim=48, num_heads=1, num_layers=3, in_channels=4, out_channels=4, text_dim=16, freq_dim=8)
 CONFIGS = {
@@ -176,6 +177,22 @@ def test_small_blocks_and_a_mesh_change_nothing(tmp_path, run, monkeypatch):
     for leaf, sharding in zip(jax.tree.leaves(network), wanted, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert same(read(run(folder, "--to=safetensors")), source)
+
+
+def test_every_leaf_is_read_once(tmp_path, run, monkeypatch):
+    save_file(random_tensors("vae"), tmp_path / "source.safetensors")
+    folder = run(tmp_path / "source.safetensors")
+    opened = []
+    path_open, map_file = Path.open, np.memmap
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, **options: (opened.append(path), path_open(path, *mode, **options))[1]
+    )
+    mapped = []
+    monkeypatch.setattr(np, "memmap", lambda *arguments: (mapped.append(arguments), map_file(*arguments))[1])
+    network = load(folder)
+    assert len(mapped) == len(jax.tree.leaves(network))
+    # The header alone is read in another way.
+    assert opened.count(folder / "weights.safetensors") == 1
 
 
 def test_loaded_weights_outlive_their_file(tmp_path, run):
@@ -456,7 +473,7 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
     ("options", "culprit"),
     [
         (["--set", "num_heads=3"], "must be an even multiple of num_heads 3"),
-        (["--set", "num_heads=0"], "no Wan2.1 transformer has such sizes"),
+        (["--set", "num_heads=0"], "num_heads must be at least 1"),
         (["--set", "num_heads=x"], "must be a number"),
         (["--set", "num_heads"], "must be NAME=VALUE"),
         (["--set", "num_hads=2"], "did you mean num_heads?"),
@@ -561,6 +578,10 @@ def test_damage_to_a_converted_folder_is_named(tmp_path, run):
         return str(caught.value)
 
     assert "crc32" in message(lambda v: v.pop("crc32"))
+    # What came before had one checksum of the whole file.
+    assert message(lambda v: v.update(format=1, crc32=7)).endswith("convert it again")
+    assert "describes another network" in message(lambda v: v.update(crc32=7))
+    assert "describes another network" in message(lambda v: v["crc32"].popitem())
     assert "another version" in message(lambda v: v.update(format=99))
     assert "another version" in message(lambda v: v.update(kind="unet"))
     assert "another version" in message(lambda v: v.update(kind=["vae"]))
@@ -572,11 +593,13 @@ def test_damage_to_a_converted_folder_is_named(tmp_path, run):
         load_converted(folder, "vae")
     file = folder / "weights.safetensors"
     whole = file.read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
-    file.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"weights.safetensors: damaged; convert it again"):
-        load_converted(folder, "transformer")
+    for tensor in SafeTensors(file).stored().values():
+        damaged = bytearray(whole)
+        damaged[tensor.offset + np.prod(tensor.shape) * tensor.dtype.itemsize - 1] ^= 1
+        file.write_bytes(damaged)
+        for read in (load, open_converted):
+            with pytest.raises(UserError, match=r"weights.safetensors: damaged; convert it again"):
+                read(folder)
     file.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"not a readable .safetensors file"):
         load_converted(folder, "transformer")

@@ -21,6 +21,7 @@ from adastate_jax.models import vae
 from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.parts import load_part
 from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.anchors import RestartAnchor
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.prompts import Cue, Schedule, initial_prompted, prompted_stream
@@ -90,10 +91,76 @@ def test_weights_split_over_devices_change_nothing(folder, model, tmp_path):
     assert len(split.student.blocks.ffn_in.kernel[...].sharding.device_set) == 4
     frames = [np.concatenate(list(ada.stream(m, PROMPTS[0], seconds=1))) for m in (model, split)]
     np.testing.assert_allclose(frames[0].astype(int), frames[1], rtol=0, atol=1)
+    video = ada.stream(split, PROMPTS[0], seconds=1)
+    next(video)
+    ada.save_stream(video, tmp_path / "saved")
+    np.testing.assert_array_equal(next(ada.load_stream(split, tmp_path / "saved")), frames[1][9:])
+
+
+def small_config():
+    sizes = ("dim=32", "ffn_dim=32", "num_heads=2", "num_layers=1")
+    return parse_config([f"--config={ROOT / 'configs' / 'tiny.py'}", *(f"--config.model.{size}" for size in sizes)])
+
+
+def test_a_given_mesh_goes_before_the_configurations(folder, tmp_path):
+    mesh, text_mesh = make_mesh(fsdp=2, model=2), make_mesh(data=2, fsdp=2, model=2)
+    split = ada.load(folder, small_wan.CONFIG, mesh=mesh, text_mesh=text_mesh, text_cache=tmp_path)
+    drawn = ada.load(config=small_config(), random_weights=True, mesh=mesh)
+    for model in (split, drawn):
+        assert model.mesh == mesh
+        assert len(model.student.blocks.ffn_in.kernel[...].sharding.device_set) == 4
+    embeddings = split.embed(PROMPTS)
+    assert len(split.embed._encoder[1].token_embedding[...].sharding.device_set) == 8
+    np.testing.assert_allclose(embeddings, ada.load(folder, small_wan.CONFIG).embed(PROMPTS), rtol=0, atol=1e-5)
+
+
+def test_a_first_image_does_not_wait_for_what_follows(model):
+    video = ada.stream(model, "a fox", seconds=2)
+    begun = []
+    for _ in range(2):
+        next(video)
+        begun.append(int(video.video.state.carry.stream.chunk))
+    assert begun == [1, 3]  # from the second on, one is dispatched ahead
+
+
+def test_the_decoder_cache_is_not_held_twice(model):
+    video = ada.stream(model, "a fox", seconds=2)
+    next(video)
+    before = jax.tree.leaves(video.video.state.decoder)
+    next(video)
+    assert before
+    assert all(leaf.is_deleted() for leaf in before)
+
+
+def test_a_restart_begins_with_the_first_frame_that_both_rollouts_show(model):
+    """As a picture, where the codec can encode one: CausVid. Two chunks fill the window, the second is the overlap."""
+    config = StreamConfig(anchor=RestartAnchor(), denoising_steps=(1000.0, 500.0))
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, stream=config))
+    student, codec, shape = model.student, model.codec, model.config.latent_shape
+
+    def window(codec):
+        video = video_stream.stream_batch(dataclasses.replace(model, codec=codec), PROMPTS[:1], 0, 21)
+        assert len(frames_of(video)) == 2
+        return video.state.carry.stream.cache.window.key
+
+    @jax.jit
+    def expected(codec, latents, text):
+        frames = jnp.clip(vae.decode_clip(codec.decoder, latents), -1, 1)
+        picture = vae.encode_clip(codec.encoder, frames[:, 12:13])  # 9 to 12 are of the fourth latent
+        overlaps = latents[:, 3:].at[:, :1].set(picture), latents[:, 3:]
+        return [student(overlap, jnp.zeros((1, 3)), text, (0, 1, 2))[1].key for overlap in overlaps]
+
+    text = student.text_keys_values(model.embed(PROMPTS[:1]))
+    chunks = stream(student, initial_carry(student.config, config, seed_keys(0, 1), *shape[:2]), text, config, shape, 2)
+    latents = jnp.concatenate([chunk.content for _, chunk in chunks], axis=1)
+    anew, as_it_was = expected(codec, latents, text)
+    assert np.abs(anew - as_it_was).max() > 0.1
+    np.testing.assert_allclose(window(codec), anew, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(window(dataclasses.replace(codec, encoder=None)), as_it_was, rtol=0, atol=1e-3)
 
 
 def test_random_weights_depend_on_the_configured_seed_alone():
-    config = parse_config([f"--config={ROOT / 'configs' / 'tiny.py'}"])
+    config = small_config()
     one, same, other = (
         ada.load(config=dataclasses.replace(config, seed=seed), random_weights=True) for seed in (1, 1, 2)
     )
@@ -338,6 +405,13 @@ def test_a_prompt_that_does_not_fit_is_refused_by_entry(model):
         ada.stream(model, seconds=4, prompts=(Cue(0, "a fox"), Cue(2, " ".join(["fox"] * 100))))
 
 
+def test_a_prompt_that_is_cut_is_said(model, capsys):
+    ada.stream(model, " ".join(["fox"] * 60), seconds=1)
+    assert not capsys.readouterr().err
+    ada.stream(model, " ".join(["fox"] * 100), seconds=1)
+    assert capsys.readouterr().err == "note: the prompt is longer than 70 tokens: it is cut\n"
+
+
 def test_a_video_without_end(model):
     assert len(frames_of(ada.stream(model, "a fox"), 7)) == 7
 
@@ -365,6 +439,14 @@ def test_a_saved_batch_that_starts_from_frames(model, tmp_path):
     np.testing.assert_array_equal(np.concatenate(after, axis=1), np.concatenate(whole[1:], axis=1))
 
 
+def test_a_saved_stream_needs_no_text_encoder(model, tmp_path):
+    video = ada.stream(model, seconds=4, prompts=STORY)
+    next(video)
+    ada.save_stream(video, tmp_path / "saved")
+    again = ada.load_stream(dataclasses.replace(model, embed=None), tmp_path / "saved")
+    assert all(np.array_equal(one, other) for one, other in zip(again, video, strict=True))
+
+
 def test_what_is_no_stream_of_this_model_is_refused(model, tmp_path):
     video = ada.stream(model, "a fox", seconds=4)
     next(video)
@@ -373,10 +455,18 @@ def test_what_is_no_stream_of_this_model_is_refused(model, tmp_path):
         ada.save_stream(video, tmp_path / "saved")
     with pytest.raises(UserError, match=r"stream\.json: cannot be read"):
         ada.load_stream(model, tmp_path)
-    head = model.student.head.kernel[...]
-    other = jax.tree.map(lambda leaf: leaf + 1 if leaf.shape == head.shape else leaf, model.student)
-    with pytest.raises(UserError, match="saved with another model"):
-        ada.load_stream(dataclasses.replace(model, student=other), tmp_path / "saved")
+    block = lambda student: student.blocks.ffn_in.kernel  # noqa: E731
+    decoder = lambda codec: codec.decoder.decoder.conv_out.kernel  # noqa: E731
+    for part, leaf in (("student", block), ("codec", decoder)):
+        for change in (
+            lambda x: x.at[(1,) * x.ndim].multiply(1.0001),
+            lambda x: x.at[0, :2].set(x[0, 1::-1]),  # the same numbers in other places
+        ):
+            other = dataclasses.replace(model, **{part: jax.tree.map(lambda x: x, getattr(model, part))})
+            changed = leaf(getattr(other, part))
+            changed[...] = change(changed[...])
+            with pytest.raises(UserError, match="saved with another model"):
+                ada.load_stream(other, tmp_path / "saved")
     largest = max((tmp_path / "saved" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
     with pytest.raises(UserError, match="damaged"):

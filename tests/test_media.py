@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 
+from adastate_jax.errors import UserError
 from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
 
 
@@ -33,6 +34,25 @@ def test_an_interrupted_video_leaves_nothing(tmp_path):
     with VideoWriter(tmp_path / "b.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    """Where it is opened, while it is written, and when it gets its name."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a\.mp4: cannot be written \(.*exists|.*Not a directory\)"):
+        VideoWriter(tmp_path / "file" / "a.mp4")
+
+    def write(name):
+        with VideoWriter(tmp_path / name) as writer:
+            writer.write(ramp())
+
+    (tmp_path / ".full.partial.mp4").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"full\.mp4: cannot be written \(No space left on device\)"):
+        write("full.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UserError, match=r"folder\.mp4: cannot be written \(Is a directory\)"):
+        write("folder.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
 
 def test_panels_and_sheets(tmp_path):

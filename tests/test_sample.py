@@ -165,6 +165,14 @@ def test_what_stops_the_compression_stops_the_command(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path):
+    (tmp_path / "run" / "config.json").mkdir(parents=True)
+    options = [f"--checkpoint={tmp_path / 'run'}", "--prompt=x", f"--output={tmp_path / 'out.mp4'}"]
+    with pytest.raises(UserError, match=r"run/config\.json: cannot be read \(Is a directory\)"):
+        sample.main(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_interrupt_leaves_what_was_there_before(tmp_path):
     output = tmp_path / "out.mp4"
     output.write_text("of an earlier run")

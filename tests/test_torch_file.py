@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -137,6 +138,30 @@ def test_a_bomb_of_references_is_harmless(tmp_path):
     size = name("torch", "Size") + laughs + b"\x85R"
     assert "no natural number" in refusal(save(tmp_path / "x.pt", {"size": Raw(size)}))
     assert "without a name" in refusal(save(tmp_path / "x.pt", {"x": Raw(laughs + laughs + b"\x93")}))
+
+
+def test_a_list_is_not_copied_for_each_of_its_names(tmp_path):
+    # One list of 10⁴ zeros, and 10⁴ times six bytes that would copy it.
+    zeros = b"](" + b"K\x00" * 10_000 + b"e\x85q\x01"
+    copies = name("torch", "Size") + b"q\x020(" + b"h\x02h\x01R" * 10_000 + b"l"
+    path = save(tmp_path / "x.pt", {"sizes": Raw(zeros + b"0" + copies)})
+    tracemalloc.start()
+    try:
+        assert "10000 axes" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 50 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_tensor_has_more_axes_than_numpy_had(tmp_path):
+    most = Tensor(ARRAY, (1,) * 32, (1,) * 32)
+    assert load_torch_file(save(tmp_path / "x.pt", {"weight": most}))["weight"].read().shape == (1,) * 32
+    # Multiplying these takes seconds and showing them megabytes, and a file has room for a hundred times as many.
+    huge = [2**61] * 30_000
+    for shape in ((1,) * 33, huge, tuple(huge)):
+        message = refusal(save(tmp_path / "x.pt", {"weight": Tensor(ARRAY, shape, shape)}))
+        assert f"{len(shape)} axes" in message
+        assert len(message) < 300
 
 
 def test_a_large_index_is_refused_unread(tmp_path):

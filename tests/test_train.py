@@ -92,7 +92,14 @@ def scalars(workdir) -> list[dict]:
 
 
 def test_a_run_leaves_everything_behind(uninterrupted):
-    for name in ("config.json", "loss_curves.png", "samples/contact_sheet.png", "samples/00.mp4", "tensorboard"):
+    for name in (
+        "config.json",
+        "loss_curves.png",
+        "samples/contact_sheet.png",
+        "samples/00.mp4",
+        "samples/static/00.mp4",
+        "tensorboard",
+    ):
         assert (uninterrupted / name).exists(), name
     with av.open(str(uninterrupted / "samples" / "00.mp4")) as video:
         stream = video.streams.video[0]

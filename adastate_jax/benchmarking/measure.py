@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adastate_jax import video_stream
 from adastate_jax.benchmarking import flops
 from adastate_jax.benchmarking.machine import peak_mebibytes, timed
 from adastate_jax.config import Config
-from adastate_jax.generate import decode_frames
-from adastate_jax.media import VideoWriter
+from adastate_jax.generate import Model, decode_frames
+from adastate_jax.media import FPS, VideoWriter
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.patch_codec import PatchCodec
@@ -28,6 +29,7 @@ from adastate_jax.models.tiny_vae import TinyVAE
 from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, replicated, tree_shardings
+from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import (
     RolloutCarry,
     denoise,
@@ -54,6 +56,7 @@ class Measurement:
         flops: counted operations of one repetition; None if they are not counted.
         dtype: of the operations.
         images_per_second: of a whole stream; None if this is none.
+        growth_mebibytes: by how much peak memory grew along the repetitions; None if that is not watched.
         peak_mebibytes: peak memory up to its end, of the device, or of the process if the device does not tell.
     """
 
@@ -62,6 +65,7 @@ class Measurement:
     flops: int | None = None
     dtype: str | None = None
     images_per_second: float | None = None
+    growth_mebibytes: float | None = None
     peak_mebibytes: float = dataclasses.field(default_factory=peak_mebibytes)
 
     @property
@@ -106,6 +110,15 @@ class Subject:
         height, width, _ = self.config.latent_shape
         return initial_carry(self.config.model, self.config.stream, seed_keys(0, 1), height, width)
 
+    def model(self, name: str) -> Model:
+        """What a user would have loaded, with the decoder of this name; every prompt has the same embeddings."""
+        config = dataclasses.replace(self.config, decoder=name)
+        return Model(config, self.student, self.codecs[name], lambda _: self.embeddings, lambda _: True, self.mesh)
+
+    def video(self, name: str) -> video_stream.VideoStream:
+        """A video without end, as users stream it."""
+        return video_stream.stream_batch(self.model(name), [_PROMPT], 0, None)
+
     def chunks(self, count: int) -> Iterator[tuple[RolloutCarry, jax.Array]]:
         """Carry and content latents of a new stream's chunks."""
         config = self.config
@@ -113,6 +126,7 @@ class Subject:
             yield carry, chunk.content
 
 
+_PROMPT = "any"
 _text_keys_values = jax.jit(DiT.text_keys_values)
 
 
@@ -143,11 +157,9 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Subject:
 
 def until_ready(subject: Subject) -> None:
     """Compiles and runs what a stream with the configured decoder needs: every phase, and both calls of the decoder."""
-    codec = next(iter(subject.codecs.values()))
-    cache = codec.decode_start(1, *subject.config.latent_shape[:2])
-    for index, (_, latents) in enumerate(subject.chunks(subject.config.stream.num_fill_chunks + 1)):
-        frames, cache = decode_frames(codec, latents, cache, index == 0)
-        frames.block_until_ready()
+    video = subject.video(next(iter(subject.codecs)))
+    for _ in range(subject.config.stream.num_fill_chunks + 1):
+        next(video)
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------
@@ -175,12 +187,14 @@ def time_chunk(subject: Subject, repeats: int) -> Measurement:
     """A steady chunk, from noise to the committed cache: all denoising steps and the clean pass."""
     config = subject.config
     fill = config.stream.num_fill_chunks
-    chunks = subject.chunks(fill + 1 + repeats)
-    for _ in range(fill):
+    chunks = subject.chunks(fill + 2 + repeats)
+    for _ in range(fill + 1):  # everything compiled: what peak memory grows by from here on is the stream's
         jax.block_until_ready(next(chunks))
+    before = peak_mebibytes()
     seconds = timed(lambda: next(chunks), repeats)
+    growth = peak_mebibytes() - before
     work = flops.chunk_flops(config.model, config.stream, fill, subject.frame_tokens)
-    return Measurement("chunk", seconds, work, config.model.dtype)
+    return Measurement("chunk", seconds, work, config.model.dtype, growth_mebibytes=growth)
 
 
 def time_decoder(subject: Subject, name: str, repeats: int) -> Measurement:
@@ -203,24 +217,14 @@ def time_decoder(subject: Subject, name: str, repeats: int) -> Measurement:
 
 
 def time_end_to_end(subject: Subject, name: str, repeats: int) -> Measurement:
-    """Steady chunks of a stream into an mp4 file: from the end of one chunk's writing to the end of the next's.
-
-    As in `generate.stream_batch`, a chunk and its decoding are dispatched before the frames before it are fetched.
-    """
-    config, codec = subject.config, subject.codecs[name]
-    warm = config.stream.num_fill_chunks + 1
-    cache = codec.decode_start(1, *config.latent_shape[:2])
-    previous, stamps = None, []
+    """Steady chunks of a video into an mp4 file: from the end of one chunk's writing to the end of the next's."""
+    warm = subject.config.stream.num_fill_chunks + 1
+    video, stamps = subject.video(name), []
     with tempfile.TemporaryDirectory() as folder:
         with VideoWriter(Path(folder) / "stream.mp4") as writer:
-            # One chunk more than is written: writing trails by one.
-            for index, (_, latents) in enumerate(subject.chunks(warm + repeats + 1)):
-                frames, cache = decode_frames(codec, latents, cache, index == 0)
-                frames.copy_to_host_async()
-                if previous is not None:
-                    writer.write(np.asarray(previous[0]))
-                    stamps.append(time.perf_counter())
-                previous = frames
+            for _ in range(warm + repeats):
+                writer.write(next(video)[0])
+                stamps.append(time.perf_counter())
         closed = time.perf_counter()
     stamps = stamps[warm - 1 :]
     images = repeats * subject.chunk_images
@@ -230,14 +234,22 @@ def time_end_to_end(subject: Subject, name: str, repeats: int) -> Measurement:
 
 def time_first_image(subject: Subject, name: str, repeats: int) -> Measurement:
     """From a prompt's embeddings to the first chunk's frames on the host, warm."""
-    codec = subject.codecs[name]
+    return Measurement(f"first image, {name}", timed(lambda: next(subject.video(name)), repeats))
 
-    def step():
-        (_, latents) = next(subject.chunks(1))
-        cache = codec.decode_start(1, *subject.config.latent_shape[:2])
-        return np.asarray(decode_frames(codec, latents, cache, True)[0])
 
-    return Measurement(f"first image, {name}", timed(step, repeats))
+def time_prompt_switch(subject: Subject, name: str, repeats: int) -> Measurement:
+    """From the last frames of a prompt on the host to the first of the next one, in the steady state."""
+    model = subject.model(name)
+    config, factor = model.config.stream, model.config.time_factor
+    # Every prompt lasts two chunks, and begins with the first video frame of its first.
+    starts = [config.num_fill_chunks + 1 + 2 * index for index in range(1 + repeats)]
+    seconds = [(1 + (start * config.chunk_frames - 1) * factor) / FPS for start in starts]
+    video = video_stream.stream(model, prompts=[Cue(0, _PROMPT), *(Cue(second, _PROMPT) for second in seconds)])
+    stamps = []
+    for _ in range(starts[-1] + 1):
+        next(video)
+        stamps.append(time.perf_counter())
+    return Measurement(f"prompt switch, {name}", tuple(stamps[start] - stamps[start - 1] for start in starts[1:]))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ class WorldConfig:
     palettes: tuple[str, ...] = tuple(PALETTES)
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
+    finest: float = 3.0  # pixels of the landscape's smallest details, which fade in up to 8/3 of that
     # Pans pass identical subjects this many frame extents apart: beyond 1.5 the subject is out of sight in between,
     # and its colour has to be remembered until the next one.
     subject_spacing: float = 1.0
@@ -131,8 +132,9 @@ class WorldConfig:
     subject_radius: tuple[float, float] = (0.11, 0.15)  # fractions of the frame's shorter side
     name_colour: bool = True  # whether the caption tells the subject's colour
     # Turns of the landscape's hue per second. The caption tells the sense, forwards (red, yellow, green, blue) or
-    # backwards, but not the hue that a video begins with: it is any.
+    # backwards, but not how far the hue is turned when a video begins: up to hue_start turns.
     hue_turn: tuple[float, float] = (0.0, 0.0)
+    hue_start: float = 1.0
 
     def __post_init__(self):
         # Command lines and configuration files hand over lists; the hash of a configuration must not depend on that.
@@ -156,10 +158,14 @@ class WorldConfig:
         for palette in self.palettes:
             if not set(self.colours) - set(PALETTES[palette].avoid):
                 raise UserError(f"world colours {self.colours} all vanish into palette {palette!r}: add another colour")
+        if not 3.0 <= self.finest <= 0.5 * self.height:
+            raise UserError(f"world finest is {self.finest}: give 3 pixels at least, and at most half the height")
         if not self.subject_spacing >= 0.8:
             raise UserError(f"world subject_spacing is {self.subject_spacing}: give at least 0.8 frame extents")
         if not 0.0 <= self.subject_scatter <= 1.0:
             raise UserError(f"world subject_scatter is {self.subject_scatter}: give a number in [0, 1]")
+        if not 0.0 <= self.hue_start <= 1.0:
+            raise UserError(f"world hue_start is {self.hue_start}: give turns in [0, 1]")
         if not 0.0 < self.subject_radius[0] <= self.subject_radius[1] <= 0.5:
             raise UserError(f"world subject_radius is {self.subject_radius}: give (lowest, highest) in (0, 0.5]")
 
@@ -206,7 +212,7 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
     ground_key, subject_key = rng.integers(2**63, size=2, dtype=np.uint64)
     radius = rng.uniform(*config.subject_radius)
     start = rng.uniform(-1.0, 1.0, size=2)
-    hue = rng.uniform() if hue_turn else 0.0
+    hue = config.hue_start * rng.uniform() if hue_turn else 0.0
 
     kind, way = motion.split()
     zoom = {"in": zoom_speed, "out": -zoom_speed}.get(way, 0.0)
@@ -274,15 +280,17 @@ def _ground(config, palette, key, pan, zoom, hue, seconds):
     x = pan[0] * aspect * seconds[:, None] + view * columns  # [F, W + 1]
     y = pan[1] * seconds[:, None] + view * rows  # [F, H + 1]
 
-    # Octaves fade in and out by their size *on screen*. Below three pixels they would flicker; beyond one and a half
-    # frames they are a constant. A pan never changes the weights, and an endless zoom never runs out of detail.
-    finest, coarsest = math.log2(3.0 / height * view.min()), math.log2(1.6 * view.max())
+    # Octaves fade in and out by their size *on screen*. Below three pixels they would flicker, so `finest` is no less;
+    # beyond one and a half frames they are a constant. A pan never changes the weights, and an endless zoom never runs
+    # out of detail.
+    smallest = config.finest / height
+    finest, coarsest = math.log2(smallest * view.min()), math.log2(1.6 * view.max())
     field = np.zeros((len(seconds), height + 1, width + 1), np.float32)
     power = np.zeros((len(seconds), 1, 1), np.float32)
     for octave in range(math.floor(finest), math.ceil(coarsest) + 1):
         size = 2.0**octave
         on_screen = size / view[:, 0]
-        weight = on_screen**1.2 * _smoothstep(3.0 / height, 8.0 / height, on_screen) * _smoothstep(1.6, 0.8, on_screen)
+        weight = on_screen**1.2 * _smoothstep(smallest, 8 / 3 * smallest, on_screen) * _smoothstep(1.6, 0.8, on_screen)
         seen = weight > 0.0
         if not seen.any():
             continue

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adastate_jax.diffusion import add_noise
+from adastate_jax.errors import UserError
 from adastate_jax.models.attention import Attend, KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
@@ -27,6 +28,7 @@ from adastate_jax.streaming.rollout import (
     live_noise,
     phase_of,
     read_context,
+    sigmas_of,
     stream_step,
 )
 
@@ -92,11 +94,11 @@ def probe_chunk(
     noises = live_noise(draw_noise(carry, config, latent_shape), layout)
     context = read_context(model.config, carry.cache, config, layout, noises[0])
     attend = _attend_and_weigh(model.config.attention, model.config.frame_tokens(*latent_shape[:2]))
-    live, steps = noises[0], []
-    for step, sigma in enumerate(config.sigmas):
+    live, steps, sigmas = noises[0], [], sigmas_of(phase, config)
+    for step, sigma in enumerate(sigmas):
         clean, (_, masses) = denoise(model, live, sigma, text, layout, context, attend)
-        if step + 1 < len(config.sigmas):
-            live = add_noise(clean, noises[step + 1], config.sigmas[step + 1])
+        if step + 1 < len(sigmas):
+            live = add_noise(clean, noises[step + 1], sigmas[step + 1])
         steps.append(masses)
     return jnp.stack(steps)
 
@@ -110,7 +112,8 @@ def context_shares(masses: np.ndarray, state_frames: int) -> np.ndarray:
 
     Returns:
         [..., K − F + 1]: shares of the anchor, window and state frames, and last that of the chunk's other content
-        frames together; averaged over the content frames. They sum to one.
+        frames together; averaged over the content frames. They sum to one. A content frame that is all that there is
+        looks nowhere else: `check_probe` refuses it.
     """
     content = masses.shape[-2] - state_frames
     others = masses.shape[-1] - content
@@ -128,13 +131,26 @@ class ChunkShares:
 
     Attributes:
         chunk: its number in the stream.
+        sigmas: noise level of each denoising step, [T].
         roles: what stands where: anchor, state or window of each frame, by position in time; last, `siblings`.
         shares: [T, layers, roles], see `context_shares`; averaged over the samples.
     """
 
     chunk: int
+    sigmas: tuple[float, ...]
     roles: tuple[str, ...]
     shares: np.ndarray
+
+
+def check_probe(config: StreamConfig, chunks: Sequence[int]) -> None:
+    """Raises UserError if chunks are denoised jointly, or one of these sees nothing but a single frame of its own."""
+    if config.anchor.joint:
+        raise UserError(f"{type(config.anchor).__name__} denoises chunks jointly; there is no single one to probe")
+    for chunk in chunks:
+        layout = layout_of(phase_of(chunk, config), config)
+        if len(layout.cached + layout.live) == 1:
+            fix = "enlarge past_frames" if chunk else "probe a later one"
+            raise UserError(f"chunk {chunk} of a frame-wise stream sees no other frame; {fix}")
 
 
 def probe_stream(
@@ -155,10 +171,9 @@ def probe_stream(
         One result per chunk of `chunks`, in ascending order.
 
     Raises:
-        ValueError: chunks are denoised jointly, there is no single one to probe.
+        UserError: as `check_probe`.
     """
-    if config.anchor.joint:
-        raise ValueError(f"{type(config.anchor).__name__} denoises chunks jointly; there is no single one to probe")
+    check_probe(config, chunks)
     wanted = sorted(set(chunks))
     for chunk in range(int(carry.chunk), wanted[-1] + 1):
         phase = phase_of(chunk, config)
@@ -169,6 +184,7 @@ def probe_stream(
             roles = [name for name, frames in parts for _ in frames]
             in_time = [*np.argsort(layout.cached + layout.state), len(roles)]
             shares = context_shares(masses, len(layout.state)).mean(axis=2)[..., in_time]
-            yield ChunkShares(chunk, tuple([*roles, "siblings"][place] for place in in_time), shares)
+            named = tuple([*roles, "siblings"][place] for place in in_time)
+            yield ChunkShares(chunk, sigmas_of(phase, config), named, shares)
         if chunk < wanted[-1]:
             carry, _ = stream_step(model, carry, text, config, latent_shape, phase)

@@ -25,6 +25,11 @@ from adastate_jax.sharding import constrain
 REMAT_POLICIES = ("none", "block", "attention")
 
 
+_SIZES = (
+    "dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim", "text_length", "freq_dim",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
     """Sizes and numerics of the transformer; the defaults are Wan2.1-T2V-1.3B.
@@ -59,9 +64,12 @@ class DiTConfig:
     remat: str = "block"
 
     def __post_init__(self):
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of num_heads {self.num_heads}")
-        if self.patch_size[0] != 1:
+        if self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size must keep frames apart (1, height, width), got {self.patch_size}")
         if self.prediction not in ("flow", "clean"):
             raise ValueError(f"prediction must be flow or clean, got {self.prediction!r}")

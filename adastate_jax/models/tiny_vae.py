@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adastate_jax.models.vae import PARTS, Blocks, FeatureCache, Memory, pointwise, spatial_conv
+from adastate_jax.models.vae import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
 from adastate_jax.sharding import constrain
 
 _BLOCKS_PER_LEVEL = 3
@@ -31,6 +31,7 @@ class TinyVAEConfig:
         temporal_upsample, temporal_downsample: which of the decoder's and the encoder's three steps, each a factor
             two in space, also change the frame rate by two.
         param_dtype, dtype: of the weights, and of convolutions and the features between them.
+        tile: as of `VAEConfig`.
     """
 
     latent_channels: int = 16
@@ -39,8 +40,10 @@ class TinyVAEConfig:
     temporal_downsample: tuple[bool, bool, bool] = (True, True, False)
     param_dtype: str = "float32"
     dtype: str = "float32"
+    tile: int = 0
 
     def __post_init__(self):
+        check_tile(self.tile)
         if not len(self.widths) == len(self.temporal_upsample) == len(self.temporal_downsample) == 3:
             raise ValueError("widths, temporal_upsample and temporal_downsample need three entries, one per level")
         if sum(self.temporal_upsample) != sum(self.temporal_downsample):

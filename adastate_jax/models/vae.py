@@ -9,6 +9,7 @@ single call. Source: Wan-Video/Wan2.1 wan/modules/vae.py.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,12 @@ from adastate_jax.sharding import constrain
 PARTS = ("encoder", "decoder")
 
 
+def check_tile(tile: int) -> None:
+    """Raises ValueError unless `tile` is a side that `tiled_decode` can be asked for, or 0."""
+    if tile < 0:
+        raise ValueError(f"tile must be a number of latents, or 0 for whole frames, got {tile}")
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Sizes and numerics of the autoencoder; the defaults are Wan2.1's.
@@ -37,6 +44,8 @@ class VAEConfig:
         latents_mean, latents_std: per channel, of the encoder's raw output; latents outside this file are normalised.
         param_dtype, dtype: of the weights, and of convolutions and the features between them. Norms, the last
             convolution and the latents' scaling run in float32 whatever `dtype` is.
+        tile: streams are decoded in square tiles of so many latents a side, which share a quarter of it with their
+            neighbours, for less memory; 0 decodes whole frames. See `tiled_decode`.
     """
 
     dim: int = 96
@@ -54,8 +63,10 @@ class VAEConfig:
     )
     param_dtype: str = "float32"
     dtype: str = "float32"
+    tile: int = 0
 
     def __post_init__(self):
+        check_tile(self.tile)
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample needs one flag per step between {len(self.dim_multipliers)} levels, "
@@ -141,8 +152,8 @@ def kernel_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
 class CausalConv(nnx.Module):
     """Convolution over three frames, the newest being the current one, and `space` × `space` pixels around each.
 
-    It runs as one spatial convolution per frame of the window, added up in float32: on CPU two to three times as fast
-    as a convolution over all three axes.
+    It runs as one spatial convolution per frame of the window, each rounded to `dtype`, and adds these up in float32:
+    on CPU two to three times as fast as a convolution over all three axes, and faster than one of the stacked frames.
     """
 
     def __init__(self, inputs: int, outputs: int, config: VAEConfig, *, space=3, stride=1, dtype=None, rngs: nnx.Rngs):
@@ -504,10 +515,19 @@ def encode(model: VAE, video: jax.Array, cache: FeatureCache, first: bool) -> tu
     return mean, cache
 
 
-def _empty(step: Callable, model: Any, shape: tuple[int, ...]) -> FeatureCache:
-    """The zeros that a stream starts from, in the shapes that a first call leaves behind."""
-    shapes = jax.eval_shape(lambda model: step(model, jnp.zeros(shape), None, True)[1], model)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def _empty(step: Callable, model: Any, shape: tuple[int, ...], leading: tuple[int, ...] = ()) -> FeatureCache:
+    """The zeros that a stream starts from, in the shapes, after `leading`, that a first call leaves behind."""
+    leaves, structure = jax.tree.flatten(model)
+    leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return _zeros(step, structure, leaves, shape, leading)
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _zeros(step: Callable, structure: Any, leaves: tuple, shape: tuple[int, ...], leading: tuple[int, ...]):
+    # Compiled, so that the network is traced for its first stream only.
+    model = jax.tree.unflatten(structure, leaves)
+    _, cache = jax.eval_shape(lambda model: step(model, jnp.zeros(shape), None, True), model)
+    return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), cache)
 
 
 def decoder_cache(model: Any, batch: int, height: int, width: int) -> FeatureCache:
@@ -549,8 +569,8 @@ def tiled_decoder_cache(
 ) -> FeatureCache:
     """The cache that `tiled_decode` starts from: one decoder cache per tile, [tiles, B, …]."""
     tiles = len(_tile_starts(height, tile, overlap)) * len(_tile_starts(width, tile, overlap))
-    one = decoder_cache(model, batch, min(tile, height), min(tile, width))
-    return jax.tree.map(lambda x: jnp.zeros((tiles, *x.shape), x.dtype), one)
+    shape = (batch, 1, min(tile, height), min(tile, width), model.config.latent_channels)
+    return _empty(type(model).decode_step, model, shape, leading=(tiles,))
 
 
 def tiled_decode(
@@ -559,7 +579,9 @@ def tiled_decode(
     """`decode` for little memory: square tiles one after the other, blended linearly where they overlap.
 
     An approximation: the attention in the middle of the network sees a tile instead of the frame, and convolutions
-    see zeros beyond a tile's edge. It is exact when one tile covers the frame.
+    see zeros beyond a tile's edge. It is exact when one tile covers the frame. The features between layers take
+    less, and the cache takes more, by what tiles share: with weights and cache, a chunk of Wan2.1 at 480×832 in
+    bfloat16 takes 6.0 GiB as a whole, 4.8 in tiles of 32 and 3.9 in tiles of 16, as XLA plans it on a CPU.
 
     Args:
         model, latents, first: as for `decode`.
@@ -578,7 +600,15 @@ def tiled_decode(
         (top, left) for top in _tile_starts(height, tile, overlap) for left in _tile_starts(width, tile, overlap)
     ]
     tiles = jnp.stack([latents[:, :, top : top + tile_height, left : left + tile_width] for top, left in corners])
-    decoded, cache = jax.lax.map(lambda one: decode(model, one[0], one[1], first), (tiles, cache))
+
+    # The caches are carried from tile to tile, which updates them in place; `map` would hold them twice.
+    def decode_tile(caches, indexed):
+        index, tile = indexed
+        part, cache = decode(model, tile, jax.tree.map(lambda x: x[index], caches), first)
+        update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return jax.tree.map(update, caches, cache), part
+
+    cache, decoded = jax.lax.scan(decode_tile, cache, (np.arange(len(corners)), tiles))
 
     space = decoded.shape[3] // tile_height
     ramps = [_ramp(side * space, overlap * space) for side in (tile_height, tile_width)]

@@ -14,7 +14,7 @@ class WanCodec:
     """A decoder, and an encoder into the same latent space.
 
     Attributes:
-        decoder: Wan2.1's autoencoder or TAEW2.1, its fast stand-in.
+        decoder: Wan2.1's autoencoder or TAEW2.1, its fast stand-in; decodes in tiles if its configuration says so.
         encoder: Wan2.1's autoencoder; None if nothing will be encoded.
     """
 
@@ -27,8 +27,17 @@ class WanCodec:
 
     def decode_start(self, batch: int, height: int, width: int) -> vae.FeatureCache:
         """The feature cache before the first latents, of height × width each."""
+        if self._tiling:
+            return vae.tiled_decoder_cache(self.decoder, batch, height, width, **self._tiling)
         return vae.decoder_cache(self.decoder, batch, height, width)
 
     def decode(self, latents: jax.Array, cache: vae.FeatureCache, first: bool) -> tuple[jax.Array, vae.FeatureCache]:
         """Latents [B, F, h, w, C] → video [B, 1 + t (F − 1) if first, else t F, H, W, 3], unclipped, and the cache."""
+        if self._tiling:
+            return vae.tiled_decode(self.decoder, latents, cache, first, **self._tiling)
         return vae.decode(self.decoder, latents, cache, first)
+
+    @property
+    def _tiling(self) -> dict[str, int]:
+        tile = self.decoder.config.tile
+        return {"tile": tile, "overlap": tile // 4} if tile else {}

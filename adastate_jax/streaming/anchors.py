@@ -95,7 +95,7 @@ class NoAnchor:
         if self.whole_chunks and held % chunk_frames:
             raise ValueError(
                 f"{type(self).__name__} needs anchor and window to be a whole number of chunks of {chunk_frames} "
-                f"frames, not {self.frames} + {past_frames} frames"
+                f"frames, not {self.frames} + {past_frames}: set past_frames={past_frames + -held % chunk_frames}"
             )
 
     def fill_frames(self, past_frames: int) -> int:
@@ -133,7 +133,10 @@ class RestartAnchor(NoAnchor):
 
     def check(self, chunk_frames: int, past_frames: int) -> None:
         if past_frames < chunk_frames:
-            raise ValueError(f"restarts need a window of at least a chunk of {chunk_frames} frames, not {past_frames}")
+            raise ValueError(
+                f"restarts need a window of at least a chunk of {chunk_frames} frames, not {past_frames}: "
+                f"set past_frames={chunk_frames}"
+            )
 
 
 # --- the first frames, for ever ---------------------------------------------------------------------------------------
@@ -182,7 +185,9 @@ class AbsoluteAnchor(StaticAnchor):
 
     def read(self, memory: Receding) -> KeyValues:
         turn = rotation(memory.distance[None], 1, 1, memory.sink.key.shape[-1])
-        return KeyValues(rotate(memory.sink.key, Rotation(turn.cos, -turn.sin)), memory.sink.value)
+        # In float32, so that keys are rounded once, when they are rotated to where they stand.
+        key = rotate(memory.sink.key.astype(jnp.float32), Rotation(turn.cos, -turn.sin))
+        return KeyValues(key, memory.sink.value)
 
     def update(self, memory: Receding, commit: Commit) -> Receding:
         gone = 0 if commit.evicted is None else commit.evicted.num_tokens // commit.frame_tokens
@@ -241,11 +246,12 @@ class EMAAnchor(StaticAnchor):
     whole_chunks = True
 
     def check(self, chunk_frames: int, past_frames: int) -> None:
-        super().check(chunk_frames, past_frames)
         if self.frames != chunk_frames:
             raise ValueError(
-                f"EMAAnchor pairs its frames with those that leave: it needs {chunk_frames}, not {self.frames}"
+                f"EMAAnchor pairs its frames with those that leave: it needs {chunk_frames}, not {self.frames}: "
+                f"set anchor.frames={chunk_frames}"
             )
+        super().check(chunk_frames, past_frames)
 
     def initial(self, zeros: Callable[[int], KeyValues], past_frames: int) -> KeyValues:
         return _in_float32(zeros(self.frames))

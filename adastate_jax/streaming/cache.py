@@ -42,11 +42,14 @@ def empty(model: DiTConfig, anchor: NoAnchor, past_frames: int, batch: int, fram
 
 
 def visible(cache: Cache, anchor: NoAnchor, layout: Layout, frame_tokens: int) -> KeyValues | None:
-    """The cached frames of a layout in its order, keys un-rotated; None if there are none."""
+    """The cached frames of a layout in its order; None if there are none.
+
+    Keys are un-rotated, and as exact as the anchor strategy shows them: float32 for some.
+    """
     parts = []
     if layout.anchor:
         shown = anchor.read(cache.anchor).tokens(0, len(layout.anchor) * frame_tokens)
-        parts.append(jax.tree.map(lambda x, like: x.astype(like.dtype), shown, cache.window))
+        parts.append(KeyValues(shown.key, shown.value.astype(cache.window.value.dtype)))
     if layout.window:
         tokens = len(layout.window) * frame_tokens
         parts.append(cache.window.tokens(cache.window.num_tokens - tokens, tokens))
@@ -61,7 +64,8 @@ def read(cache: Cache, anchor: NoAnchor, layout: Layout, height: int, width: int
     seen = visible(cache, anchor, layout, height * width)
     if seen is None:
         return None
-    return KeyValues(rotate(seen.key, rotation(layout.cached, height, width, head_dim)), seen.value)
+    key = rotate(seen.key, rotation(layout.cached, height, width, head_dim))
+    return KeyValues(key.astype(cache.window.key.dtype), seen.value)
 
 
 def advance(cache: Cache, anchor: NoAnchor, layout: Layout, fresh: KeyValues, first_frame: int | None) -> Cache:

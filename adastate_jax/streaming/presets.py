@@ -81,10 +81,15 @@ def named_stream(name: str, base: StreamConfig) -> StreamConfig:
     A bare strategy takes over the number of anchor frames, so that it can be compared with the one it replaces.
 
     Raises:
-        ValueError: unknown name, or the strategy does not go with base's chunks and window.
+        ValueError: unknown name, or the strategy does not go with base's chunks and window; the message says what does.
     """
     if name in PRESETS:
         return PRESETS[name].stream
     if name not in ANCHORS:
         raise ValueError(f"anchor must be one of {', '.join(STREAM_NAMES)}, got {name!r}")
-    return dataclasses.replace(base, anchor=make_anchor(name, max(base.anchor.frames, 1)))
+    anchor = make_anchor(name, max(base.anchor.frames, 1))
+    try:
+        return dataclasses.replace(base, anchor=anchor)
+    except ValueError as error:
+        presets = [preset for preset, known in PRESETS.items() if type(known.stream.anchor) is type(anchor)]
+        raise ValueError(f"anchor {name}: {error}, or use the preset {' or '.join(presets)}") from None

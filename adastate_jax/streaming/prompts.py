@@ -4,14 +4,18 @@ Transitions:
 
 - `switch`: the new text, and nothing else; anchor and window still speak of the old prompt, which gives it inertia.
 - `keep_state`: the same, and says that the adaptive state goes on.
-- `recache` (LongLive, arXiv 2509.22622): the window's frames are read again, clean, under the new text, all of them
-  seeing each other; their new keys and values replace the old. The anchor keeps what it holds.
+- `recache` (LongLive, arXiv 2509.22622): the stream's last frames, as many as anchor, window and chunk have together,
+  are read again, clean, under the new text, all of them seeing each other; of those in the window, the new keys and
+  values replace the old. The anchor keeps what it holds, and while the stream fills, its frames in the window stay too.
 - `flush` (Infinity-RoPE, arXiv 2511.20649): all of the window but its last two frames is forgotten. In a window of two
   frames, as its release has it, that is a switch.
 - `cut` (Infinity-RoPE, where its documentation says, at the start of the entry): the first chunk of the new prompt
   stands far in time from all that it sees.
 - `blend`: the embeddings go from the old prompt's to the new one's in equal steps over a number of chunks.
 - `reset_state`: the adaptive state begins again from the newest frames, as it began from the stream's first.
+
+All that a schedule will run is compiled before its first chunk is handed out; from then on, no prompt and no transition
+compiles anything.
 """
 
 import bisect
@@ -20,7 +24,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +34,14 @@ import jax.numpy as jnp
 from adastate_jax.errors import UserError
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.anchors import AdaptiveAnchor, Layout
+from adastate_jax.streaming.anchors import AdaptiveAnchor, consecutive
 from adastate_jax.streaming.continuation import given_step, max_given_frames
 from adastate_jax.streaming.rollout import Chunk, Reencode, RolloutCarry, denoise, stream_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
 TRANSITIONS = ("switch", "recache", "flush", "cut", "blend", "keep_state", "reset_state")
 _FLUSH_KEEPS = 2  # frames
+_MOST_SECONDS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +133,8 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
         raise UserError(f"{name}: has no entries; begin with one at second 0")
     for number, cue in enumerate(cues, 1):
         entry = f"{name}: entry {number}"
-        if not _is_number(cue.second) or not math.isfinite(cue.second):
-            raise UserError(f"{entry} has second {cue.second!r}, which is no number")
+        if not _is_number(cue.second) or not abs(cue.second) < _MOST_SECONDS:  # neither NaN nor infinity is less
+            raise UserError(f"{entry} has second {cue.second!r:.40}; give a number below {_MOST_SECONDS:,}")
         if number == 1 and cue.second != 0:
             raise UserError(f"{entry} is at second {cue.second:g}; the first one must be at second 0")
         if number > 1 and cue.second <= cues[number - 2].second:
@@ -138,8 +143,8 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
             raise UserError(f"{entry} has no prompt")
         if cue.transition not in TRANSITIONS:
             raise UserError(f"{entry} has transition {cue.transition!r}; use one of {', '.join(TRANSITIONS)}")
-        if not isinstance(cue.chunks, int) or cue.chunks < 1:
-            raise UserError(f"{entry} blends over {cue.chunks!r} chunks; give at least 1")
+        if type(cue.chunks) is not int or cue.chunks < 1:  # True is an int, too
+            raise UserError(f"{entry} blends over {cue.chunks!r} chunks; give a whole number of at least 1")
 
 
 def _is_number(value: Any) -> bool:
@@ -168,12 +173,19 @@ class Plan:
         blend: weight of the cue's prompt against the one before, in (0, 1].
         transition: what happens to the memory before it; None where the cue began earlier, or leaves it alone.
         phase: of the chunk.
+        reread: how many of the stream's last frames are read again before it; none but by a `recache`.
     """
 
     cue: int
     blend: float
     transition: str | None
     phase: Phase
+    reread: int = 0
+
+
+def _num_recent(config: StreamConfig) -> int:
+    """Frames that `recache` reads again. LongLive's are its whole buffer: sink, window and chunk."""
+    return config.anchor.frames + config.past_frames + config.chunk_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +202,14 @@ class Schedule:
         transition = cue.transition if index else "switch"
         blend = min((since + 1) / cue.chunks, 1.0) if transition == "blend" else 1.0
         phase = phase_of(chunk, config, cut=transition == "cut" and since == 0, remaining=remaining)
-        if transition == "flush":
-            kept = _FLUSH_KEEPS + since * config.chunk_frames
-            if kept < len(layout_of(phase, config).window):
-                phase = dataclasses.replace(phase, window_frames=kept)
-        changes_memory = transition in ("recache", "reset_state") and since == 0
-        return Plan(index, blend, transition if changes_memory else None, phase)
+        known = chunk * config.chunk_frames  # frames that are not forgotten
+        for entry, start in zip(self.cues[1 : index + 1], self.starts[1 : index + 1], strict=True):
+            if entry.transition == "flush":
+                known = min(known, _FLUSH_KEEPS + (chunk - start) * config.chunk_frames)
+        if known < len(layout_of(phase, config).window):
+            phase = dataclasses.replace(phase, window_frames=known)
+        change = transition if transition in ("recache", "reset_state") and since == 0 else None
+        return Plan(index, blend, change, phase, min(_num_recent(config), known) if change == "recache" else 0)
 
 
 def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: int, name: str = "prompts") -> Schedule:
@@ -242,7 +256,8 @@ class PromptedCarry:
 
     Attributes:
         stream: the carry of the stream.
-        recent: clean latents of the window's frames, the newest last, [B, W_p, H, W, C]; what `recache` reads again.
+        recent: clean latents of the stream's last frames, the newest last, [B, F_s + W_p + F, H, W, C], zeros before
+            the first; what `recache` reads again.
     """
 
     stream: RolloutCarry
@@ -251,7 +266,7 @@ class PromptedCarry:
 
 def initial_prompted(stream: RolloutCarry, config: StreamConfig, latent_shape: tuple[int, int, int]) -> PromptedCarry:
     """The carry before the first chunk; latent_shape is (H, W, C)."""
-    return PromptedCarry(stream, jnp.zeros((stream.keys.shape[0], config.past_frames, *latent_shape)))
+    return PromptedCarry(stream, jnp.zeros((stream.keys.shape[0], _num_recent(config), *latent_shape)))
 
 
 @jax.jit
@@ -261,20 +276,30 @@ def _text_between(model: DiT, before: jax.Array, after: jax.Array, weight) -> Ke
     return model.text_keys_values(between.astype(after.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "phase"), donate_argnames="carry")
+@functools.partial(jax.jit, static_argnames=("config", "phase", "reread"), donate_argnames="carry")
 def _recache(
-    model: DiT, carry: RolloutCarry, recent: jax.Array, text: KeyValues, config: StreamConfig, phase: Phase
+    model: DiT,
+    carry: RolloutCarry,
+    recent: jax.Array,
+    text: KeyValues,
+    config: StreamConfig,
+    phase: Phase,
+    reread: int,
 ) -> RolloutCarry:
-    """Reads the frames of the window that the next chunk sees again, clean, under a new text."""
-    layout = layout_of(phase, config)
-    frames = len(layout.window)
-    if not frames:
+    """Reads the last `reread` frames again, clean, under a new text, for those that the next chunk sees in the window.
+
+    While the stream fills, the window may show frames that are the anchor's: those keep the text that they had.
+    """
+    renewed = len(layout_of(phase, config).window)
+    if not phase.steady:
+        renewed = min(renewed, phase.first_frame - config.anchor.frames)
+    if renewed <= 0:
         return carry
-    alone = Layout(anchor=(), state=(), window=(), content=layout.window)
-    _, fresh = denoise(model, recent[:, -frames:], 0.0, text, alone, None)
-    window = carry.cache.window
+    _, fresh = denoise(model, recent[:, -reread:], 0.0, text, consecutive(0, 0, 0, reread), None)
+    window, tokens = carry.cache.window, renewed * fresh.num_tokens // reread
+    fresh = fresh.tokens(fresh.num_tokens - tokens, tokens)
     fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, window)
-    window = concatenate(window.tokens(0, window.num_tokens - fresh.num_tokens), fresh)
+    window = concatenate(window.tokens(0, window.num_tokens - tokens), fresh)
     return dataclasses.replace(carry, cache=dataclasses.replace(carry.cache, window=window))
 
 
@@ -292,6 +317,25 @@ def _remember(recent: jax.Array, content: jax.Array) -> jax.Array:
     return jnp.concatenate([recent, content], axis=1)[:, content.shape[1] :]
 
 
+def _call(function: Callable, *arguments) -> Any:
+    return function(*arguments)
+
+
+def _compile(function: Callable, *arguments) -> Any:
+    """Compiles a jitted function for these arguments, so that a call need not.
+
+    Returns:
+        The shapes of its result, which stand for the result as arguments of the next function.
+    """
+
+    def shape(x):
+        # Without a mesh arrays are bound to no device; the device that is named here would make them other arguments.
+        sharding = None if isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, function.lower(*arguments).compile().out_info)
+
+
 def prompted_stream(
     model: DiT,
     carry: PromptedCarry,
@@ -304,6 +348,8 @@ def prompted_stream(
     reencode: Reencode | None = None,
 ) -> Iterator[tuple[PromptedCarry, Chunk]]:
     """`stream` along a schedule of prompts; with one cue and nothing given, the same bits.
+
+    Every program that the chunks need is compiled before the first of them is generated.
 
     Args:
         model, config, latent_shape, num_chunks, reencode: as `stream`.
@@ -319,26 +365,46 @@ def prompted_stream(
     """
     if given is not None and given.shape[1] > max_given_frames(config):
         raise ValueError(f"at most {max_given_frames(config)} latent frames can be given, got {given.shape[1]}")
-    chunk = int(carry.stream.chunk)
-    last_chunk = None if num_chunks is None else chunk + num_chunks
-    text, text_of = None, None
-    while last_chunk is None or chunk < last_chunk:
-        plan = schedule.plan(chunk, config, None if last_chunk is None else last_chunk - chunk)
-        if text_of != (plan.cue, plan.blend):
-            before = embeddings[max(plan.cue - 1, 0)]
-            text = _text_between(model, before, embeddings[plan.cue], jnp.float32(plan.blend))
-            text_of = plan.cue, plan.blend
+    first_chunk = int(carry.stream.chunk)
+    last_chunk = None if num_chunks is None else first_chunk + num_chunks
+    starts = range(0, 0 if given is None else given.shape[1], config.chunk_frames)
+    parts = [given[:, start : start + config.chunk_frames] for start in starts]
+
+    def plan_of(chunk: int) -> Plan:
+        return schedule.plan(chunk, config, None if last_chunk is None else last_chunk - chunk)
+
+    def text_of(plan: Plan) -> KeyValues:
+        before, after = embeddings[max(plan.cue - 1, 0)], embeddings[plan.cue]
+        return _text_between(model, before, after, jnp.float32(plan.blend))
+
+    def step(run: Callable, carry: PromptedCarry, chunk: int, plan: Plan, text: KeyValues):
         state = carry.stream
         if plan.transition == "recache":
-            state = _recache(model, state, carry.recent, text, config, plan.phase)
+            state = run(_recache, model, state, carry.recent, text, config, plan.phase, plan.reread)
         elif plan.transition == "reset_state":
-            state = _reset_state(state, config)
-        first = chunk * config.chunk_frames
-        if given is not None and first < given.shape[1]:
-            part = given[:, first : first + config.chunk_frames]
-            state, generated = given_step(model, state, text, part, config, plan.phase)
+            state = run(_reset_state, state, config)
+        if chunk < len(parts):
+            state, generated = run(given_step, model, state, text, parts[chunk], config, plan.phase)
         else:
-            state, generated = stream_step(model, state, text, config, latent_shape, plan.phase, reencode)
-        carry = PromptedCarry(state, _remember(carry.recent, generated.content))
-        chunk += 1
+            state, generated = run(stream_step, model, state, text, config, latent_shape, plan.phase, reencode)
+        return PromptedCarry(state, run(_remember, carry.recent, generated.content)), generated
+
+    settled = max(first_chunk, schedule.starts[-1]) + config.num_fill_chunks + len(config.cycle)
+    end = settled if last_chunk is None else last_chunk
+    ahead = [*range(first_chunk, min(settled, end)), *range(max(first_chunk, end - config.live_chunks), end)]
+    text, shapes, compiled = text_of(plan_of(first_chunk)), carry, set()
+    for chunk in ahead:
+        plan = plan_of(chunk)
+        # The carry to begin with may be laid over the devices otherwise than those that chunks return.
+        program = plan.phase, plan.transition, plan.reread, min(chunk, len(parts)), chunk == first_chunk
+        if program not in compiled:
+            shapes, _ = step(_compile, shapes, chunk, plan, text)
+            compiled.add(program)
+
+    said = None
+    for chunk in itertools.count(first_chunk) if last_chunk is None else range(first_chunk, last_chunk):
+        plan = plan_of(chunk)
+        if said != (plan.cue, plan.blend):
+            text, said = text_of(plan), (plan.cue, plan.blend)
+        carry, generated = step(_call, carry, chunk, plan, text)
         yield carry, generated

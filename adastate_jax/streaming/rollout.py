@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean
+from adastate_jax.errors import UserError
 from adastate_jax.models.attention import Attend, KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.sharding import constrain
@@ -81,8 +82,15 @@ class Chunk:
 
 
 def seed_keys(seed: int, batch: int) -> jax.Array:
-    """Random keys [batch] of the samples with seeds seed, seed + 1, …"""
-    return jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch))
+    """Random keys [batch] of the samples with seeds seed, seed + 1, …
+
+    Raises:
+        UserError: a seed is not in 0 … 2³² − 1, which are those that differ.
+    """
+    if not 0 <= seed <= 2**32 - batch:
+        samples = f" for {batch} samples" if batch > 1 else ""
+        raise UserError(f"seed must lie in 0 … {2**32 - batch}{samples}, got {seed}")
+    return jax.vmap(jax.random.key)(jnp.uint32(seed) + jnp.arange(batch, dtype=jnp.uint32))
 
 
 def initial_carry(model: DiTConfig, config: StreamConfig, keys: jax.Array, height: int, width: int) -> RolloutCarry:
@@ -233,8 +241,9 @@ def rollout_step(
         text: `model.text_keys_values` of the prompts, [layers, B, T, heads, head_dim].
         noise: the chunk's noise.
         config, phase: static; `phase_of(chunk, config)`.
-        reencode: what a restart does to its overlap (CausVid: the first latent becomes the image latent of its first
-            video frame); a `jax.tree_util.Partial` where it holds arrays. None takes the overlap as it is.
+        reencode: what a restart does to its overlap (CausVid: the first latent becomes the image latent of its last
+            video frame, the first that both rollouts show); a `jax.tree_util.Partial` where it holds arrays. None takes
+            the overlap as it is.
 
     Returns:
         The carry after the chunk, and its clean latents.

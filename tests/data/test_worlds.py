@@ -107,6 +107,17 @@ def test_the_caption_tells_motion_landscape_and_subject():
     assert " a ball" in plain.caption
 
 
+def test_a_coarser_landscape_is_the_same_at_any_resolution():
+    """With its finest detail three times as large, a frame of three times the size shrinks to the small one."""
+    fields = {"num_frames": 2, "motions": ("pan left",), "palettes": ("clay",), "shapes": ("ball",), "speed": (0, 0)}
+    small = render_world(WorldConfig(height=16, width=16, **fields), 0, 0).video.astype(float)
+    large = render_world(WorldConfig(height=48, width=48, finest=9.0, **fields), 0, 0).video.astype(float)
+    shrunk = large.reshape(2, 16, 3, 16, 3, 3).mean(axis=(2, 4))
+    fine = render_world(WorldConfig(height=48, width=48, **fields), 0, 0).video.astype(float)
+    fine = fine.reshape(2, 16, 3, 16, 3, 3).mean(axis=(2, 4))
+    assert np.abs(shrunk - small).mean() < 0.5 * np.abs(fine - small).mean()
+
+
 def hue_turns(frames):
     """Hue of the mean colour of frames [F, ..., 3], in turns from red through yellow and green."""
     colour = frames.reshape(len(frames), -1, 3).astype(float).mean(axis=1)
@@ -127,6 +138,9 @@ def test_the_hue_turns_as_the_caption_says():
         assert abs((turned - world.hue_turn + 0.5) % 1 - 0.5) < 0.05
         starts.append(hue[0])
     assert np.ptp(starts) > 0.2  # and it begins anywhere
+    config = WorldConfig(**{**vars(config), "hue_start": 0.0})
+    alike = np.concatenate([hue_turns(render_world(config, 0, index).video[:1, :4]) for index in range(6)])
+    assert np.ptp(alike) < 0.05
 
 
 def test_subjects_without_scatter_stand_in_a_row_at_even_distances():
@@ -155,6 +169,9 @@ def test_subjects_without_scatter_stand_in_a_row_at_even_distances():
         ({"colours": ("white",)}, "snow"),
         ({"subject_spacing": 0.1}, "subject_spacing"),
         ({"subject_scatter": 1.5}, "subject_scatter"),
+        ({"finest": 2.0}, "finest"),
+        ({"finest": 20.0}, "finest"),
+        ({"hue_start": 2.0}, "hue_start"),
         ({"subject_radius": (0.0, 0.1)}, "subject_radius"),
     ],
 )

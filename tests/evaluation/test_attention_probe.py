@@ -1,15 +1,22 @@
 """The probe against a dense recomputation, and the laws of its shares."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LATENT_SHAPE, SMALL
 
+from adastate_jax import probe
+from adastate_jax.errors import UserError
 from adastate_jax.evaluation.attention_probe import context_shares, frame_masses, probe_chunk, probe_stream
+from adastate_jax.generate import load
 from adastate_jax.models.attention import attend_all
 from adastate_jax.models.rope import rotate
-from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.rollout import draw_noise, initial_carry, live_noise, read_context, seed_keys, stream_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 
@@ -78,6 +85,49 @@ def test_shares_name_every_cached_frame_and_sum_to_one(student, text, anchor):
         assert one.shares.shape == (len(config.sigmas), SMALL.num_layers, len(one.roles))
         assert (one.shares >= 0).all()
         np.testing.assert_allclose(one.shares.sum(axis=-1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (StreamConfig(1, 2, NoAnchor()), "chunk 0 of a frame-wise stream sees no other frame; probe a later one"),
+        (StreamConfig(1, 0, NoAnchor()), "chunk 3 of a frame-wise stream sees no other frame; enlarge past_frames"),
+        (StreamConfig(3, 3, RollingAnchor(3)), "RollingAnchor denoises chunks jointly"),
+    ],
+)
+def test_what_looks_nowhere_else_is_refused_before_anything_is_generated(config, complaint):
+    chunks = [3] if "chunk 3" in complaint else [3, 0]
+    with pytest.raises(UserError, match=complaint):
+        next(probe_stream(None, None, None, config, LATENT_SHAPE, chunks))
+
+
+def test_a_first_chunk_is_probed_at_its_own_noise_levels(student, text):
+    """Causal-Forcing++'s: more steps for the first chunk; the probe's last input is that of the stream's last step."""
+    steps = {"denoising_steps": (1000.0,), "first_denoising_steps": (1000.0, 750.0, 500.0)}
+    config = StreamConfig(2, 2, NoAnchor(), **steps)
+    text = student.text_keys_values(text)
+    found = list(probe_stream(student, carry_at(student, text, config, 0), text, config, LATENT_SHAPE, [0, 1]))
+    assert [one.sigmas for one in found] == [config.first_sigmas, config.sigmas]
+    assert [len(one.shares) for one in found] == [3, 1]
+    alike = dataclasses.replace(config, denoising_steps=steps["first_denoising_steps"])
+    carry = carry_at(student, text, config, 0)
+    masses = (probe_chunk(student, carry, text, one, LATENT_SHAPE, phase_of(0, one)) for one in (config, alike))
+    np.testing.assert_allclose(*masses, atol=1e-6)
+
+
+def test_the_command_writes_each_chunks_noise_levels(tmp_path, monkeypatch):
+    config = str(Path(__file__).parents[2] / "configs" / "tiny.py")
+    monkeypatch.setattr(probe, "load", lambda _: load(config=config, random_weights=True))
+    output = tmp_path / "probe"
+    command = ["--checkpoint=runs", "--prompt=x", f"--output={output}", "--anchors", "causal_forcing_one_step"]
+    with pytest.raises(UserError, match="chunk 0 of a frame-wise stream sees no other frame"):
+        probe.main([*command, "--chunks", "1", "0"])
+    assert not output.exists()
+    assert probe.main([*command, "--past-frames", "1", "--chunks", "1"]) == 0
+    (stream,) = json.loads((output / "probe.json").read_text())["streams"]
+    (chunk,) = stream["chunks"]
+    assert chunk["sigmas"] == [1.0]
+    assert len(chunk["shares"]) == 1
 
 
 def test_probing_changes_nothing_of_the_stream(student, text):

@@ -14,7 +14,9 @@ from flax import nnx
 
 from adastate_jax import weights
 from adastate_jax.models import vae
+from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.wan_codec import WanCodec
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
@@ -192,6 +194,22 @@ def test_a_stream_encodes_to_the_clip(tiny):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e-5)
 
 
+def test_only_the_first_stream_of_its_size_traces_the_network():
+    traced = []
+
+    class Traced(VAE):
+        def decode_step(self, *arguments):
+            traced.append(arguments)
+            return super().decode_step(*arguments)
+
+    for seed, height in ((0, 3), (0, 3), (1, 3), (1, 4)):
+        model = random_network(lambda: Traced(TINY, rngs=nnx.Rngs(0)), seed)
+        cache = vae.decoder_cache(model, 1, height, 2)
+        assert cache.frames[0].shape == (1, 2, height, 2, 16)
+        assert not any(x.any() for x in cache.frames)
+    assert len(traced) == 2
+
+
 def test_later_latents_change_no_earlier_frame(tiny, clip):
     latents, video, _ = clip
     shifted = latents + np.array([0, 0, 1, 0, 0], np.float32)[:, None, None, None]
@@ -224,6 +242,44 @@ def test_one_tile_is_exact_and_many_cover_the_stream(tiny, clip):
     assert video.shape == whole.shape
     # approximate by design: it resembles the exact video, far more than another video would
     assert np.corrcoef(video.ravel(), whole.ravel())[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda tile: VAE(dataclasses.replace(TINY, tile=tile), rngs=nnx.Rngs(0)),
+        lambda tile: TinyVAE(TinyVAEConfig(widths=(6, 4, 2), tile=tile), rngs=nnx.Rngs(0)),
+    ],
+)
+def test_a_codec_streams_in_the_tiles_of_its_configuration(network):
+    latents = np.random.default_rng(1).normal(size=(1, 3, 6, 7, 16)).astype(np.float32)
+    step = jax.jit(WanCodec.decode, static_argnames="first", compiler_options=QUICK)
+
+    def stream(tile, *chunks):
+        codec, parts, start = WanCodec(random_network(lambda: network(tile)), None), [], 0
+        cache = codec.decode_start(1, 6, 7)
+        for size in chunks:
+            part, cache = step(codec, latents[:, start : start + size], cache, first=start == 0)
+            parts.append(part)
+            start += size
+        return np.concatenate(parts, axis=1)
+
+    whole, tiled = stream(0, 1, 2), stream(4, 1, 2)
+    np.testing.assert_allclose(stream(4, 1, 1, 1), tiled, rtol=0, atol=1e-5 * np.abs(tiled).max())
+    # Four tiles, of which none sees the frame: an approximation, but of this video.
+    assert 0.01 < np.std(tiled - whole) / np.std(whole) < 0.3
+
+
+def test_tiles_take_less_memory_than_the_frame():
+    def planned(tile):
+        model = jax.eval_shape(lambda: VAE(dataclasses.replace(TINY, tile=tile), rngs=nnx.Rngs(0), parts=["decoder"]))
+        codec = WanCodec(model, None)
+        cache, latents = jax.eval_shape(lambda: codec.decode_start(1, 40, 60)), jnp.zeros((1, 1, 40, 60, 16))
+        step = jax.jit(WanCodec.decode, static_argnames="first", donate_argnames="cache", compiler_options=QUICK)
+        plan = step.lower(codec, latents, cache, first=False).compile().memory_analysis()
+        return plan.argument_size_in_bytes + plan.temp_size_in_bytes
+
+    assert planned(12) < 0.8 * planned(0)
 
 
 def test_tiles_of_a_constant_video_blend_to_that_constant():
@@ -261,6 +317,8 @@ def test_misuse_is_refused(tiny):
         vae.encode_clip(tiny, jnp.zeros((1, 5, 8, 9, 3)))
     with pytest.raises(ValueError, match="overlap"):
         vae.tiled_decoder_cache(tiny, 1, 8, 8, tile=4, overlap=4)
+    with pytest.raises(ValueError, match="tile must be"):
+        VAEConfig(tile=-1)
     with pytest.raises(ValueError, match="parts"):
         VAE(TINY, rngs=nnx.Rngs(0), parts=["decode"])
     with pytest.raises(ValueError, match="temporal_downsample"):

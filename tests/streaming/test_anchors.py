@@ -363,9 +363,9 @@ def frames_of(count: int) -> KeyValues:
     return KeyValues(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2)))
 
 
-def committed(config: StreamConfig, chunks: int, content: KeyValues):
+def committed(config: StreamConfig, chunks: int, content: KeyValues, model: DiTConfig = MEMORY_MODEL):
     """The caches after 1, 2, … chunks of given content."""
-    cache = cache_lib.empty(MEMORY_MODEL, config.anchor, config.past_frames, 2, TOKENS)
+    cache = cache_lib.empty(model, config.anchor, config.past_frames, 2, TOKENS)
     size = config.chunk_frames * TOKENS
     for chunk in range(chunks):
         phase = phase_of(chunk, config)
@@ -468,6 +468,23 @@ def test_the_sink_of_absolute_positions_recedes():
     theirs = jnp.einsum("lbqhd,lbkhd->lbhqk", rotate(query, rotation((30, 31, 32), 1, TOKENS, head_dim)), absolute)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     assert int(last.anchor.distance) == 30 - 9
+
+
+@pytest.mark.parametrize("name", ["longlive", "reward_forcing", "memrope"])
+def test_what_is_read_is_rounded_once(name):
+    """Keys that a strategy holds or turns in float32 are rounded to bfloat16 where they stand, and not before."""
+    config = PRESETS[name].stream
+    layout = layout_of(phase_of(10, config), config)
+    content = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), frames_of(30))
+
+    def read(dtype: str) -> KeyValues:
+        *_, last = committed(config, 10, content, dataclasses.replace(MEMORY_MODEL, dtype=dtype))
+        return cache_lib.read(last, config.anchor, layout, 1, TOKENS, MEMORY_MODEL.head_dim)
+
+    ours = read("bfloat16")
+    assert ours.key.dtype == ours.value.dtype == jnp.bfloat16
+    for x, exact in zip(jax.tree.leaves(ours), jax.tree.leaves(read("float32")), strict=True):
+        np.testing.assert_array_equal(x, exact.astype(jnp.bfloat16))
 
 
 def test_the_absolute_distance_ends_with_the_table_of_positions():
@@ -660,6 +677,20 @@ def test_names():
     assert set(STREAM_NAMES) == {*PRESETS, *ANCHORS}
     with pytest.raises(ValueError, match=r"anchor must be one of self_forcing.*none.*got 'sticky'"):
         named_stream("sticky", base)
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_a_bare_strategy_that_does_not_go_with_a_stream_says_what_does(name):
+    """In AdaState's own stream half of them do not; the settings or the preset that the message names do."""
+    base = PRESETS["adastate"].stream
+    try:
+        named_stream(name, base)
+        return
+    except ValueError as error:
+        setting, frames, presets = re.search(r": set (\S+)=(\d+), or use the preset (.*)$", str(error)).groups()
+    assert all(type(PRESETS[preset].stream.anchor) is ANCHORS[name] for preset in presets.split(" or "))
+    settings = {"anchor.frames": {"anchor": AdaptiveAnchor(int(frames))}, "past_frames": {"past_frames": int(frames)}}
+    assert type(named_stream(name, dataclasses.replace(base, **settings[setting])).anchor) is ANCHORS[name]
 
 
 def test_anchors_by_name_and_settings():

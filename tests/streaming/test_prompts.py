@@ -1,5 +1,8 @@
 """Prompt schedules: what is refused, when cues take effect, and what each transition does to the stream."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 
 from adastate_jax.errors import UserError
+from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompts
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.presets import PRESETS
@@ -19,7 +23,7 @@ from adastate_jax.streaming.prompts import (
     prompted_stream,
     schedule,
 )
-from adastate_jax.streaming.rollout import initial_carry, rollout, seed_keys, stream, stream_step
+from adastate_jax.streaming.rollout import initial_carry, rollout, seed_keys, stream
 from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of
 
 CONFIG = StreamConfig(past_frames=3, anchor=AdaptiveAnchor(1))
@@ -50,6 +54,11 @@ def test_lines_and_json_say_the_same():
         ("0 | a\n5 b", "entry 2 must be SECOND"),
         ("0 | a\nsoon | b", "entry 2 must be SECOND"),
         ("0 | a\nnan | b", "entry 2 has second nan"),
+        ("0 | a\n-inf | b", "entry 2 has second -inf"),
+        (f'[{{"second": 0, "prompt": "a"}}, {{"second": 1{"0" * 400}, "prompt": "b"}}]', "entry 2 has second 1000"),
+        ('[{"second": true, "prompt": "a"}]', "entry 1 has second True"),
+        ('[{"second": 0, "prompt": "a", "chunks": true}]', "entry 1 blends over True chunks"),
+        ('[{"second": 0, "prompt": "a", "chunks": 2.0}]', "entry 1 blends over 2.0 chunks"),
         ("0 | a\n5 blend:x | b", "entry 2 blends over 'x' chunks"),
         ("0 | a\n5 blend:0 | b", "entry 2 blends over 0 chunks"),
         ('[{"second": 0, "prompt": "a", "colour": 1}]', "entry 1 must have second and prompt"),
@@ -163,19 +172,44 @@ def test_a_blend_arrives_at_the_new_prompt(student, embeddings):
     np.testing.assert_allclose(blended[2], expected[2], atol=1e-5)
 
 
-def test_recache_under_the_same_text_sees_all_frames_of_the_window_at_once(student, text, embeddings):
-    """The window's new keys are those of one clean pass over its frames; anchor and noise stay."""
-    plan = scheduled((4, "recache"))
-    contents, carry = follow(student, embeddings, plan, 4)
-    recent = carry.recent
-    np.testing.assert_array_equal(recent, contents[-1])
-    new_text = student.text_keys_values(embeddings[1])
-    layout = layout_of(plan.plan(4, CONFIG).phase, CONFIG)
-    _, fresh = student(recent, jnp.zeros(recent.shape[:2]), new_text, layout.window)
-    before = np.asarray(carry.stream.cache.anchor.key)
-    recached = prompts._recache(student, carry.stream, recent, new_text, CONFIG, plan.plan(4, CONFIG).phase)
-    np.testing.assert_allclose(recached.cache.window.key, fresh.key, atol=1e-5)
-    np.testing.assert_array_equal(recached.cache.anchor.key, before)
+RECACHED = {
+    "longlive": PRESETS["longlive"].stream,
+    "adaptive": StreamConfig(anchor=AdaptiveAnchor(2)),
+    "none": StreamConfig(anchor=NoAnchor()),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "reread", "renewed"),
+    [
+        # LongLive's rule at a switch before frame c: the last min(12, c) frames are read, the sink's never written.
+        ("longlive", 1, 3, 0),
+        ("longlive", 2, 6, 3),
+        ("longlive", 3, 9, 6),
+        ("longlive", 5, 12, 6),
+        ("adaptive", 1, 3, 1),
+        ("none", 3, 6, 3),
+    ],
+)
+def test_recache_is_one_clean_pass_over_all_that_is_held(student, embeddings, name, chunk, reread, renewed):
+    """Against a pass over the generated frames themselves; what the anchor holds keeps the old text."""
+    config = dataclasses.replace(RECACHED[name], denoising_steps=(1000.0,))
+    schedule = scheduled((chunk, "recache"))
+    contents, carry = follow(student, embeddings, schedule, chunk, config)
+    plan, text = schedule.plan(chunk, config), student.text_keys_values(embeddings[1])
+    frames = jnp.concatenate(contents, axis=1)[:, -reread:]
+    assert frames.shape[1] == reread
+    _, fresh = jax.jit(lambda: student(frames, jnp.zeros(frames.shape[:2]), text, range(reread)))()
+    before = jax.tree.map(np.asarray, carry.stream.cache)
+    after = prompts._recache(student, carry.stream, carry.recent, text, config, plan.phase, plan.reread).cache
+    tokens = renewed * SMALL.frame_tokens(*LATENT_SHAPE[:2])
+    for ours, old, new in zip(*map(jax.tree.leaves, (after.window, before.window, fresh)), strict=True):
+        kept = old.shape[2] - tokens
+        np.testing.assert_array_equal(ours[:, :, :kept], old[:, :, :kept])
+        np.testing.assert_allclose(ours[:, :, kept:], new[:, :, new.shape[2] - tokens :], atol=1e-5)
+        assert not renewed or np.abs(ours[:, :, kept:] - old[:, :, kept:]).max() > 1e-3
+    for ours, old in zip(*map(jax.tree.leaves, (after.anchor, before.anchor)), strict=True):
+        np.testing.assert_array_equal(ours, old)
 
 
 @pytest.mark.parametrize("transition", ["recache", "flush", "cut", "reset_state", "blend"])
@@ -198,6 +232,14 @@ def test_a_flush_forgets_all_but_two_frames_and_the_window_fills_again():
     assert plan.plan(12, config).phase == plan.plan(9, config).phase
 
 
+def test_what_a_flush_forgot_no_later_entry_brings_back():
+    config = StreamConfig(past_frames=6, anchor=StaticAnchor(1))
+    plan = scheduled((10, "flush"), (11, "recache"), (12, "recache"))
+    plans = [plan.plan(chunk, config) for chunk in range(10, 13)]
+    assert [len(layout_of(plan.phase, config).window) for plan in plans] == [2, 5, 6]
+    assert [plan.reread for plan in plans] == [0, 5, 8]
+
+
 def test_a_cut_is_for_one_chunk():
     plan = scheduled((10, "cut"))
     contents = [layout_of(plan.plan(chunk, CONFIG).phase, CONFIG).content for chunk in (9, 10, 11)]
@@ -212,13 +254,37 @@ def test_reset_state_takes_the_newest_frame(student, embeddings):
     np.testing.assert_array_equal(reset.cache.anchor.key, newest[:, :, -tokens:])
 
 
-def test_a_new_prompt_compiles_nothing(student, embeddings):
-    plan = scheduled((3, "switch"), (5, "switch"))
-    follow(student, embeddings, scheduled(), 4)
-    prompts._text_between(student, embeddings[0], embeddings[0], jnp.float32(1.0))
-    compiled = stream_step._cache_size(), prompts._text_between._cache_size()
-    follow(student, embeddings, plan, 8)
-    assert (stream_step._cache_size(), prompts._text_between._cache_size()) == compiled
+@pytest.fixture
+def compiled():
+    """Grows by one with every program that XLA compiles."""
+    durations = []
+
+    def note(event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield durations
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_a_new_prompt_compiles_nothing(student, embeddings, on_a_mesh, compiled):
+    """Neither does the fill: after the first chunk nothing is compiled, of a new stream or of one that goes on."""
+    config, given = StreamConfig(denoising_steps=(1000.0,), shift=7.0), None  # no other test has this shift
+    if on_a_mesh:
+        student = jax.device_put(student, jax.NamedSharding(make_mesh(), jax.P()))
+        given = jnp.ones((2, 4, *LATENT_SHAPE))
+    schedule = scheduled(*enumerate(prompts.TRANSITIONS, 3))
+    cues, carry = [embeddings[cue % 2] for cue in range(len(schedule.cues))], start(config)
+    del compiled[:]
+    for chunks in (4, None):
+        prompted = prompted_stream(student, carry, cues, schedule, config, LATENT_SHAPE, chunks, given)
+        carry, _ = next(prompted)
+        assert compiled
+        del compiled[:]
+        for carry, _ in itertools.islice(prompted, 8):
+            assert not compiled, f"chunk {int(carry.stream.chunk) - 1} of a schedule with cues at {schedule.starts}"
 
 
 @pytest.mark.parametrize("transition", ["recache", "reset_state", "blend", "flush"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import LATENT_SHAPE, SMALL
 
+from adastate_jax.errors import UserError
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor, make_anchor
 from adastate_jax.streaming.rollout import (
     StreamConfig,
@@ -62,6 +63,21 @@ def test_scan_and_generator_give_the_same_bits(name, student, text):
     assert equal(without_keys(carry), without_keys(streamed_carry))
     assert np.isfinite(latents).all()
     assert np.std(latents) > 0.1
+
+
+@pytest.mark.parametrize(("seed", "batch"), [(-1, 1), (-1, 2), (2**32, 1), (2**32 - 1, 2), (2**70, 1)])
+def test_seeds_that_would_be_those_of_other_samples_are_refused(seed, batch):
+    with pytest.raises(UserError, match=rf"seed must lie in 0 … {2**32 - batch}\b.*, got {seed}"):
+        seed_keys(seed, batch)
+
+
+def test_every_seed_has_its_own_key():
+    """And a sample's key is that of its seed, whatever the batch."""
+    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+    keys = [jax.random.key_data(seed_keys(seed, 1))[0].tolist() for seed in seeds]
+    assert keys == [jax.random.key_data(jax.random.key(np.uint32(seed))).tolist() for seed in seeds]
+    assert len({tuple(key) for key in keys}) == len(seeds)
+    assert jax.random.key_data(seed_keys(2**31 - 1, 2)).tolist() == keys[2:4]
 
 
 def test_a_rollout_goes_on_from_its_carry(student, text):

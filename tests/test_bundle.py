@@ -1,0 +1,165 @@
+"""Bundles: what ships as `tiny`, and that a bundle is its run, rounded."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_dit
+from flax import nnx
+
+import adastate_jax as ada
+from adastate_jax import bundle, generate
+from adastate_jax.bundle import write_bundle
+from adastate_jax.checkpoint import save_tree
+from adastate_jax.config import parse_config, save_config
+from adastate_jax.errors import UserError
+from adastate_jax.generate import Frozen, Trained
+from adastate_jax.models.patch_codec import PatchCodec
+from adastate_jax.models.text import TextEncoder
+from adastate_jax.sharding import make_mesh
+from adastate_jax.video_stream import stream_batch
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "adastate_jax" / "bundled"
+PROMPT = "a camera pans left over green hills with a red ball"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Everything random that a run of this configuration would have trained."""
+    channels = 8
+    overrides = [f"codec.channels={channels}", f"model.in_channels={channels}", f"model.out_channels={channels}"]
+    overrides += ["model.dim=16", "model.ffn_dim=16", "model.num_heads=1", "model.num_layers=2"]
+    config = parse_config([f"--config={ROOT / 'configs' / 'tiny.py'}", *(f"--config.{line}" for line in overrides)])
+    rng = np.random.default_rng(0)
+    size = 3 * config.codec.patch**2
+    codec = PatchCodec(*(rng.standard_normal(shape, np.float32) for shape in (size, (size, channels), channels)))
+    encoder = jax.jit(lambda: TextEncoder(config.text, rngs=nnx.Rngs(0)))()
+    return config, Trained(make_dit(config.model, 1), Frozen(codec, encoder))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A folder with what `train` leaves there when it is done."""
+    config, parts = trained
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(config, folder / "config.json")
+    save_tree(folder / "frozen", parts.frozen)
+    save_tree(folder / "distill" / str(config.distill.steps), {"student": {"ema": parts.student}})
+    return folder
+
+
+def pack(run, output):
+    return bundle.main([f"--run={run}", f"--output={output}"])
+
+
+def test_a_bundle_is_its_run_rounded_to_half_precision(run, tmp_path):
+    output = tmp_path / "new" / "small.safetensors"
+    assert pack(run, output) == 0
+    config, whole = generate.load_run(run, make_mesh())
+    model = ada.load(output)
+    assert model.config == config
+    for exact, rounded in zip(
+        jax.tree.leaves((whole.student, whole.frozen.codec)), jax.tree.leaves((model.student, model.codec)), strict=True
+    ):
+        assert rounded.dtype == exact.dtype
+        np.testing.assert_array_equal(rounded, np.asarray(exact).astype(np.float16))
+    np.testing.assert_allclose(model.embed([PROMPT]), ada.load(run).embed([PROMPT]), rtol=0, atol=0.02)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_a_bundle_is_split_over_devices(run, tmp_path):
+    output = tmp_path / "small.safetensors"
+    pack(run, output)
+    kernel = ada.load(output, mesh=make_mesh(fsdp=2, model=2)).student.blocks.ffn_in.kernel[...]
+    assert len(kernel.sharding.device_set) == 4
+
+
+def test_the_shipped_model_streams_what_the_prompt_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ada.load("tiny")
+    prompts = [PROMPT, PROMPT.replace("green hills", "sand dunes")]
+    videos = np.concatenate(list(stream_batch(model, prompts, seed=0, num_frames=16)), axis=1)
+    assert videos.shape == (2, 16, *model.config.data.size, 3)
+    assert np.abs(np.diff(videos.astype(int), axis=1)).mean(axis=(2, 3, 4)).min() > 1  # no frame repeats
+    (hills_red, hills_green), (dunes_red, dunes_green) = videos[..., :2].mean(axis=(1, 2, 3))
+    assert hills_green > hills_red
+    assert dunes_red > dunes_green
+
+
+def test_what_ships_is_small():
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 8e6
+    assert [file.name for file in SHIPPED.iterdir()] == ["tiny.safetensors"]
+
+
+def test_ones_own_folder_goes_before_the_shipped_model(run, trained, tmp_path, monkeypatch):
+    run.rename(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert ada.load("tiny").config == trained[0]
+    assert ada.load(SHIPPED / "tiny.safetensors").config != trained[0]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refuse(message, function, *arguments):
+    with pytest.raises(UserError, match=message) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unfinished_run_is_not_packed(run, trained, tmp_path):
+    config, parts = trained
+    output = tmp_path / "small.safetensors"
+    longer = dataclasses.replace(config.distill, steps=config.distill.steps + 1)
+    save_config(dataclasses.replace(config, distill=longer), run / "config.json")
+    refuse(r"run: stage distill is at step 100 of 101; train to its end first", pack, run, output)
+    shutil.rmtree(run / "distill")
+    refuse("run: holds no causal student yet", pack, run, output)
+    save_tree(run / "initialize" / "3", {"ema": parts.student})
+    refuse(r"run: stage distill is at step 0 of 101", pack, run, output)
+    refuse("must end in .safetensors", pack, run, tmp_path / "small")
+    refuse(r"cannot be written \(", write_bundle, config, parts, run / "config.json" / "small.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_beyond_half_precision_are_refused(run, trained, tmp_path):
+    _, parts = trained
+    codec = dataclasses.replace(parts.frozen.codec, mean=parts.frozen.codec.mean * 1e5)
+    save_tree(run / "frozen", dataclasses.replace(parts.frozen, codec=codec))
+    refuse("frozen/codec/mean: holds NaN, infinity or numbers beyond float16", pack, run, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_damaged_bundle_is_named(tmp_path, monkeypatch):
+    shipped = SHIPPED / "tiny.safetensors"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "_BUNDLED", tmp_path / "bundled")
+    refuse("^tiny: no such folder", ada.load, "tiny")
+    broken = tmp_path / "bundled" / "tiny.safetensors"
+    broken.parent.mkdir()
+    broken.write_bytes(shipped.read_bytes()[:-1])
+    refuse(r"tiny\.safetensors: not a readable \.safetensors file", ada.load, "tiny")
+    broken.write_bytes(b"")
+    refuse(r"tiny\.safetensors: not a readable \.safetensors file", ada.load, "tiny")
+
+
+def test_a_file_that_is_no_bundle_is_named(trained, run, tmp_path):
+    config, _ = trained
+    output = tmp_path / "small.safetensors"
+    bundle.write_safetensors(output, {}, [], {})
+    refuse("holds no configuration", ada.load, output)
+    fields = bundle.to_dict(config)
+    fields["model"]["num_layers"] = 3
+    pack(run, output)
+    tensors = generate.SafeTensors(output)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    deeper = tmp_path / "deeper.safetensors"
+    bundle.write_safetensors(deeper, layout, tensors.values(), {"config": json.dumps(fields)})
+    refuse("its tensors are not those of its configuration: student/blocks", ada.load, deeper)
+    refuse("has its own configuration", ada.load, output, config)

@@ -1,0 +1,47 @@
+"""How commands end."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from adastate_jax.errors import UserError, run_command
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_a_command_exits_with_what_it_returns(returned, code):
+    with pytest.raises(SystemExit) as exited:
+        run_command(lambda arguments: returned, [])
+    assert exited.value.code == code
+
+
+def test_bad_input_is_one_line(capsys):
+    def main(arguments):
+        raise UserError(f"{arguments[0]}: no such file;\n  name another")
+
+    with pytest.raises(SystemExit) as exited:
+        run_command(main, ["x.mp4"])
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: x.mp4: no such file; name another\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_cleans_up_behind_itself(number, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    partial = tmp_path / ".out.partial"
+
+    def main(arguments):
+        partial.touch()
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            partial.unlink()
+
+    with pytest.raises(SystemExit) as exited:
+        run_command(main, [])
+    assert exited.value.code == 130
+    assert not partial.exists()
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
