@@ -28,6 +28,7 @@ def test_bad_input_is_one_line(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_command_cleans_up_behind_itself(number, tmp_path, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGTERM)
     partial = tmp_path / ".out.partial"
 

@@ -179,7 +179,12 @@ def test_an_interrupt_leaves_what_was_there_before(tmp_path):
     command = [sys.executable, "-m", "adastate_jax.sample", "--random-weights", TINY, "--prompt=x", "--seconds=100000"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
-        [*command, f"--output={output}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, f"--output={output}"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 200
     partial = tmp_path / ".out.partial.mp4"
