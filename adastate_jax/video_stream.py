@@ -81,7 +81,7 @@ class VideoStream(Iterator[np.ndarray]):
     """A video in the making: an iterator over uint8 [B, frames of the chunk, height, width, 3]; see `stream_batch`.
 
     A chunk and its decoding are dispatched before the one before it is handed out, so that the device never waits for
-    the host. The second alone is not: the first image would wait until the programs of what follows are compiled.
+    the host. The second alone is not: the first image would wait until the decoder is compiled for what follows.
     """
 
     def __init__(self, model: Model, settings: _Settings, state: _State):
