@@ -1,6 +1,6 @@
 """A Wan2.1-T2V-1.3B of random weights through `convert` and back, and one pass of ours beside one of diffusers'.
 
-python benchmarks/full_size.py --folder=DIR     # 9 GB there, 8 GB of memory, requirements-dev.txt; some minutes
+python -m benchmarks.full_size --folder=DIR     # 9 GB there, 8 GB of memory, requirements-dev.txt; some minutes
 
 Each step is a process of its own, whose time and peak memory are printed. The last two steps run the network in float32
 on three latent frames of 8 × 12: ours as the first chunk of a stream, which sees nothing before it, and diffusers' on

@@ -1,6 +1,6 @@
 """Whether a long stream stays constant: time per chunk and peak memory along a stream of random weights.
 
-python benchmarks/long_stream.py --config=configs/tiny.py --chunks=2000
+python -m benchmarks.long_stream --config=configs/tiny.py --chunks=2000
 """
 
 import argparse

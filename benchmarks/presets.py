@@ -1,6 +1,6 @@
 """Whether every published method streams at constant cost: time per chunk, memory and compilations, preset by preset.
 
-python benchmarks/presets.py --config=configs/tiny.py --chunks=200
+python -m benchmarks.presets --config=configs/tiny.py --chunks=200
 """
 
 import argparse
@@ -9,13 +9,13 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from long_stream import peak_mebibytes
 
 from adastate_jax.config import parse_config
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream, stream_step
 from adastate_jax.streaming.schedule import phase_of
+from benchmarks.long_stream import peak_mebibytes
 
 
 def main():

@@ -1,8 +1,8 @@
 """The study of docs/reproduction.md: which anchor moves, and which remembers, in the world of configs/small_world.py.
 
-python studies/small_world.py train --folder=runs/small_world      # hours; stops and resumes at any time
-python studies/small_world.py measure --folder=runs/small_world    # rolls out and measures every trained arm
-python studies/small_world.py report                               # tables and figures from the measurements
+python -m studies.small_world train --folder=runs/small_world      # hours; stops and resumes at any time
+python -m studies.small_world measure --folder=runs/small_world    # rolls out and measures every trained arm
+python -m studies.small_world report                               # tables and figures from the measurements
 
 `measure` writes one row per video and horizon into docs/small_world/videos.csv.gz, and what exchanging anchors does
 into swaps.csv.gz; `report` reads nothing else. Arms that are not trained yet are left out, and named.
