@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from adastate_jax.benchmarking import machine, measure
 from adastate_jax.benchmarking.measure import Measurement, Subject
 from adastate_jax.config import Config, parse_config, to_dict
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.models.attention import resolve_backend
 from adastate_jax.sharding import make_mesh
 from adastate_jax.training.loop import progress
@@ -54,13 +54,11 @@ _EXAMPLE = """example:
   python -m adastate_jax.bench --config=configs/wan_1_3b.py --config.model.num_layers=1 --only pass chunk"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m adastate_jax.bench",
         description="Times a configuration on this device: prints a table, and writes all numbers as JSON.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")

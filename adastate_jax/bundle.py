@@ -1,6 +1,5 @@
 """The bundle command: what a finished run leaves to generate with, in one small file."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 from adastate_jax.checkpoint import latest_step
 from adastate_jax.config import Config, to_dict
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.generate import Trained, load_run
 from adastate_jax.sharding import make_mesh
 from adastate_jax.weights import leaves, write_safetensors
@@ -51,14 +50,12 @@ def write_bundle(config: Config, trained: Trained, output: Path) -> None:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m adastate_jax.bundle",
         description="Packs what a finished training run leaves to generate with (the distilled student, the codec and "
         "the text encoder, in float16, and the configuration) into one file that --checkpoint and load take.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a folder that train wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".safetensors file")

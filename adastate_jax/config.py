@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,22 +262,44 @@ def parse_config(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: the file or a field is missing, unknown, or of a wrong type.
     """
+    files = [argument for argument in arguments if argument.startswith("--config=")]
+    if not files:
+        raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
+    if not Path(files[-1].removeprefix("--config=").partition(":")[0]).is_file():
+        raise UserError(f"{files[-1]}: no such file")
+    config = _parse_flags(files[-1:])
     for argument in arguments:
-        name, _, path = argument.partition("=")
-        if name == "--config" and not Path(path.partition(":")[0]).is_file():
-            raise UserError(f"{argument}: no such file")
+        name = argument.partition("=")[0]
+        if name.startswith("--config."):
+            _find_field(config, name)
+        elif name.startswith("--") and name != "--config":
+            raise UserError(f"{argument}: unknown argument; --help lists what there is")
+    return from_config_dict(_parse_flags(arguments))
+
+
+def _parse_flags(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     command_line = ["train", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command_line)
     try:
         rest = values(command_line)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        raise UserError(f"{arguments[0]}: {_last_line(str(error))}") from None
+    except flags.Error as error:
+        message = _last_line(str(error)).removeprefix("flag ")
+        raise UserError(message if "--config." in message else f"{arguments[0]}: {message}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        raise UserError(f"{arguments[0]}: not a configuration file ({_last_line(str(error))})") from None
     if rest:
-        raise UserError(f"unknown argument {rest[0]}; see --help")
-    if values.config is None:
-        raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
-    return from_config_dict(values.config)
+        raise UserError(f"{rest[0]}: unknown argument; --help lists what there is")
+    return values.config
+
+
+def _find_field(config: ml_collections.ConfigDict, flag: str) -> None:
+    group, where = config, "config"
+    for name in flag.removeprefix("--config.").split("."):
+        if not isinstance(group, Mapping | ml_collections.ConfigDict):
+            raise UserError(f"{flag}: {where} is no group of fields")
+        _refuse_unknown([name], list(group.keys()), f"--{where}")
+        group, where = group[name], f"{where}.{name}"
 
 
 def _last_line(text: str) -> str:
@@ -335,7 +357,7 @@ def build(kind: type, values: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
 
 
-def _refuse_unknown(values: Mapping, known, where: str) -> None:
+def _refuse_unknown(values: Iterable[str], known: Sequence[str], where: str) -> None:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

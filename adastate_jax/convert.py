@@ -17,7 +17,7 @@ import numpy as np
 from adastate_jax import generate
 from adastate_jax.config import STAGES, to_dict
 from adastate_jax.converted import is_converted, open_converted, write_converted
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.kinds import KINDS, Network, identify
 from adastate_jax.lora import merge_lora
 from adastate_jax.sources import HEADER_KEY, open_source
@@ -147,13 +147,12 @@ def _refuse_unpublishable(network: Network, names: str) -> None:
         print("note: this network predicts clean latents, which PyTorch tools will take for a flow", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m adastate_jax.convert",
         description="Turns published weights (Wan2.1 transformers, Self-Forcing generators, LoRAs, UMT5, video "
         "autoencoders) into folders of this package, and its weights into files that PyTorch tools read.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--source",

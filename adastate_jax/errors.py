@@ -1,13 +1,25 @@
 """Errors that a user caused and can fix, and how commands report them."""
 
+import argparse
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad input: the message is one line that names the culprit (a file, a field) and the fix."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s, one line each; options are not to be abbreviated."""
+
+    def __init__(self, **arguments):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:

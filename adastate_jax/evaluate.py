@@ -1,6 +1,5 @@
 """The evaluate command: videos in; numbers, plots and one HTML report out. And `export`, a folder that VBench reads."""
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import av
 import cv2
 
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video, read_header
 from adastate_jax.evaluation.report import Video, by_group, summarize_group, write_report
@@ -38,12 +37,11 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line, measures all videos and writes the report."""
     if arguments[:1] == ["export"]:
         return export(arguments[1:])
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m adastate_jax.evaluate",
         description="Measures motion, camera, flicker, smoothness, chunk seams, scene lock and drift of videos, "
         "without any downloaded network. A folder is a group, and so is each of its subfolders.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO|DIR", help="video files, or folders of them")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the report goes")
@@ -210,12 +208,11 @@ def _frames_by_header(file):
 
 def export(arguments: Sequence[str]) -> int:
     """Parses the command line of `export` and fills or checks a folder for VBench; 1 if the check finds anything."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m adastate_jax.evaluate export",
         description="Fills a folder with videos named as VBench or VBench-Long reads them, or checks one. "
         "Started again, it goes on where it was interrupted.",
         epilog=_EXPORT_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vbench", required=True, type=Path, metavar="DIR", help="the folder for VBench")
     parser.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, probe_stream
 from adastate_jax.evaluation.plots import attention_shares
 from adastate_jax.generate import Model, load, stream_config
@@ -23,14 +23,12 @@ _EXAMPLE = """example:
       --anchors static adaptive --past-frames 3 6 --chunks 5 20 --output=probe"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m adastate_jax.probe",
         description="Measures which cached frames the frames being denoised attend to: per denoising step, chunk and "
         "layer, averaged over heads, and renormalised over the frames that are not the query's own.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR|tiny", help="as sample's")
     parser.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from adastate_jax.config import parse_config
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.generate import Model, load, num_given_frames
 from adastate_jax.media import FPS, VideoWriter, read_image, read_last_frames
 from adastate_jax.streaming.presets import STREAM_NAMES
@@ -27,13 +27,11 @@ _EXAMPLE = """examples:
   python -m adastate_jax.sample --random-weights --config=configs/tiny.py --prompt="a dry run" --seconds=1"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m adastate_jax.sample",
         description="Streams a video of any length from a prompt into an mp4 file.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",

@@ -1,10 +1,12 @@
 """The train command: runs a configuration's stages in order, and resumes where the work directory left off."""
 
-import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax
 
 from adastate_jax.checkpoint import flatten
 from adastate_jax.config import Config, load_config, parse_config, save_config, to_dict
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.generate import embed_prompts
 from adastate_jax.sharding import make_mesh
 from adastate_jax.stages import STAGES, Run, make_frozen, open_clips, open_prompts
@@ -34,6 +36,11 @@ def train(config: Config, workdir: Path) -> None:
     """
     if jax.process_count() > 1:
         raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
+    with _open_workdir(workdir):
+        _train(config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> None:
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
     try:
@@ -65,12 +72,25 @@ def _refuse_uneven_batches(config: Config) -> None:
             raise UserError(f"config.{stage}.batch_size {size} must be a multiple of mesh.data * mesh.fsdp = {parts}")
 
 
-def _refuse_other_configuration(workdir: Path, config: Config) -> None:
-    """Makes the work directory, or checks that what it holds was made with this configuration."""
+@contextlib.contextmanager
+def _open_workdir(workdir: Path) -> Iterator[None]:
+    """Makes the work directory if need be, and keeps other runs out of it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(workdir, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be created ({error.strerror}); name another folder") from None
+        raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another folder") from None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends, however it does
+        except BlockingIOError:
+            raise UserError(f"--workdir={workdir}: another run is at work there; name another folder") from None
+        yield
+
+
+def _refuse_other_configuration(workdir: Path, config: Config) -> None:
+    """Checks that what the work directory holds was made with this configuration."""
     path = workdir / "config.json"
     if path.exists():
         fields = [field.name for field in dataclasses.fields(Config) if field.name not in _FREE_FIELDS]
@@ -126,12 +146,10 @@ _EXAMPLE = """example:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m adastate_jax.train",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a file under configs/; its docstring says more"

@@ -4,7 +4,6 @@ A fixture file is recognised by its name's stem and every case in it goes throug
 checked is printed as such and not counted as passed.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.errors import CommandParser, UserError, run_command
 from adastate_jax.fixtures import losses, names, networks, streams, videos
 from adastate_jax.fixtures.record import (
     ARITHMETIC_TOLERANCE,
@@ -202,11 +201,10 @@ def find_files(folder: Path, only: Sequence[str]) -> tuple[list[Path], list[Path
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m adastate_jax.verify",
+    parser = CommandParser(
+        prog="python -m adastate_jax.verify",
         description="Compares this package's numbers, on this device, with fixtures from the official code.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of fixture files")
     parser.add_argument(

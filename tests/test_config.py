@@ -106,19 +106,21 @@ def test_overrides():
         (["TINY", "--config.data.kind=none"], "stages need clips, and data.kind is none"),
         (["WAN", "--config.data.clips.height=482"], "video of 482x832 is not tiled by latents of 8x8 pixels"),
         (["WAN", "--config.data.clips.height=488"], "latent frames of 61x104 are not tiled by patches"),
-        (["TINY", "--unknown=3"], "unknown"),
+        (["TINY", "--unknown=3"], "--unknown=3: unknown argument"),
+        (["TINY", "unknown"], "unknown: unknown argument"),
+        (["STUDY:nowhere"], "small_world.py:nowhere: ValueError: unknown arm 'nowhere'"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):
-    files = {"TINY": f"--config={CONFIGS / 'tiny.py'}", "WAN": f"--config={CONFIGS / 'wan_1_3b.py'}"}
-    arguments = [files.get(a, a) for a in arguments]
+    files = {"TINY": "tiny.py", "WAN": "wan_1_3b.py", "STUDY:nowhere": "small_world.py:nowhere"}
+    arguments = [f"--config={CONFIGS / files[a]}" if a in files else a for a in arguments]
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse_config(arguments)
 
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
-    with pytest.raises(UserError, match=r"broken\.py"):
+    with pytest.raises(UserError, match=r"broken\.py: not a configuration file \(invalid syntax"):
         parse_config([f"--config={tmp_path / 'broken.py'}"])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not a configuration"):
@@ -142,7 +144,9 @@ def test_a_broken_file_is_named(tmp_path):
         ("mesh.data=0", "config.mesh: data must be positive"),
         ("stages=('distill','pretrain')", "in this order"),
         ("stream.anchor.name=rolling", "distillation rolls out chunk by chunk"),
-        ("model.dimm=3", "'dimm' Did you mean"),
+        ("model.dimm=3", "--config.model.dimm: unknown field; did you mean dim?"),
+        ("model.dim.size=3", "--config.model.dim.size: config.model.dim is no group of fields"),
+        ("model.dim=wide", "--config.model.dim=wide: invalid literal"),
     ],
 )
 def test_nonsense_is_refused_by_name(override, message):

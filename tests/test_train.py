@@ -1,5 +1,6 @@
 """The train and sample commands as processes: resuming, being killed, and what they refuse."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -249,6 +250,16 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(environment, tmp_p
     kept = sorted(int(path.name) for path in (tmp_path / "pretrain").glob("[0-9]*"))
     assert kept
     assert f"checkpoint {kept[-1]} is kept" in last
+
+
+def test_two_runs_do_not_share_a_folder(environment, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    code, error = run(environment, tmp_path)
+    os.close(folder)
+    assert code == 2
+    assert error == f"error: --workdir={tmp_path}: another run is at work there; name another folder\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_configuration_is_refused(environment, uninterrupted):
