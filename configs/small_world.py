@@ -71,7 +71,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.model.prediction = "clean"
     config.model.remat = "none"
 
-    config.pretrain.steps = 8000
+    config.pretrain.steps = 5000
     config.pretrain.batch_size = 32
     config.pretrain.optimizer.learning_rate = 2e-3
     config.pretrain.optimizer.warmup_steps = 200
