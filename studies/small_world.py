@@ -114,7 +114,12 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
     command = [sys.executable, "-m", "adastate_jax.train", f"--config={CONFIG}:{name}", f"--workdir={workdir}"]
     if name != "teacher":
         command += [f"--config.seed={seed}", f"--config.start_from={folder / 'teacher'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations")}
+    environment = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # steps take a quarter less: their buffers are new each time
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
+    }
     start = time.monotonic()
     with (folder / f"{workdir.name}.log").open("ab") as log:
         subprocess.run(
