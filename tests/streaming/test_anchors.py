@@ -544,7 +544,9 @@ def test_scan_and_generator_give_the_same_bits(name, student, text):
     stream_step.clear_cache()
     streamed, carry = [], start(config)
     for after, chunk in stream(student, carry, text_kv, config, LATENT_SHAPE, chunks):
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry))
+        assert all(
+            leaf.is_deleted() for leaf in jax.tree.leaves(carry) if leaf.ndim
+        )  # a number may be a shared constant
         carry = after
         streamed.append(chunk.content)
     assert stream_step._cache_size() == len(phases)
