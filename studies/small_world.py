@@ -131,7 +131,7 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
         )
     seconds = time.monotonic() - start
     stage = "initialize" if name == "teacher" else "distill"
-    if latest_step(workdir / stage) != load_config(workdir / "config.json")[stage].steps:
+    if latest_step(workdir / stage) != getattr(load_config(workdir / "config.json"), stage).steps:
         raise SystemExit(f"{workdir} was stopped before its end; the same command goes on from there")
     done.write_text(f"{seconds:.0f}\n")
     print(f"{workdir.name}: {seconds:.0f} s", flush=True)
