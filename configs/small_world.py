@@ -4,7 +4,7 @@ python -m adastate_jax.train --config=configs/small_world.py:teacher --workdir=r
 python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0 --workdir=runs/small_world/ARM-0
 
 The first trains the teacher and the student that all arms start from, the second distils one arm. A camera pans over
-clay and past balls of one colour, one every fourteen frames and out of sight for eight, while the landscape's hue
+clay and past balls of one colour, one every sixteen frames and out of sight for nine, while the landscape's hue
 turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
 """
 
@@ -42,10 +42,10 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.data.worlds.colours = ("white", "yellow", "cyan", "magenta")
     config.data.worlds.name_colour = False
     config.data.worlds.speed = (3.0, 3.0)  # 3 pixels a frame
-    config.data.worlds.subject_spacing = 2.72
+    config.data.worlds.subject_spacing = 3.1
     config.data.worlds.subject_scatter = 0.0
     config.data.worlds.subject_radius = (0.2, 0.2)
-    config.data.worlds.hue_turn = (0.5, 0.5)
+    config.data.worlds.hue_turn = (1.0, 1.0)  # more than once around in a training video: no hue is new later on
     config.data.worlds.hue_start = 0.2  # from any hue on, noise hides either sense alike: no teacher learned it
 
     # A frame is one latent, hence one token.
@@ -90,7 +90,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.initialize.guidance_scale = 0.0
     config.initialize.context = "clean"
 
-    config.distill.steps = 800
+    config.distill.steps = 400
     config.distill.batch_size = 16
     config.distill.rollout_frames = 21
     config.distill.guidance_scale = 0.0
