@@ -4,7 +4,7 @@ python -m adastate_jax.train --config=configs/small_world.py:teacher --workdir=r
 python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0 --workdir=runs/small_world/ARM-0
 
 The first trains the teacher and the student that all arms start from, the second distils one arm. A camera pans over
-clay and past balls of one colour, one every sixteen frames and out of sight for nine, while the landscape's hue
+clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the landscape's hue
 turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
 """
 

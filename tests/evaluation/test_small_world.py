@@ -9,8 +9,8 @@ from adastate_jax.evaluation import small_world
 COLOURS = ("white", "yellow", "cyan", "magenta")
 WORLD = WorldConfig(
     height=16, width=16, num_frames=45, motions=("pan left", "pan right"), palettes=("clay",), shapes=("ball",),
-    colours=COLOURS, speed=(3.0, 3.0), subject_spacing=2.72, subject_scatter=0.0, subject_radius=(0.2, 0.2),
-    name_colour=False, hue_turn=(0.5, 0.5),
+    colours=COLOURS, speed=(3.0, 3.0), subject_spacing=3.1, subject_scatter=0.0, subject_radius=(0.2, 0.2),
+    name_colour=False, hue_turn=(1.0, 1.0),
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_hue_turns_at_its_rate(truth):
     worlds, videos = truth
     turned = small_world.hue_per_frame(small_world.hue(videos)).mean(axis=1) * 16
     rates = np.array([world.hue_turn for world in worlds])
-    assert set(rates) == {-0.5, 0.5}
+    assert set(rates) == {-1.0, 1.0}
     assert np.abs(turned / rates - 1).max() < 0.1
     assert abs((turned / rates).mean() - 1) < 0.03
 
@@ -61,7 +61,7 @@ def test_subjects_are_found_where_they_are_and_in_their_colour(truth):
     found = small_world.subject_colours(videos, COLOURS, 0.2)
     own = np.array([COLOURS.index(world.colour) for world in worlds])[:, None]
     seen = found >= 0
-    assert 0.3 < seen.mean() < 0.5  # a ball is whole in the frame for 10 − 2 · 3.2 pixels of every 43.5, at 3 a frame
+    assert 0.3 < seen.mean() < 0.5  # a ball's middle is in the frame for 16 pixels of every 49.6
     assert (found == own)[seen].mean() > 0.99
     plain = render_world(WorldConfig(**{**vars(WORLD), "colours": ("white",), "subject_spacing": 9.0}), 5, 0)
     assert (small_world.subject_colours(plain.video[None, 12:24], COLOURS, 0.2) < 0).all()
