@@ -10,15 +10,17 @@ into swaps.csv.gz; `report` reads nothing else. Arms that are not trained yet ar
 
 import argparse
 import csv
+import functools
 import gzip
 import importlib.util
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -27,7 +29,7 @@ import matplotlib
 import numpy as np
 
 from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config import load_config
+from adastate_jax.config import Config, load_config
 from adastate_jax.data.worlds import World, WorldConfig, render_world
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.evaluation import small_world
@@ -64,6 +66,8 @@ ABSENCE = 4  # frames without a subject after which it counts as coming back
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 SWAP_CHUNK, SWAP_CHUNKS = 8, 14  # when anchors are exchanged, and how long the stream goes on
 
+_ONCE = {"truth": "", "teacher": "teacher", "initialized": "teacher"}  # what has no training seed, and its folder
+
 # (column, what it is in a table)
 MEASURES = {
     "pan": "signed pan / truth",
@@ -94,8 +98,6 @@ def arms() -> list[str]:
 def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
     """Trains the teacher, then the arms, `jobs` at a time on processor cores of their own; done runs are skipped."""
     _train_one(folder, "teacher", 0, None)
-    cores = sorted(os.sched_getaffinity(0))
-    shares = [cores[job::jobs] for job in range(jobs)] if jobs > 1 else [None]
     waiting = iter([(name, seed) for seed in seeds for name in names])
 
     def work(share):
@@ -103,7 +105,13 @@ def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
             _train_one(folder, name, seed, share)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, shares))
+        list(pool.map(work, _share_cores(jobs)))
+
+
+def _share_cores(jobs: int) -> list[list[int] | None]:
+    """The processor cores of each of several runs at a time; None is all."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[job::jobs] for job in range(jobs)] if 1 < jobs <= len(cores) else [None] * jobs
 
 
 def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
@@ -296,53 +304,85 @@ def _erased(carry: RolloutCarry) -> RolloutCarry:
     return RolloutCarry(Cache(anchor, carry.cache.window), carry.chunk, carry.keys)
 
 
-def measure(folder: Path, names: list[str], seeds: list[int]) -> None:
-    """Measures the truth, the teacher, the initialised student and every trained arm, and writes the tables' rows."""
-    teacher = load_config(folder / "teacher" / "config.json")
-    world, length = teacher.data.worlds, teacher.distill.rollout_frames
-    frames = round(max(HORIZONS) * length)
-    worlds = worlds_for(world, frames)
-    prompts = [truth.caption for truth in worlds]
-    rows, swaps, sheets = [], [], {}
+def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
+    """Measures the truth, the teacher, the initialised student and every trained arm, and writes the tables' rows.
 
-    def add(arm: str, seed: int, noise: int, videos: np.ndarray) -> None:
-        found = measure_videos(videos, worlds, world, length)
-        rows.extend({"arm": arm, "seed": seed, "noise": noise, **row} for row in found)
-        sheets.setdefault(arm, videos[0])
-
-    add("truth", 0, 0, np.stack([truth.video for truth in worlds]))
-    for noise in NOISE_SEEDS:
-        add("teacher", 0, noise, roll_out_teacher(folder / "teacher", prompts, noise))
-    for arm, seed in [("initialized", 0), *((name, seed) for seed in seeds for name in names)]:
-        workdir = folder / ("teacher" if arm == "initialized" else f"{arm}-{seed}")
-        if latest_step(workdir / ("initialize" if arm == "initialized" else "distill")) is None:
-            print(f"{workdir}: not trained yet, left out")
-            continue
-        model = load(workdir)
-        for noise in NOISE_SEEDS:
-            add(arm, seed, noise, roll_out(model, prompts, noise, frames))
-        if model.config.stream.anchor.frames:
-            for noise in NOISE_SEEDS:
-                swaps.extend(
-                    {"arm": arm, "seed": seed, "noise": noise, **row} for row in measure_swaps(model, worlds, noise)
-                )
-        print(f"{arm}-{seed}: measured", flush=True)
-        jax.clear_caches()
+    What is measured stays in `folder`/measured, and is not measured again.
+    """
+    runs = [("truth", 0), ("teacher", 0), ("initialized", 0), *((name, seed) for seed in seeds for name in names)]
+    untrained = [run for run in runs[3:] if not (folder / f"{run[0]}-{run[1]}.seconds").exists()]
+    for name, seed in untrained:
+        print(f"{name}-{seed}: not trained yet, left out")
+    runs = [run for run in runs if run not in untrained]
+    parts = folder / "measured"
+    parts.mkdir(exist_ok=True)
+    missing = [run for run in runs if not (parts / f"{run[0]}-{run[1]}.npy").exists()]
+    spawn = multiprocessing.get_context("spawn")
+    shares = spawn.Queue()
+    for share in _share_cores(jobs):
+        shares.put(share)
+    with ProcessPoolExecutor(jobs, spawn, _take_cores, (shares,)) as pool:
+        for future in [pool.submit(_measure_run, folder, parts, *run) for run in missing]:
+            print(f"{future.result()}: measured", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_rows(RESULTS / "videos.csv.gz", rows)
-    write_rows(RESULTS / "swaps.csv.gz", swaps)
-    write_image(RESULTS / "frames.png", contact_sheet(sheets, length))
+    for kind in ("videos", "swaps"):
+        rows = [row for name, seed in runs for row in _read_part(parts / f"{name}-{seed}.{kind}.csv.gz")]
+        write_rows(RESULTS / f"{kind}.csv.gz", rows)
+    strips = [np.load(parts / f"{name}-{seed}.npy") for name, seed in runs if seed == seeds[0] or name in _ONCE]
+    write_image(RESULTS / "frames.png", np.concatenate(strips))
 
 
-def contact_sheet(videos: dict[str, np.ndarray], length: int) -> np.ndarray:
-    """A row per arm of every third frame of two stretches: the first training length, and the last of the video."""
-    rows = []
-    for video in videos.values():
-        last = video[-length:] if len(video) > length else np.full_like(video, 255)
-        shown = np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])
-        row = np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0)), constant_values=255) for frame in shown], axis=1)
-        rows.append(row)
-    return np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1)
+def _take_cores(shares) -> None:
+    share = shares.get()
+    if share:
+        os.sched_setaffinity(0, share)
+
+
+@functools.cache
+def _true_worlds(folder: Path) -> tuple[Config, list[World]]:
+    config = load_config(folder / "teacher" / "config.json")
+    return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames))
+
+
+def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
+    config, worlds = _true_worlds(folder)
+    prompts, length = [truth.caption for truth in worlds], config.distill.rollout_frames
+    rows, swaps, shown = [], [], None
+    model = None if arm in ("truth", "teacher") else load(folder / _ONCE.get(arm, f"{arm}-{seed}"))
+    for noise in NOISE_SEEDS if arm != "truth" else (0,):
+        if arm == "truth":
+            videos = np.stack([truth.video for truth in worlds])
+        elif arm == "teacher":
+            videos = roll_out_teacher(folder / "teacher", prompts, noise)
+        else:
+            videos = roll_out(model, prompts, noise, len(worlds[0].video))
+        shown = videos[0] if shown is None else shown
+        found = measure_videos(videos, worlds, config.data.worlds, length)
+        rows.extend({"arm": arm, "seed": seed, "noise": noise, **row} for row in found)
+        if model and model.config.stream.anchor.frames:
+            found = measure_swaps(model, worlds, noise)
+            swaps.extend({"arm": arm, "seed": seed, "noise": noise, **row} for row in found)
+    write_rows(parts / f"{arm}-{seed}.videos.csv.gz", rows)
+    if swaps:
+        write_rows(parts / f"{arm}-{seed}.swaps.csv.gz", swaps)
+    np.save(parts / f"{arm}-{seed}.npy", strip(shown, length))  # the last: with it, the run is measured
+    jax.clear_caches()
+    return f"{arm}-{seed}"
+
+
+def _read_part(path: Path) -> list[dict[str, str]]:
+    if not path.exists():  # no anchor to exchange
+        return []
+    with gzip.open(path, "rt") as file:
+        return list(csv.DictReader(file))
+
+
+def strip(video: np.ndarray, length: int) -> np.ndarray:
+    """Every third frame of two stretches in a row: the first training length, and the last of the video."""
+    last = video[-length:] if len(video) > length else np.full_like(video, 255)
+    shown = np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])
+    row = np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0)), constant_values=255) for frame in shown], axis=1)
+    return row.repeat(3, axis=0).repeat(3, axis=1)
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
@@ -522,7 +562,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         train(options.folder.resolve(), options.arms, options.seeds, options.jobs)
     elif options.command == "measure":
-        measure(options.folder.resolve(), options.arms, options.seeds)
+        measure(options.folder.resolve(), options.arms, options.seeds, options.jobs)
     else:
         report()
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from adastate_jax.config import parse_config
+from adastate_jax.config import parse_config, save_config
 from adastate_jax.generate import load
 
 ROOT = Path(__file__).parents[1]
@@ -121,3 +121,21 @@ def test_exchanging_moves_the_next_chunk_and_exchanging_nothing_does_not(study, 
     assert max(moved["own"]) == 0
     assert min(moved["anchor"]) > 0
     assert min(moved["window"]) > 0
+
+
+def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    save_config(config, tmp_path / "teacher" / "config.json")
+    (tmp_path / "measured").mkdir()
+    row = {"arm": "truth", "seed": 0, "noise": 0, "video": 0, "pan": 1.5}
+    for name in ("truth-0", "teacher-0", "initialized-0", "none-1"):
+        study.write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
+        np.save(tmp_path / "measured" / f"{name}.npy", np.full((18, 9, 3), len(name), np.uint8))
+    study.write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
+    (tmp_path / "none-1.seconds").write_text("1")
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    study.measure(tmp_path, ["none", "static"], [1], jobs=2)
+    columns = study.read_rows(tmp_path / "results" / "videos.csv.gz")
+    assert list(columns["arm"]) == ["truth-0", "teacher-0", "initialized-0", "none-1"]
+    assert list(study.read_rows(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
+    assert (tmp_path / "results" / "frames.png").exists()
