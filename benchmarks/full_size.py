@@ -119,7 +119,8 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     for step in STEPS:
         start = time.perf_counter()
-        child = subprocess.Popen([sys.executable, __file__, f"--folder={options.folder}", f"--step={step}"])
+        command = [sys.executable, "-m", "benchmarks.full_size", f"--folder={options.folder}", f"--step={step}"]
+        child = subprocess.Popen(command)
         _, status, usage = os.wait4(child.pid, 0)
         if status:
             sys.exit(f"{step} failed")
