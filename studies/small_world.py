@@ -327,7 +327,9 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
     RESULTS.mkdir(parents=True, exist_ok=True)
     for kind in ("videos", "swaps"):
         rows = [row for name, seed in runs for row in _read_part(parts / f"{name}-{seed}.{kind}.csv.gz")]
-        write_rows(RESULTS / f"{kind}.csv.gz", rows)
+        (RESULTS / f"{kind}.csv.gz").unlink(missing_ok=True)
+        if rows:  # swaps need an anchor
+            write_rows(RESULTS / f"{kind}.csv.gz", rows)
     strips = [np.load(parts / f"{name}-{seed}.npy") for name, seed in runs if seed == seeds[0] or name in _ONCE]
     write_image(RESULTS / "frames.png", np.concatenate(strips))
 
@@ -503,6 +505,8 @@ def _cell(mean: float, error: float, low: float, high: float) -> str:
 
 
 def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
+    if not (RESULTS / "swaps.csv.gz").exists():  # no arm with an anchor was measured
+        return []
     columns = read_rows(RESULTS / "swaps.csv.gz")
     lines = ["**What exchanging a part of the cache with another video's does**", ""]
     lines += [

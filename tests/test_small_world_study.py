@@ -139,3 +139,39 @@ def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeyp
     assert list(columns["arm"]) == ["truth-0", "teacher-0", "initialized-0", "none-1"]
     assert list(study.read_rows(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
+
+
+def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    save_config(config, tmp_path / "teacher" / "config.json")
+    (tmp_path / "measured").mkdir()
+    worlds, videos = truth
+    rows = list(study.measure_videos(videos, worlds, config.data.worlds, 21))
+    for name in ("truth", "teacher", "initialized"):
+        study.write_rows(
+            tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
+        )
+        np.save(tmp_path / "measured" / f"{name}-0.npy", np.zeros((18, 9, 3), np.uint8))
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    study.measure(tmp_path, ["none"], [0], jobs=1)
+    study.report()
+    tables = (tmp_path / "results" / "tables.md").read_text()
+    assert "| teacher | 1.00 [1.00, 1.00] |" in tables
+    assert "exchanging" not in tables
+
+
+@pytest.mark.parametrize(("step", "finished"), [(None, False), (399, False), (400, True)])
+def test_a_stopped_run_is_not_a_finished_one(step, finished, study, config, tmp_path, monkeypatch):
+    def run(command, **options):  # a run that SIGTERM stops exits with 0, as one that ends does
+        (tmp_path / "none-1").mkdir()
+        save_config(config, tmp_path / "none-1" / "config.json")
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999)
+    (tmp_path / "teacher.seconds").write_text("1")
+    if finished:
+        study.train(tmp_path, ["none"], [1], jobs=1)
+    else:
+        with pytest.raises(SystemExit, match="none-1 was stopped before its end"):
+            study.train(tmp_path, ["none"], [1], jobs=1)
+    assert (tmp_path / "none-1.seconds").exists() == finished
