@@ -79,6 +79,8 @@ MEASURES = {
     "contrast": "contrast / truth",
     "seen": "share of frames with a subject / truth",
     "identity": "share of subjects that come back in the first one's colour",
+    "memory": "that share, minus the share in another video's first colour / truth",
+    "variety": "share of other videos whose first subject has another colour / truth",
 }
 _DIFFERENCES = ("hue_lock", "picture_lock")
 _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
@@ -179,26 +181,43 @@ def measure_videos(
             "hue_lock": np.cos(2 * np.pi * (hues[:, start:end] - hues[:, :1])).mean(axis=1),
             "picture_lock": small_world.resemblance(with_first)[:, 1:].mean(axis=1),
             **{name: values.mean(axis=1) for name, values in small_world.look(shown).items()},
+            **_read_subjects(found[:, :end], start, len(config.colours)),
         }
         for index in range(len(videos)):
-            row = {name: float(values[index]) for name, values in means.items()}
-            yield {"video": index, "horizon": horizon, **row, **_read_subject(found[index, :end], start)}
+            yield {
+                "video": index,
+                "horizon": horizon,
+                **{name: float(values[index]) for name, values in means.items()},
+            }
 
 
-def _read_subject(found: np.ndarray, start: int) -> dict[str, float]:
-    """How often a subject is seen from frame `start` on, and how often it has the first one's colour on coming back."""
+def _read_subjects(found: np.ndarray, start: int, colours: int) -> dict[str, np.ndarray]:
+    """How often subjects are seen from frame `start` on, and whose colour they have on coming back, each [V].
+
+    found: the subject's colour in each frame [V, F], −1 for none. A video's own colour is that of its first subject.
+    Videos that all have one colour come back right without remembering it: so what comes back is compared with every
+    other video's colour too.
+    """
     seen = found >= 0
-    result = {"seen": float(seen[start:].mean()), "identity": float("nan")}
-    if not seen.any():
-        return result
-    own = found[seen.argmax()]
-    absences = np.convolve(~seen, np.ones(ABSENCE), "valid") == ABSENCE
-    absences[: seen.argmax()] = False
-    if absences.any():
-        back = np.arange(len(found)) >= max(start, absences.argmax() + ABSENCE)
-        if (seen & back).any():
-            result["identity"] = float((found[seen & back] == own).mean())
-    return result
+    result = {name: np.full(len(found), np.nan) for name in ("identity", "memory", "variety")}
+    first = found[np.arange(len(found)), seen.argmax(axis=1)]
+    of_colour = np.bincount(first[first >= 0], minlength=colours)
+    for index in np.flatnonzero(first >= 0):
+        own = first[index]
+        others = of_colour - (np.arange(colours) == own)
+        if not others.any():
+            continue
+        share_of_others = others / others.sum()
+        result["variety"][index] = 1 - share_of_others[own]
+        absences = np.convolve(~seen[index], np.ones(ABSENCE), "valid") == ABSENCE
+        absences[: seen[index].argmax()] = False
+        if not absences.any():
+            continue
+        back = seen[index] & (np.arange(found.shape[1]) >= max(start, absences.argmax() + ABSENCE))
+        if back.any():
+            result["identity"][index] = (found[index, back] == own).mean()
+            result["memory"][index] = result["identity"][index] - share_of_others[found[index, back]].mean()
+    return {"seen": seen[:, start:].mean(axis=1), **result}
 
 
 def roll_out(model: Model, prompts: list[str], seed: int, frames: int) -> np.ndarray:
@@ -446,8 +465,9 @@ def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         values = columns[name].copy()
         for horizon in HORIZONS if name not in _ITSELF else ():
             here = columns["horizon"] == horizon
-            truth = columns[name][here & (columns["arm"] == "truth")].mean()
-            values[here] = values[here] - truth if name in _DIFFERENCES else values[here] / truth
+            if here.any():
+                truth = np.nanmean(columns[name][here & (columns["arm"] == "truth")])
+                values[here] = values[here] - truth if name in _DIFFERENCES else values[here] / truth
         result[name] = values
     return result
 
@@ -535,7 +555,7 @@ def _draw(summary: dict, names: list[str]) -> None:
     for file, shown in (("anchors.png", anchors), ("ablations.png", ["truth", "adaptive", *ablations])):
         shown = [name for name in shown if name in names]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
-        drawn = ("pan", "hue", "hue_lock", "picture_lock", "identity", "seen", "brightness", "saturation")
+        drawn = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")
         for panel, measure_name in zip(panels.flat, drawn, strict=True):
             for number, arm in enumerate(shown):
                 found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])

@@ -72,6 +72,25 @@ def test_a_frozen_and_a_forgetful_video_are_told_apart(study, config, truth):
     spliced = np.concatenate([videos[:, :21], videos[same_way, 21:]], axis=1)
     mean = means(study.measure_videos(spliced, worlds, config.data.worlds, 21), 2.5)
     assert mean["identity"] < 0.02
+    assert mean["memory"] < -0.2  # nearer to the other videos than to their own
+
+
+def test_one_colour_for_all_is_no_memory(study):
+    seen = [True] * 3 + [False] * 6 + [True] * 3
+    colours = np.array([0, 0, 1, 2])
+    found = np.where(seen, colours[:, None], -1)
+    right = study._read_subjects(found, 0, 3)
+    np.testing.assert_array_equal(right["identity"], 1)
+    # Of the three others, one has the first video's colour; none has the third's.
+    np.testing.assert_allclose(right["memory"], [2 / 3, 2 / 3, 1, 1])
+    np.testing.assert_allclose(right["variety"], right["memory"])
+    same = study._read_subjects(np.where(seen, 0, found), 0, 3)
+    np.testing.assert_array_equal(same["identity"], 1)
+    np.testing.assert_array_equal(same["memory"], 0)
+    np.testing.assert_array_equal(same["variety"], 0)
+    forgotten = found.copy()
+    forgotten[:, 9:] = np.array([1, 2, 0])
+    np.testing.assert_allclose(study._read_subjects(forgotten, 0, 3)["identity"], 1 / 3)
 
 
 def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there(study):
