@@ -94,9 +94,9 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.distill.batch_size = 16
     config.distill.rollout_frames = 21
     config.distill.guidance_scale = 0.0
-    config.distill.critic_ratio = 2
+    config.distill.critic_ratio = 5
     config.distill.student.learning_rate = 1e-4
-    config.distill.critic.learning_rate = 2e-4
+    config.distill.critic.learning_rate = 1e-3  # a critic that lags lets the student drop colours
     config.distill.ema_decay = 0.98
     config.distill.ema_start = 50
 
@@ -108,6 +108,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
 
     if arm == "teacher":
         config.stream.anchor = {"name": "none"}
+        config.stream.past_frames = 18  # all of a training video: the paper starts from such a student too
         config.stages = ("pretrain", "initialize", "sample")
     elif arm in ARMS:
         config.stages = ("distill",)
