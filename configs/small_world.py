@@ -90,12 +90,12 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.initialize.guidance_scale = 0.0
     config.initialize.context = "clean"
 
-    config.distill.steps = 400
+    config.distill.steps = 600
     config.distill.batch_size = 16
     config.distill.rollout_frames = 21
     config.distill.guidance_scale = 0.0
-    config.distill.critic_ratio = 5
-    config.distill.student.learning_rate = 1e-4
+    config.distill.critic_ratio = 3
+    config.distill.student.learning_rate = 2e-4
     config.distill.critic.learning_rate = 1e-3  # a critic that lags lets the student drop colours
     config.distill.ema_decay = 0.98
     config.distill.ema_start = 50
