@@ -43,7 +43,7 @@ from adastate_jax.generate import (
     load,
     with_shardings,
 )
-from adastate_jax.media import write_image
+from adastate_jax.media import contact_sheet, write_image
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys
@@ -82,6 +82,8 @@ MEASURES = {
     "memory": "that share, minus the share in another video's first colour / truth",
     "variety": "share of other videos whose first subject has another colour / truth",
 }
+OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
+BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
 
@@ -349,8 +351,8 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
         (RESULTS / f"{kind}.csv.gz").unlink(missing_ok=True)
         if rows:  # swaps need an anchor
             write_rows(RESULTS / f"{kind}.csv.gz", rows)
-    strips = [np.load(parts / f"{name}-{seed}.npy") for name, seed in runs if seed == seeds[0] or name in _ONCE]
-    write_image(RESULTS / "frames.png", np.concatenate(strips))
+    shown = [(name, np.load(parts / f"{name}-{seed}.npy")) for name, seed in runs if seed == seeds[0] or name in _ONCE]
+    write_image(RESULTS / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
 
 
 def _take_cores(shares) -> None:
@@ -386,7 +388,7 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
     write_rows(parts / f"{arm}-{seed}.videos.csv.gz", rows)
     if swaps:
         write_rows(parts / f"{arm}-{seed}.swaps.csv.gz", swaps)
-    np.save(parts / f"{arm}-{seed}.npy", strip(shown, length))  # the last: with it, the run is measured
+    np.save(parts / f"{arm}-{seed}.npy", glimpses(shown, length))  # the last: with it, the run is measured
     jax.clear_caches()
     return f"{arm}-{seed}"
 
@@ -398,12 +400,10 @@ def _read_part(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def strip(video: np.ndarray, length: int) -> np.ndarray:
-    """Every third frame of two stretches in a row: the first training length, and the last of the video."""
+def glimpses(video: np.ndarray, length: int) -> np.ndarray:
+    """Every third frame of the first training length and, after a white one, of the video's last: [F, H, W, 3]."""
     last = video[-length:] if len(video) > length else np.full_like(video, 255)
-    shown = np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])
-    row = np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0)), constant_values=255) for frame in shown], axis=1)
-    return row.repeat(3, axis=0).repeat(3, axis=1)
+    return np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
@@ -492,36 +492,94 @@ def report() -> None:
     keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
     columns = {name: values[keep] for name, values in columns.items()}
     names = list(dict.fromkeys(columns["arm"]))
-    lines = [
-        "Collapsed and left out: " + ("; ".join(f"{a}-{s} ({why})" for (a, s), why in gone.items()) or "none") + "."
-    ]
-    summary = {}
-    for measure_name, text in MEASURES.items():
-        lines += [
-            "",
-            f"**{text[0].upper()}{text[1:]}**",
-            "",
-            "| arm | " + " | ".join(f"{h:g}×" for h in HORIZONS) + " |",
-        ]
-        lines.append("|---|" + "---|" * len(HORIZONS))
-        for arm in names:
-            cells = []
-            for horizon in HORIZONS:
-                here = (columns["arm"] == arm) & (columns["horizon"] == horizon)
-                found = summarize(columns[measure_name][here], columns["seed"][here], columns["video"][here])
-                summary[measure_name, arm, horizon] = found
-                cells.append(_cell(*found))
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    summary = {
+        (measure_name, arm, horizon): summarize(
+            columns[measure_name][here], columns["seed"][here], columns["video"][here]
+        )
+        for arm in names
+        for horizon in HORIZONS
+        for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
+        for measure_name in MEASURES
+    }
+    left_out = "; ".join(f"{arm}-{seed} ({why})" for (arm, seed), why in gone.items()) or "none"
+    lines = [f"Collapsed and left out: {left_out}."]
+    for horizon in HORIZONS:
+        lines += ["", *_overview_table(summary, names, horizon)]
+    for horizon in HORIZONS:
+        lines += ["", *_difference_table(columns, names, horizon)]
+    for measure_name in MEASURES:
+        lines += ["", *_measure_table(summary, names, measure_name)]
     lines += ["", *_swap_table(gone)]
     (RESULTS / "tables.md").write_text("\n".join(lines) + "\n")
     _draw(summary, names)
 
 
-def _cell(mean: float, error: float, low: float, high: float) -> str:
+def _overview_table(summary: dict, names: list[str], horizon: float) -> list[str]:
+    lines = [f"**At {horizon:g}×: mean ± standard error over training seeds**", "", _row("arm", *OVERVIEW)]
+    lines.append(_row(*["---"] * (1 + len(OVERVIEW))))
+    for arm in names:
+        cells = [_cell(*summary[measure_name, arm, horizon][:2]) for measure_name in OVERVIEW]
+        if any(cells):
+            lines.append(_row(arm, *cells))
+    return lines
+
+
+def _difference_table(columns: dict[str, np.ndarray], names: list[str], horizon: float) -> list[str]:
+    lines = [
+        f"**At {horizon:g}×: `{BASELINE}` minus the others, by training seed, noise and caption, with 95 % intervals**",
+        "",
+        _row("minus", *OVERVIEW),
+        _row(*["---"] * (1 + len(OVERVIEW))),
+    ]
+    for arm in names:
+        cells = [_cell(*paired_difference(columns, arm, name, horizon), signed=True) for name in OVERVIEW]
+        if arm != BASELINE and any(cells):
+            lines.append(_row(arm, *cells))
+    return lines if len(lines) > 4 else []
+
+
+def paired_difference(
+    columns: dict[str, np.ndarray], arm: str, measure_name: str, horizon: float
+) -> tuple[float, float, float, float]:
+    """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds; an arm without seeds meets each seed."""
+    of_arm = {}
+    for name in (BASELINE, arm):
+        here = (columns["arm"] == name) & (columns["horizon"] == horizon)
+        seeds = columns["seed"][here] if name not in _ONCE else [0.0] * here.sum()
+        keys = zip(seeds, columns["noise"][here], columns["video"][here], strict=True)
+        of_arm[name] = dict(zip(keys, columns[measure_name][here], strict=True))
+    pairs = []
+    for (seed, noise, video), value in of_arm[BASELINE].items():
+        other = of_arm[arm].get((0.0 if arm in _ONCE else seed, 0.0 if arm == "truth" else noise, video))
+        if other is not None:
+            pairs.append((value - other, seed, video))
+    return summarize(*np.array(pairs).reshape(-1, 3).T)
+
+
+def _measure_table(summary: dict, names: list[str], measure_name: str) -> list[str]:
+    text = MEASURES[measure_name]
+    lines = [f"**{text[0].upper()}{text[1:]}**", "", _row("arm", *(f"{horizon:g}×" for horizon in HORIZONS))]
+    lines.append(_row(*["---"] * (1 + len(HORIZONS))))
+    for arm in names:
+        lines.append(_row(arm, *(_cell(*summary[measure_name, arm, horizon]) for horizon in HORIZONS)))
+    return lines
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(mean: float, error: float, low: float = np.nan, high: float = np.nan, signed: bool = False) -> str:
+    """A table's cell; what is NaN is left out."""
     if not np.isfinite(mean):
         return ""
-    error = f" ± {error:.2f}" if np.isfinite(error) else ""
-    return f"{mean:.2f}{error} [{low:.2f}, {high:.2f}]"
+    sign = "+" if signed else ""
+    text = f"{mean:{sign}.2f}"
+    if np.isfinite(error):
+        text += f" ± {error:.2f}"
+    if np.isfinite(low):
+        text += f" [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return text
 
 
 def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
@@ -530,8 +588,8 @@ def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
     columns = read_rows(RESULTS / "swaps.csv.gz")
     lines = ["**What exchanging a part of the cache with another video's does**", ""]
     lines += [
-        "| arm | exchanged | next chunk moves | own colour comes back | the other's comes back |",
-        "|---|---|---|---|---|",
+        _row("arm", "exchanged", "next chunk moves", "own colour comes back", "the other's comes back"),
+        _row(*["---"] * 5),
     ]
     for arm in dict.fromkeys(columns["arm"]):
         for swap in dict.fromkeys(columns["swap"]):
@@ -542,7 +600,7 @@ def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
                 for name in ("moved", "own_colour", "other_colour")
             ]
             if any(cells):
-                lines.append(f"| {arm} | {'nothing' if swap == 'own' else swap} | " + " | ".join(cells) + " |")
+                lines.append(_row(arm, "nothing" if swap == "own" else swap, *cells))
     return lines
 
 
@@ -555,8 +613,7 @@ def _draw(summary: dict, names: list[str]) -> None:
     for file, shown in (("anchors.png", anchors), ("ablations.png", ["truth", "adaptive", *ablations])):
         shown = [name for name in shown if name in names]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
-        drawn = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")
-        for panel, measure_name in zip(panels.flat, drawn, strict=True):
+        for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):
             for number, arm in enumerate(shown):
                 found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])
                 colour = "black" if arm == "truth" else f"C{number}"

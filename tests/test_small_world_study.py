@@ -103,6 +103,32 @@ def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there(study):
     assert np.isnan(study.summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
 
 
+def test_differences_are_of_the_same_seed_noise_and_caption(study):
+    rows = [
+        *(
+            ("adaptive", seed, noise, video, 10 * seed + 3 * noise + video + 0.5)
+            for seed, noise, video in np.ndindex(3, 2, 4)
+        ),
+        *(("static", seed, noise, video, 10 * seed + 3 * noise + video) for seed, noise, video in np.ndindex(2, 2, 4)),
+        *(("initialized", 0, noise, video, 3 * noise + video) for noise, video in np.ndindex(2, 4)),
+        *(("truth", 0, 0, video, video) for video in range(4)),
+    ]
+    names = ("arm", "seed", "noise", "video", "pan")
+    columns = {name: np.array(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+    columns["horizon"] = np.ones(len(rows))
+    # What was not trained with a seed is left out of both; what has no seeds, or no noise, meets each.
+    np.testing.assert_allclose(study.paired_difference(columns, "static", "pan", 1.0), [0.5, 0, 0.5, 0.5])
+    assert study.paired_difference(columns, "initialized", "pan", 1.0)[0] == pytest.approx(10.5)
+    assert study.paired_difference(columns, "truth", "pan", 1.0)[0] == pytest.approx(12)
+
+
+def test_glimpses_show_the_first_and_the_last_training_length(study):
+    video = np.broadcast_to(np.arange(53, dtype=np.uint8)[:, None, None, None], (53, 2, 2, 3))
+    shown = study.glimpses(video, 21)[:, 0, 0, 0]
+    assert list(shown) == [0, 3, 6, 9, 12, 15, 18, 255, 32, 35, 38, 41, 44, 47, 50]
+    assert (study.glimpses(video[:21], 21)[7:] == 255).all()  # shown once
+
+
 def test_a_collapsed_run_is_named(study, monkeypatch):
     columns = {
         "arm": np.array(["truth", "good", "dark", "dark"]),
@@ -149,7 +175,7 @@ def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeyp
     row = {"arm": "truth", "seed": 0, "noise": 0, "video": 0, "pan": 1.5}
     for name in ("truth-0", "teacher-0", "initialized-0", "none-1"):
         study.write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
-        np.save(tmp_path / "measured" / f"{name}.npy", np.full((18, 9, 3), len(name), np.uint8))
+        np.save(tmp_path / "measured" / f"{name}.npy", np.full((15, 16, 16, 3), len(name), np.uint8))
     study.write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
     (tmp_path / "none-1.seconds").write_text("1")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
@@ -170,13 +196,29 @@ def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_
         study.write_rows(
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
         )
-        np.save(tmp_path / "measured" / f"{name}-0.npy", np.zeros((18, 9, 3), np.uint8))
+        np.save(tmp_path / "measured" / f"{name}-0.npy", np.zeros((15, 16, 16, 3), np.uint8))
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     study.measure(tmp_path, ["none"], [0], jobs=1)
     study.report()
     tables = (tmp_path / "results" / "tables.md").read_text()
     assert "| teacher | 1.00 [1.00, 1.00] |" in tables
     assert "exchanging" not in tables
+    assert "minus" not in tables.replace("minus the truth", "").replace("minus the share", "")
+
+
+@pytest.mark.skipif(not (ROOT / "docs/small_world/videos.csv.gz").exists(), reason="the study has not been run")
+def test_the_tables_are_of_the_rows_beside_them(study, tmp_path, monkeypatch):
+    for name in ("videos.csv.gz", "swaps.csv.gz"):
+        (tmp_path / name).symlink_to(ROOT / "docs/small_world" / name)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    study.report()
+    tables = (ROOT / "docs/small_world/tables.md").read_text()
+    assert (tmp_path / "tables.md").read_text() == tables
+    # The page's tables are those of the report.
+    page = (ROOT / "docs/reproduction.md").read_text().splitlines()
+    shown = [line for line in page if line.startswith("| ") and " ± " in line]
+    assert len(shown) > 20
+    assert set(shown) <= set(tables.splitlines())
 
 
 @pytest.mark.parametrize("missing", [None, 1, 0])
