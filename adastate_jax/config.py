@@ -31,7 +31,7 @@ from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
 from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.rollout import StreamConfig
 from adastate_jax.training.dmd import DistillConfig, num_chunks
-from adastate_jax.training.initialize import InitializeConfig, ode_sigmas
+from adastate_jax.training.initialize import InitializeConfig, ode_sigmas, require_own_frames
 from adastate_jax.training.pretrain import PretrainConfig
 from adastate_jax.training.state import require_positive
 
@@ -194,6 +194,8 @@ class Config:
             raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
         if "initialize" in self.stages:
             ode_sigmas(self.stream, self.initialize.ode_steps)
+            if self.initialize.context == "stream":
+                require_own_frames(self.stream)
         if "distill" in self.stages:
             num_chunks(self.distill.rollout_frames, self.stream)
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:

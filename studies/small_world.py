@@ -10,10 +10,12 @@ into swaps.csv.gz; `report` reads nothing else. Arms that are not trained yet ar
 
 import argparse
 import csv
+import dataclasses
 import functools
 import gzip
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -29,7 +31,7 @@ import matplotlib
 import numpy as np
 
 from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config import Config, load_config
+from adastate_jax.config import Config, load_config, parse_config
 from adastate_jax.data.worlds import World, WorldConfig, render_world
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.evaluation import small_world
@@ -47,6 +49,7 @@ from adastate_jax.media import contact_sheet, write_image
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys
+from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
 from adastate_jax.video_stream import stream_batch
 
@@ -66,7 +69,7 @@ ABSENCE = 4  # frames without a subject after which it counts as coming back
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 SWAP_CHUNK, SWAP_CHUNKS = 8, 14  # when anchors are exchanged, and how long the stream goes on
 
-_ONCE = {"truth": "", "teacher": "teacher", "initialized": "teacher"}  # what has no training seed, and its folder
+UNTRAINED = "initialized"  # the student before distillation, with its own stream; `initialized:ARM`, with an arm's
 
 # (column, what it is in a table)
 MEASURES = {
@@ -79,8 +82,8 @@ MEASURES = {
     "contrast": "contrast / truth",
     "seen": "share of frames with a subject / truth",
     "identity": "share of subjects that come back in the first one's colour",
-    "memory": "that share, minus the share in another video's first colour / truth",
-    "variety": "share of other videos whose first subject has another colour / truth",
+    "memory": "that share, minus the share in the first colour of another video of the caption / truth",
+    "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
 BASELINE = "adaptive"  # what the arms are compared with
@@ -168,6 +171,7 @@ def measure_videos(
     """
     pan_truth = np.array([world.pan_x for world in worlds]) * config.width / config.fps
     hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
+    captions = np.array([world.caption for world in worlds])
     hues = small_world.hue(videos)
     found = small_world.subject_colours(videos, config.colours, config.subject_radius[0])
     for horizon in HORIZONS:
@@ -183,7 +187,7 @@ def measure_videos(
             "hue_lock": np.cos(2 * np.pi * (hues[:, start:end] - hues[:, :1])).mean(axis=1),
             "picture_lock": small_world.resemblance(with_first)[:, 1:].mean(axis=1),
             **{name: values.mean(axis=1) for name, values in small_world.look(shown).items()},
-            **_read_subjects(found[:, :end], start, len(config.colours)),
+            **_read_subjects(found[:, :end], start, captions),
         }
         for index in range(len(videos)):
             yield {
@@ -193,24 +197,22 @@ def measure_videos(
             }
 
 
-def _read_subjects(found: np.ndarray, start: int, colours: int) -> dict[str, np.ndarray]:
+def _read_subjects(found: np.ndarray, start: int, captions: np.ndarray) -> dict[str, np.ndarray]:
     """How often subjects are seen from frame `start` on, and whose colour they have on coming back, each [V].
 
     found: the subject's colour in each frame [V, F], −1 for none. A video's own colour is that of its first subject.
-    Videos that all have one colour come back right without remembering it: so what comes back is compared with every
-    other video's colour too.
+    Videos that all have one colour come back right without remembering it, and so do those that take it from the
+    caption: so what comes back is compared with the colour of every other video of its caption too.
     """
     seen = found >= 0
     result = {name: np.full(len(found), np.nan) for name in ("identity", "memory", "variety")}
     first = found[np.arange(len(found)), seen.argmax(axis=1)]
-    of_colour = np.bincount(first[first >= 0], minlength=colours)
     for index in np.flatnonzero(first >= 0):
         own = first[index]
-        others = of_colour - (np.arange(colours) == own)
-        if not others.any():
+        others = first[(captions == captions[index]) & (first >= 0) & (np.arange(len(first)) != index)]
+        if not len(others):
             continue
-        share_of_others = others / others.sum()
-        result["variety"][index] = 1 - share_of_others[own]
+        result["variety"][index] = (others != own).mean()
         absences = np.convolve(~seen[index], np.ones(ABSENCE), "valid") == ABSENCE
         absences[: seen[index].argmax()] = False
         if not absences.any():
@@ -218,7 +220,8 @@ def _read_subjects(found: np.ndarray, start: int, colours: int) -> dict[str, np.
         back = seen[index] & (np.arange(found.shape[1]) >= max(start, absences.argmax() + ABSENCE))
         if back.any():
             result["identity"][index] = (found[index, back] == own).mean()
-            result["memory"][index] = result["identity"][index] - share_of_others[found[index, back]].mean()
+            of_others = (found[index, back][:, None] == others).mean()
+            result["memory"][index] = result["identity"][index] - of_others
     return {"seen": seen[:, start:].mean(axis=1), **result}
 
 
@@ -330,11 +333,12 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
 
     What is measured stays in `folder`/measured, and is not measured again.
     """
-    runs = [("truth", 0), ("teacher", 0), ("initialized", 0), *((name, seed) for seed in seeds for name in names)]
-    untrained = [run for run in runs[3:] if not (folder / f"{run[0]}-{run[1]}.seconds").exists()]
-    for name, seed in untrained:
-        print(f"{name}-{seed}: not trained yet, left out")
-    runs = [run for run in runs if run not in untrained]
+    runs = [("truth", 0), ("teacher", 0), *((name, 0) for name in _untrained(folder, names))]
+    for seed, name in itertools.product(seeds, names):
+        if (folder / f"{name}-{seed}.seconds").exists():
+            runs.append((name, seed))
+        else:
+            print(f"{name}-{seed}: not trained yet, left out")
     parts = folder / "measured"
     parts.mkdir(exist_ok=True)
     missing = [run for run in runs if not (parts / f"{run[0]}-{run[1]}.npy").exists()]
@@ -351,8 +355,34 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
         (RESULTS / f"{kind}.csv.gz").unlink(missing_ok=True)
         if rows:  # swaps need an anchor
             write_rows(RESULTS / f"{kind}.csv.gz", rows)
-    shown = [(name, np.load(parts / f"{name}-{seed}.npy")) for name, seed in runs if seed == seeds[0] or name in _ONCE]
+    shown = [(name, np.load(parts / f"{name}-{seed}.npy")) for name, seed in runs if seed == seeds[0] or _once(name)]
     write_image(RESULTS / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
+
+
+def _once(arm: str) -> bool:
+    """Whether the arm has no training seed."""
+    return arm in ("truth", "teacher") or arm.startswith(UNTRAINED)
+
+
+def _untrained(folder: Path, names: list[str]) -> list[str]:
+    """The student before distillation, with its own stream and with each other stream of the arms."""
+    found = {load_config(folder / "teacher" / "config.json").stream: UNTRAINED}
+    for name in names:
+        found.setdefault(_stream_of(name), f"{UNTRAINED}:{name}")
+    return list(found.values())
+
+
+def _stream_of(arm: str) -> StreamConfig:
+    return parse_config([f"--config={CONFIG}:{arm}"]).stream
+
+
+def _load_student(folder: Path, arm: str, seed: int) -> Model:
+    if not _once(arm):
+        return load(folder / f"{arm}-{seed}")
+    model, (_, _, stream) = load(folder / "teacher"), arm.partition(":")
+    if not stream:
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
 
 
 def _take_cores(shares) -> None:
@@ -371,7 +401,7 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
     config, worlds = _true_worlds(folder)
     prompts, length = [truth.caption for truth in worlds], config.distill.rollout_frames
     rows, swaps, shown = [], [], None
-    model = None if arm in ("truth", "teacher") else load(folder / _ONCE.get(arm, f"{arm}-{seed}"))
+    model = None if arm in ("truth", "teacher") else _load_student(folder, arm, seed)
     for noise in NOISE_SEEDS if arm != "truth" else (0,):
         if arm == "truth":
             videos = np.stack([truth.video for truth in worlds])
@@ -545,12 +575,11 @@ def paired_difference(
     of_arm = {}
     for name in (BASELINE, arm):
         here = (columns["arm"] == name) & (columns["horizon"] == horizon)
-        seeds = columns["seed"][here] if name not in _ONCE else [0.0] * here.sum()
-        keys = zip(seeds, columns["noise"][here], columns["video"][here], strict=True)
+        keys = zip(columns["seed"][here], columns["noise"][here], columns["video"][here], strict=True)
         of_arm[name] = dict(zip(keys, columns[measure_name][here], strict=True))
     pairs = []
     for (seed, noise, video), value in of_arm[BASELINE].items():
-        other = of_arm[arm].get((0.0 if arm in _ONCE else seed, 0.0 if arm == "truth" else noise, video))
+        other = of_arm[arm].get((0.0 if _once(arm) else seed, 0.0 if arm == "truth" else noise, video))
         if other is not None:
             pairs.append((value - other, seed, video))
     return summarize(*np.array(pairs).reshape(-1, 3).T)
@@ -605,12 +634,18 @@ def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
 
 
 def _draw(summary: dict, names: list[str]) -> None:
-    """A panel per measure, a line per arm over the horizons: one figure of the anchors and one of the ablations."""
+    """A panel per measure, a line per arm over the horizons: of anchors, ablations, and before distillation."""
     anchors = [
-        n for n in ("truth", "initialized", "none", "static", "ema", "memory", "ping_pong", "adaptive") if n in names
+        n for n in ("truth", UNTRAINED, "none", "static", "ema", "memory", "ping_pong", "adaptive") if n in names
     ]
-    ablations = [n for n in names if n not in anchors and n != "teacher"]
-    for file, shown in (("anchors.png", anchors), ("ablations.png", ["truth", "adaptive", *ablations])):
+    untrained = [n for n in names if n.startswith(UNTRAINED)]
+    ablations = [n for n in names if n not in (*anchors, *untrained, "teacher")]
+    figures = {
+        "anchors.png": anchors,
+        "ablations.png": ["truth", BASELINE, *ablations],
+        "untrained.png": ["truth", *untrained],
+    }
+    for file, shown in figures.items():
         shown = [name for name in shown if name in names]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
         for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):

@@ -24,6 +24,7 @@ from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
+from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.prompts import schedule
 from adastate_jax.streaming.rollout import StreamConfig
 
@@ -168,8 +169,12 @@ def test_initialisation_is_counted():
     stream = StreamConfig(chunk_frames=1, past_frames=2)
     passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 3)]
     text = flops.text_flops(SMALL).total
-    assert flops.initialize_flops(SMALL, stream, 4, 4, False) == 3 * (sum(passes) + text)
-    assert flops.initialize_flops(SMALL, stream, 4, 4, True) == 3 * (2 * sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "noisy") == 3 * (sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "clean") == 3 * (2 * sum(passes) + text)
+    # A stream's chunk sees the anchor too.
+    stream = StreamConfig(chunk_frames=1, past_frames=2, anchor=StaticAnchor(1))
+    passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 4)]
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "stream") == 3 * (2 * sum(passes) + text)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

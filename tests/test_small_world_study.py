@@ -75,22 +75,27 @@ def test_a_frozen_and_a_forgetful_video_are_told_apart(study, config, truth):
     assert mean["memory"] < -0.2  # nearer to the other videos than to their own
 
 
-def test_one_colour_for_all_is_no_memory(study):
+def test_one_colour_for_all_or_for_a_caption_is_no_memory(study):
     seen = [True] * 3 + [False] * 6 + [True] * 3
-    colours = np.array([0, 0, 1, 2])
+    colours, one_caption = np.array([0, 0, 1, 2]), np.zeros(4)
     found = np.where(seen, colours[:, None], -1)
-    right = study._read_subjects(found, 0, 3)
+    right = study._read_subjects(found, 0, one_caption)
     np.testing.assert_array_equal(right["identity"], 1)
     # Of the three others, one has the first video's colour; none has the third's.
     np.testing.assert_allclose(right["memory"], [2 / 3, 2 / 3, 1, 1])
     np.testing.assert_allclose(right["variety"], right["memory"])
-    same = study._read_subjects(np.where(seen, 0, found), 0, 3)
+    same = study._read_subjects(np.where(seen, 0, found), 0, one_caption)
     np.testing.assert_array_equal(same["identity"], 1)
     np.testing.assert_array_equal(same["memory"], 0)
     np.testing.assert_array_equal(same["variety"], 0)
+    by_caption = study._read_subjects(np.where(seen, [[0], [0], [1], [1]], -1), 0, np.array(["a", "a", "b", "b"]))
+    np.testing.assert_array_equal(by_caption["identity"], 1)
+    np.testing.assert_array_equal(by_caption["memory"], 0)
     forgotten = found.copy()
     forgotten[:, 9:] = np.array([1, 2, 0])
-    np.testing.assert_allclose(study._read_subjects(forgotten, 0, 3)["identity"], 1 / 3)
+    np.testing.assert_allclose(study._read_subjects(forgotten, 0, one_caption)["identity"], 1 / 3)
+    alone = study._read_subjects(found, 0, np.arange(4))
+    assert np.isnan(alone["memory"]).all()  # nothing to compare with
 
 
 def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there(study):
@@ -173,7 +178,7 @@ def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeyp
     save_config(config, tmp_path / "teacher" / "config.json")
     (tmp_path / "measured").mkdir()
     row = {"arm": "truth", "seed": 0, "noise": 0, "video": 0, "pan": 1.5}
-    for name in ("truth-0", "teacher-0", "initialized-0", "none-1"):
+    for name in ("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0", "none-1"):
         study.write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
         np.save(tmp_path / "measured" / f"{name}.npy", np.full((15, 16, 16, 3), len(name), np.uint8))
     study.write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
@@ -181,7 +186,10 @@ def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeyp
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     study.measure(tmp_path, ["none", "static"], [1], jobs=2)
     columns = study.read_rows(tmp_path / "results" / "videos.csv.gz")
-    assert list(columns["arm"]) == ["truth-0", "teacher-0", "initialized-0", "none-1"]
+    assert list(columns["arm"]) == [
+        *("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0"),
+        "none-1",
+    ]
     assert list(study.read_rows(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
 
@@ -192,7 +200,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_
     (tmp_path / "measured").mkdir()
     worlds, videos = truth
     rows = list(study.measure_videos(videos, worlds, config.data.worlds, 21))
-    for name in ("truth", "teacher", "initialized"):
+    for name in ("truth", "teacher", "initialized", "initialized:none"):
         study.write_rows(
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
         )

@@ -145,11 +145,15 @@ def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> int:
     return _gradient(config, clip_flops(config, frames, frame_tokens))
 
 
-def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, clean_copy: bool) -> int:
-    """A step of regression under the block-causal mask, over a clean copy of the clip too if `clean_copy`."""
-    chunk, past = stream.chunk_frames, stream.past_frames
-    passes = [pass_flops(config, chunk, min(start, past) + chunk, frame_tokens) for start in range(0, frames, chunk)]
-    return _gradient(config, _sum(*passes * (2 if clean_copy else 1), text_flops(config)))
+def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> int:
+    """A step of regression, over a clean copy of the clip too unless `context` is `noisy`."""
+    if context == "stream":
+        one_pass = _rollout_pass(config, stream, frames, frame_tokens)
+    else:
+        chunk, past = stream.chunk_frames, stream.past_frames
+        starts = range(0, frames, chunk)
+        one_pass = _sum(*(pass_flops(config, chunk, min(start, past) + chunk, frame_tokens) for start in starts))
+    return _gradient(config, _sum(*[one_pass] * (1 if context == "noisy" else 2), text_flops(config)))
 
 
 def _rollout_pass(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:

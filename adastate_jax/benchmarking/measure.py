@@ -295,8 +295,7 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
         def initialize(state, key, text, trajectory):
             return initialize_step(state, trajectory, text, key, settings, config.stream)
 
-        clean_copy = settings.context == "clean"
-        work = flops.initialize_flops(model, config.stream, clip_frames, subject.frame_tokens, clean_copy)
+        work = flops.initialize_flops(model, config.stream, clip_frames, subject.frame_tokens, settings.context)
         trajectory = _normal(batch, len(config.stream.sigmas) + 1, clip_frames, *shape)
         yield measure("initialize", state(settings.optimizer, True), initialize, work, trajectory)
     else:

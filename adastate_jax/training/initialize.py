@@ -1,6 +1,8 @@
-"""Initialisation of the causal student: regression on the teacher's ODE trajectories under the block-causal mask."""
+"""Initialisation of the causal student: regression on the teacher's ODE trajectories, all chunks in one pass under the
+block-causal mask, or chunk after chunk against a stream's cache."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -8,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from adastate_jax.diffusion import MAX_TIMESTEP, flow_to_clean, warp
-from adastate_jax.models.attention import attend_block_causal
+from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.rollout import denoise, read_context
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
 
-CONTEXTS = ("noisy", "clean")
+CONTEXTS = ("noisy", "clean", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,8 @@ class InitializeConfig:
         ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
         guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
         context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
-            or their `clean` trajectory ends (teacher forcing).
+            their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
+            anchor, where the stream puts them in time. The first two show no anchor.
     """
 
     steps: int = 1000
@@ -145,6 +150,67 @@ def block_causal_pass(
     return flow[:, -frames:]
 
 
+def require_own_frames(stream: StreamConfig) -> None:
+    """Raises ValueError where a clip alone does not tell what the stream's cache holds."""
+    anchor = stream.anchor
+    if anchor.state_frames or anchor.joint or anchor.restarts:
+        raise ValueError(
+            f"initialize.context stream needs an anchor of the video's own frames, as none or static, not {anchor}"
+        )
+
+
+def _twice(keys_values: KeyValues | None) -> KeyValues | None:
+    """Keys and values [layers, B, …] of every sample for it and for its copy beside it."""
+    return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), keys_values)
+
+
+def teacher_forced_pass(
+    model: DiT, latents: jax.Array, sigma: jax.Array, text: jax.Array, stream: StreamConfig, clean: jax.Array
+) -> jax.Array:
+    """All chunks one after another, each against the cache that the stream would hold after the clean ones before it.
+
+    Gradients reach the clean frames' keys and values. Without an anchor it is `block_causal_pass` with a clean copy.
+
+    Args:
+        latents: noisy clip [B, N, H, W, C].
+        sigma: noise level per frame [B, N].
+        text: embeddings [B, T, text_dim].
+        clean: clean copy of the clip.
+
+    Returns:
+        Clean estimates x̂_0 of the noisy clip [B, N, H, W, C].
+
+    Raises:
+        ValueError: the anchor has a hidden state, whose latents no clip has, or is not filled chunk after chunk.
+    """
+    require_own_frames(stream)
+    batch, anchor = len(latents), stream.anchor
+    # A chunk and its clean copy pass side by side: both see the same.
+    both = jnp.stack([latents, clean], axis=1).reshape(2 * batch, -1, stream.chunk_frames, *latents.shape[2:])
+    levels = jnp.stack([sigma, jnp.zeros_like(sigma)], axis=1).reshape(2 * batch, -1, stream.chunk_frames)
+    text_keys_values = _twice(model.text_keys_values(text))
+    frame_tokens = model.config.frame_tokens(*latents.shape[2:4])
+    cache = cache_lib.empty(model.config, anchor, stream.past_frames, batch, frame_tokens)
+
+    def step(cache: cache_lib.Cache, chunk: tuple[jax.Array, jax.Array], phase: Phase):
+        layout = layout_of(phase, stream)
+        context = read_context(model.config, cache, stream, layout, chunk[0])
+        estimate, fresh = denoise(model, *chunk, text_keys_values, layout, _twice(context))
+        fresh = jax.tree.map(lambda x: x[:, 1::2], fresh)
+        return cache_lib.advance(cache, anchor, layout, fresh, phase.first_frame), estimate[::2]
+
+    chunks = jnp.moveaxis(both, 1, 0), jnp.moveaxis(levels, 1, 0)
+    fill = min(stream.num_fill_chunks, len(chunks[0]))
+    estimates = []
+    for number in range(fill):
+        cache, estimate = step(cache, (chunks[0][number], chunks[1][number]), phase_of(number, stream))
+        estimates.append(estimate)
+    later = tuple(x[fill:] for x in chunks)
+    _, later = jax.lax.scan(functools.partial(step, phase=phase_of(stream.num_fill_chunks, stream)), cache, later)
+    estimates = jnp.concatenate([jnp.stack(estimates), later])
+    return jnp.moveaxis(estimates, 0, 1).reshape(latents.shape)
+
+
 def initialize_step(
     state: TrainState,
     trajectory: jax.Array,
@@ -172,9 +238,13 @@ def initialize_step(
     sigma = jnp.asarray(stream.sigmas, jnp.float32)[step]
 
     def loss_function(params):
-        context = clean if config.context == "clean" else None
-        flow = block_causal_pass(params, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
-        return jnp.square(flow_to_clean(flow, noisy, sigma) - clean).mean()
+        if config.context == "stream":
+            estimate = teacher_forced_pass(params, noisy, sigma, text, stream, clean)
+        else:
+            context = clean if config.context == "clean" else None
+            flow = block_causal_pass(params, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
+            estimate = flow_to_clean(flow, noisy, sigma)
+        return jnp.square(estimate - clean).mean()
 
     loss, gradients = jax.value_and_grad(loss_function)(state.params)
     state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)

@@ -14,7 +14,7 @@ from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.anchors import AdaptiveAnchor, EMAAnchor, NoAnchor, StaticAnchor
 from adastate_jax.streaming.rollout import (
     StreamConfig,
     denoise,
@@ -38,7 +38,7 @@ from adastate_jax.training.dmd import (
     self_rollout,
     student_step,
 )
-from adastate_jax.training.initialize import block_causal_pass
+from adastate_jax.training.initialize import block_causal_pass, teacher_forced_pass
 from adastate_jax.training.state import OptimizerConfig, create_state
 
 STREAMS = {
@@ -226,6 +226,46 @@ def test_streaming_is_the_block_causal_pass(past_frames, student, text):
     sigma = jnp.full(noisy.shape[:2], stream.sigmas[1])
     flow = jax.jit(block_causal_pass, static_argnums=(4, 5))(student, noisy, sigma, text, 3, past_frames, clean)
     np.testing.assert_allclose(flow_to_clean(flow, noisy, sigma), clean, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "static", "ema"])
+def test_teacher_forcing_sees_what_the_stream_sees(name, student, text):
+    """On the stream's own chunks, against the cache that they leave, the stream's own estimates come out."""
+    ema = StreamConfig(1, 2, EMAAnchor(1), denoising_steps=(1000.0, 600.0, 300.0))
+    stream = ema if name == "ema" else STREAMS[name]
+    record = record_of(student, text, jnp.int32(1), stream)
+    noisy = [chunk.noisy for chunk in record.fill]
+    if record.steady is not None:
+        noisy += list(record.steady.noisy)
+    noisy, clean = jnp.concatenate(noisy, axis=1), rollout_latents(record, stream)
+    sigma = jnp.full(noisy.shape[:2], stream.sigmas[1])
+    found = jax.jit(teacher_forced_pass, static_argnums=4)(student, noisy, sigma, text, stream, clean)
+    np.testing.assert_allclose(found, clean, atol=2e-5)
+
+
+def test_teacher_forcing_without_an_anchor_is_the_block_causal_pass(student, text):
+    """In values and in gradients."""
+    stream = StreamConfig(3, 3, NoAnchor())
+    clean = jax.random.normal(jax.random.key(1), (2, 12, *LATENT_SHAPE))
+    noisy, sigma = clean + 0.5, jnp.full((2, 12), 0.7).at[:, 3:6].set(0.3)
+
+    def by_mask(student):
+        flow = block_causal_pass(student, noisy, sigma, text, 3, 3, clean)
+        return jnp.square(flow_to_clean(flow, noisy, sigma)).mean()
+
+    def by_stream(student):
+        return jnp.square(teacher_forced_pass(student, noisy, sigma, text, stream, clean)).mean()
+
+    (one, slope), (other, other_slope) = (jax.jit(jax.value_and_grad(f))(student) for f in (by_mask, by_stream))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (slope, other_slope)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
+
+
+def test_teacher_forcing_has_no_hidden_state(student, text):
+    latents = jnp.zeros((2, 12, *LATENT_SHAPE))
+    with pytest.raises(ValueError, match=r"context stream needs an anchor of the video's own frames, not Adaptive"):
+        teacher_forced_pass(student, latents, latents[:, :, 0, 0, 0], text, STREAMS["adaptive"], latents)
 
 
 def test_block_causal_pass_without_a_clean_copy_is_causal(student, text):

@@ -1,5 +1,6 @@
 """Every training step on 8 devices gives what one device gives, and what is split stays split."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -25,6 +26,7 @@ from adastate_jax.sharding import (
     tree_shardings,
 )
 from adastate_jax.stages import _compile_step
+from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.rollout import StreamConfig, draw_noise, generate_chunk, initial_carry, phase_of, seed_keys
 from adastate_jax.training.dmd import DistillConfig, critic_step, student_step
 from adastate_jax.training.initialize import InitializeConfig, initialize_step
@@ -124,12 +126,13 @@ def test_tensor_parallel_layers_gather_nothing(student, batch):
     assert "collective-permute" not in program
 
 
-@pytest.mark.parametrize("context", ["noisy", "clean"])
+@pytest.mark.parametrize("context", ["noisy", "clean", "stream"])
 def test_initialize_step(context, student, batch, meshes):
     config = InitializeConfig(optimizer=OPTIMIZER, context=context)
+    stream = dataclasses.replace(STREAM, anchor=StaticAnchor()) if context == "stream" else STREAM
 
     def step(state, batch):
-        return initialize_step(state, batch["trajectory"], batch["text"], jax.random.key(1), config, STREAM)
+        return initialize_step(state, batch["trajectory"], batch["text"], jax.random.key(1), config, stream)
 
     compare(step, create_state(student, OPTIMIZER, True), batch, *meshes)
 
