@@ -3,9 +3,12 @@
 python -m adastate_jax.train --config=configs/small_world.py:teacher --workdir=runs/small_world/teacher
 python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0 --workdir=runs/small_world/ARM-0
 
-The first trains the teacher and the student that all arms start from, the second distils one arm. A camera pans over
-clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the landscape's hue
-turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
+The first trains the teacher and the student that all arms start from, which anchors on the first frame; the second
+distils one arm. `unanchored` is a student that is initialised without an anchor, with a window of a whole training
+video, and not distilled: what anchors do to it, they do without training.
+
+A camera pans over clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the
+landscape's hue turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
 """
 
 import ml_collections
@@ -80,15 +83,15 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.pretrain.shift = 5.0
     config.pretrain.weighting = "clean"
 
-    config.initialize.steps = 2000
+    config.initialize.steps = 1500
     config.initialize.batch_size = 32
     config.initialize.optimizer.learning_rate = 1e-3
     config.initialize.optimizer.warmup_steps = 100
-    config.initialize.optimizer.decay_steps = 2000
+    config.initialize.optimizer.decay_steps = 1500
     config.initialize.trajectories = 4096
     config.initialize.ode_steps = 24
     config.initialize.guidance_scale = 0.0
-    config.initialize.context = "clean"
+    config.initialize.context = "stream"
 
     config.distill.steps = 600
     config.distill.batch_size = 16
@@ -100,22 +103,27 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.distill.ema_decay = 0.98
     config.distill.ema_start = 50
 
-    config.sample.anchors = ("none",)
+    config.sample.anchors = ("none", "static")
     config.sample.count = 8
     config.logging.log_every = 50
     config.logging.save_every = 1000
     config.logging.keep = 1
 
     if arm == "teacher":
-        config.stream.anchor = {"name": "none"}
-        config.stream.past_frames = 18  # all of a training video: the paper starts from such a student too
+        config.stream.anchor = {"name": "static"}  # the paper starts from a student that anchors on the first frame too
         config.stages = ("pretrain", "initialize", "sample")
+    elif arm == "unanchored":
+        config.stream.anchor = {"name": "none"}
+        config.stream.past_frames = 18  # all of a training video
+        config.initialize.context = "clean"
+        config.stages = ("initialize",)
+        config.start_from = "runs/small_world/teacher"
     elif arm in ARMS:
         config.stages = ("distill",)
         config.start_from = "runs/small_world/teacher"
         _set_fields(config, ARMS[arm])
     else:
-        raise ValueError(f"unknown arm {arm!r}; choose teacher or one of {', '.join(ARMS)}")
+        raise ValueError(f"unknown arm {arm!r}; choose teacher, unanchored or one of {', '.join(ARMS)}")
     return config
 
 

@@ -69,7 +69,8 @@ ABSENCE = 4  # frames without a subject after which it counts as coming back
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 SWAP_CHUNK, SWAP_CHUNKS = 8, 14  # when anchors are exchanged, and how long the stream goes on
 
-UNTRAINED = "initialized"  # the student before distillation, with its own stream; `initialized:ARM`, with an arm's
+# Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
+STARTS = {"initialized": "teacher", "unanchored": "unanchored"}
 
 # (column, what it is in a table)
 MEASURES = {
@@ -86,6 +87,7 @@ MEASURES = {
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
+ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the rest vary something in the last of them
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
@@ -103,9 +105,9 @@ def arms() -> list[str]:
 
 
 def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
-    """Trains the teacher, then the arms, `jobs` at a time on processor cores of their own; done runs are skipped."""
+    """Trains the teacher, then all else, `jobs` at a time on processor cores of their own; done runs are skipped."""
     _train_one(folder, "teacher", 0, None)
-    waiting = iter([(name, seed) for seed in seeds for name in names])
+    waiting = iter([("unanchored", 0), *((name, seed) for seed in seeds for name in names)])
 
     def work(share):
         for name, seed in waiting:  # a list's iterator may be shared between threads
@@ -122,7 +124,7 @@ def _share_cores(jobs: int) -> list[list[int] | None]:
 
 
 def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
-    workdir = folder / (name if name == "teacher" else f"{name}-{seed}")
+    workdir = folder / (STARTS.get(name, name) if _once(name) else f"{name}-{seed}")
     done = folder / f"{workdir.name}.seconds"
     if done.exists():
         return
@@ -145,7 +147,7 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
             preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
         )
     seconds = time.monotonic() - start
-    stage = "initialize" if name == "teacher" else "distill"
+    stage = "initialize" if _once(name) else "distill"
     if latest_step(workdir / stage) != getattr(load_config(workdir / "config.json"), stage).steps:
         raise SystemExit(f"{workdir} was stopped before its end; the same command goes on from there")
     done.write_text(f"{seconds:.0f}\n")
@@ -333,7 +335,7 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
 
     What is measured stays in `folder`/measured, and is not measured again.
     """
-    runs = [("truth", 0), ("teacher", 0), *((name, 0) for name in _untrained(folder, names))]
+    runs = [("truth", 0), ("teacher", 0), *((name, 0) for name in _starts(folder, names))]
     for seed, name in itertools.product(seeds, names):
         if (folder / f"{name}-{seed}.seconds").exists():
             runs.append((name, seed))
@@ -361,15 +363,21 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None
 
 def _once(arm: str) -> bool:
     """Whether the arm has no training seed."""
-    return arm in ("truth", "teacher") or arm.startswith(UNTRAINED)
+    return arm.partition(":")[0] in ("truth", "teacher", *STARTS)
 
 
-def _untrained(folder: Path, names: list[str]) -> list[str]:
-    """The student before distillation, with its own stream and with each other stream of the arms."""
-    found = {load_config(folder / "teacher" / "config.json").stream: UNTRAINED}
-    for name in names:
-        found.setdefault(_stream_of(name), f"{UNTRAINED}:{name}")
-    return list(found.values())
+def _starts(folder: Path, names: list[str]) -> list[str]:
+    """The students before distillation, each with its own stream and with each other stream of the arms."""
+    found = []
+    for start, where in STARTS.items():
+        if not (folder / f"{where}.seconds").exists():
+            print(f"{where}: not trained yet, left out")
+            continue
+        streams = {load_config(folder / where / "config.json").stream: start}
+        for name in names:
+            streams.setdefault(_stream_of(name), f"{start}:{name}")
+        found += streams.values()
+    return found
 
 
 def _stream_of(arm: str) -> StreamConfig:
@@ -379,10 +387,12 @@ def _stream_of(arm: str) -> StreamConfig:
 def _load_student(folder: Path, arm: str, seed: int) -> Model:
     if not _once(arm):
         return load(folder / f"{arm}-{seed}")
-    model, (_, _, stream) = load(folder / "teacher"), arm.partition(":")
+    start, _, stream = arm.partition(":")
+    model = load(folder / STARTS[start])
     if not stream:
         return model
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
+    # It was not, and could not be, initialised with each of these streams: the configuration is to draw from it alone.
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream), stages=()))
 
 
 def _take_cores(shares) -> None:
@@ -503,9 +513,12 @@ def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
-    """Runs whose look at the first horizon is off by more than `COLLAPSE`, and in what. Takes compared columns."""
+    """Distilled runs whose look at the first horizon is off by more than `COLLAPSE`, and in what.
+
+    Takes compared columns.
+    """
     found = {}
-    for arm in dict.fromkeys(columns["arm"]):
+    for arm in (name for name in dict.fromkeys(columns["arm"]) if not _once(name)):
         for seed in np.unique(columns["seed"][columns["arm"] == arm]):
             here = (columns["arm"] == arm) & (columns["seed"] == seed) & (columns["horizon"] == HORIZONS[0])
             for name in ("brightness", "saturation", "contrast"):
@@ -635,25 +648,19 @@ def _swap_table(gone: dict[tuple[str, int], str]) -> list[str]:
 
 def _draw(summary: dict, names: list[str]) -> None:
     """A panel per measure, a line per arm over the horizons: of anchors, ablations, and before distillation."""
-    anchors = [
-        n for n in ("truth", UNTRAINED, "none", "static", "ema", "memory", "ping_pong", "adaptive") if n in names
-    ]
-    untrained = [n for n in names if n.startswith(UNTRAINED)]
-    ablations = [n for n in names if n not in (*anchors, *untrained, "teacher")]
-    figures = {
-        "anchors.png": anchors,
-        "ablations.png": ["truth", BASELINE, *ablations],
-        "untrained.png": ["truth", *untrained],
-    }
+    groups = {start: [name for name in names if name.partition(":")[0] == start] for start in STARTS}
+    distilled = [name for name in names if not _once(name)]
+    anchors = [name for name in distilled if name in ANCHORS]
+    figures = {"anchors": anchors, "ablations": [n for n in distilled if n not in anchors or n == BASELINE], **groups}
     for file, shown in figures.items():
-        shown = [name for name in shown if name in names]
+        shown = ["truth", *shown]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
         for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):
             for number, arm in enumerate(shown):
                 found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])
                 colour = "black" if arm == "truth" else f"C{number}"
                 panel.plot(
-                    HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=2 if arm == "adaptive" else 1
+                    HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=2 if arm == BASELINE else 1
                 )
                 panel.fill_between(HORIZONS, found[:, 2], found[:, 3], color=colour, alpha=0.12, linewidth=0)
             panel.set_xscale("log")
@@ -662,7 +669,7 @@ def _draw(summary: dict, names: list[str]) -> None:
             panel.set_title(MEASURES[measure_name], fontsize=8)
             panel.grid(alpha=0.3)
         panels[0, 0].legend(fontsize=8)
-        figure.savefig(RESULTS / file, dpi=90)
+        figure.savefig(RESULTS / f"{file}.png", dpi=90)
         pyplot.close(figure)
 
 

@@ -40,6 +40,19 @@ def means(rows, horizon):
     return {name: values[np.isfinite(values)].mean() for name, values in columns.items() if np.isfinite(values).any()}
 
 
+def test_undistilled_students_are_measured_with_every_other_stream(study, config, tmp_path):
+    for name in ("teacher", "unanchored"):
+        (tmp_path / name).mkdir()
+        save_config(parse_config([f"--config={ROOT}/configs/small_world.py:{name}"]), tmp_path / name / "config.json")
+        (tmp_path / f"{name}.seconds").write_text("1")
+    names = study._starts(tmp_path, ["adaptive", "static", "none", "alpha_0"])
+    # The student of the teacher's run is initialised with the static anchor; alpha_0 has the stream of adaptive.
+    assert names == [
+        *("initialized", "initialized:adaptive", "initialized:none"),
+        *("unanchored", "unanchored:adaptive", "unanchored:static", "unanchored:none"),
+    ]
+
+
 def test_every_arm_is_a_configuration(study):
     configs = {arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in study.arms()}
     assert len(set(configs.values())) == len(configs)
@@ -182,7 +195,8 @@ def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeyp
         study.write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
         np.save(tmp_path / "measured" / f"{name}.npy", np.full((15, 16, 16, 3), len(name), np.uint8))
     study.write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
-    (tmp_path / "none-1.seconds").write_text("1")
+    for done in ("teacher.seconds", "none-1.seconds"):
+        (tmp_path / done).write_text("1")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     study.measure(tmp_path, ["none", "static"], [1], jobs=2)
     columns = study.read_rows(tmp_path / "results" / "videos.csv.gz")
@@ -205,6 +219,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
         )
         np.save(tmp_path / "measured" / f"{name}-0.npy", np.zeros((15, 16, 16, 3), np.uint8))
+    (tmp_path / "teacher.seconds").write_text("1")
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     study.measure(tmp_path, ["none"], [0], jobs=1)
     study.report()
@@ -240,7 +255,8 @@ def test_a_stopped_run_is_not_a_finished_one(missing, study, config, tmp_path, m
 
     monkeypatch.setattr(study.subprocess, "run", run)
     monkeypatch.setattr(study, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999)
-    (tmp_path / "teacher.seconds").write_text("1")
+    for done in ("teacher.seconds", "unanchored.seconds"):
+        (tmp_path / done).write_text("1")
     if finished:
         study.train(tmp_path, ["none"], [1], jobs=1)
     else:
