@@ -30,6 +30,11 @@ ARMS = {
     "normalized": {"distill.horizon_normalize": True},
     "straight_through": {"distill.cache_gradient": "straight_through"},
 }
+# What three times the training does; not of the study's budget.
+LONGER = {
+    "longer": {"distill.steps": 1800},
+    "longer_straight_through": {"distill.steps": 1800, "distill.cache_gradient": "straight_through"},
+}
 
 
 def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
@@ -118,12 +123,12 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
         config.initialize.context = "clean"
         config.stages = ("initialize",)
         config.start_from = "runs/small_world/teacher"
-    elif arm in ARMS:
+    elif arm in ARMS or arm in LONGER:
         config.stages = ("distill",)
         config.start_from = "runs/small_world/teacher"
-        _set_fields(config, ARMS[arm])
+        _set_fields(config, (ARMS | LONGER)[arm])
     else:
-        raise ValueError(f"unknown arm {arm!r}; choose teacher, unanchored or one of {', '.join(ARMS)}")
+        raise ValueError(f"unknown arm {arm!r}; choose teacher, unanchored or one of {', '.join(ARMS | LONGER)}")
     return config
 
 

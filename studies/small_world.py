@@ -93,12 +93,12 @@ _DIFFERENCES = ("hue_lock", "picture_lock")
 _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
 
 
-def arms() -> list[str]:
-    """The arms that the configuration knows."""
+def arms() -> tuple[list[str], list[str]]:
+    """The arms that the configuration knows: those of the study, and those that are trained longer."""
     spec = importlib.util.spec_from_file_location("small_world_config", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.ARMS)
+    return list(module.ARMS), list(module.LONGER)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -674,18 +674,19 @@ def _draw(summary: dict, names: list[str]) -> None:
 
 
 def main() -> None:
+    study, longer = arms()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "measure", "report"))
     parser.add_argument("--folder", type=Path, default=Path("runs/small_world"))
-    parser.add_argument("--arms", nargs="+", default=arms(), choices=arms(), metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=study + longer, metavar="ARM", help="default: those of the study")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     if options.command == "train":
         options.folder.mkdir(parents=True, exist_ok=True)
-        train(options.folder.resolve(), options.arms, options.seeds, options.jobs)
+        train(options.folder.resolve(), options.arms or study, options.seeds, options.jobs)
     elif options.command == "measure":
-        measure(options.folder.resolve(), options.arms, options.seeds, options.jobs)
+        measure(options.folder.resolve(), options.arms or study + longer, options.seeds, options.jobs)
     else:
         report()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -54,7 +55,9 @@ def test_undistilled_students_are_measured_with_every_other_stream(study, config
 
 
 def test_every_arm_is_a_configuration(study):
-    configs = {arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in study.arms()}
+    configs = {
+        arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in itertools.chain(*study.arms())
+    }
     assert len(set(configs.values())) == len(configs)
     streams = {name: dataclasses.astuple(config.stream) for name, config in configs.items()}
     # One factor at a time: what is no anchor changes nothing else.

@@ -264,7 +264,7 @@ def test_teacher_forcing_without_an_anchor_is_the_block_causal_pass(student, tex
 
 def test_teacher_forcing_has_no_hidden_state(student, text):
     latents = jnp.zeros((2, 12, *LATENT_SHAPE))
-    with pytest.raises(ValueError, match=r"context stream needs an anchor of the video's own frames, not Adaptive"):
+    with pytest.raises(ValueError, match=r"context stream needs an anchor of the video's own frames, as none or static, not Ada"):
         teacher_forced_pass(student, latents, latents[:, :, 0, 0, 0], text, STREAMS["adaptive"], latents)
 
 
