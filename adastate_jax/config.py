@@ -31,7 +31,7 @@ from adastate_jax.streaming.anchors import ANCHORS, NoAnchor, make_anchor
 from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.rollout import StreamConfig
 from adastate_jax.training.dmd import DistillConfig, num_chunks
-from adastate_jax.training.initialize import InitializeConfig, ode_sigmas, require_own_frames
+from adastate_jax.training.initialize import InitializeConfig, ode_sigmas, stream_of_clips
 from adastate_jax.training.pretrain import PretrainConfig
 from adastate_jax.training.state import require_positive
 
@@ -195,7 +195,7 @@ class Config:
         if "initialize" in self.stages:
             ode_sigmas(self.stream, self.initialize.ode_steps)
             if self.initialize.context == "stream":
-                require_own_frames(self.stream)
+                stream_of_clips(self.stream)
         if "distill" in self.stages:
             num_chunks(self.distill.rollout_frames, self.stream)
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:

@@ -391,8 +391,7 @@ def _load_student(folder: Path, arm: str, seed: int) -> Model:
     model = load(folder / STARTS[start])
     if not stream:
         return model
-    # It was not, and could not be, initialised with each of these streams: the configuration is to draw from it alone.
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream), stages=()))
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
 
 
 def _take_cores(shares) -> None:

@@ -140,7 +140,6 @@ def test_a_broken_file_is_named(tmp_path):
         ("distill.horizon_alpha=nan", "config.distill.horizon_alpha: must be a finite number"),
         ("initialize.trajectories=0", "config.initialize: trajectories must be positive"),
         ("initialize.ode_steps=7", "ode_steps 7 must be a multiple of the 4 denoising steps"),
-        ("initialize.context=stream", "context stream needs an anchor of the video's own frames"),
         ("text.vocab_size=10", "text.vocab_size 10 is too small"),
         ("mesh.data=0", "config.mesh: data must be positive"),
         ("stages=('distill','pretrain')", "in this order"),

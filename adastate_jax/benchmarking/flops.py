@@ -13,6 +13,7 @@ from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig, decoder_levels
 from adastate_jax.streaming.rollout import StreamConfig, layout_of, phase_of
 from adastate_jax.training.dmd import num_chunks
+from adastate_jax.training.initialize import stream_of_clips
 
 _MEMORY_BLOCKS = 3  # of each level of the tiny decoder
 
@@ -148,7 +149,7 @@ def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> int:
 def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> int:
     """A step of regression, over a clean copy of the clip too unless `context` is `noisy`."""
     if context == "stream":
-        one_pass = _rollout_pass(config, stream, frames, frame_tokens)
+        one_pass = _rollout_pass(config, stream_of_clips(stream), frames, frame_tokens)
     else:
         chunk, past = stream.chunk_frames, stream.past_frames
         starts = range(0, frames, chunk)

@@ -14,6 +14,7 @@ from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.rollout import denoise, read_context
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
@@ -34,7 +35,8 @@ class InitializeConfig:
         guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
         context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
             their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
-            anchor, where the stream puts them in time. The first two show no anchor.
+            anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
+            anchor.
     """
 
     steps: int = 1000
@@ -150,13 +152,18 @@ def block_causal_pass(
     return flow[:, -frames:]
 
 
-def require_own_frames(stream: StreamConfig) -> None:
-    """Raises ValueError where a clip alone does not tell what the stream's cache holds."""
+def stream_of_clips(stream: StreamConfig) -> StreamConfig:
+    """The stream itself, or with a static anchor in place of a hidden state, whose latents no clip has.
+
+    Raises:
+        ValueError: its cache is not filled chunk after chunk.
+    """
     anchor = stream.anchor
-    if anchor.state_frames or anchor.joint or anchor.restarts:
-        raise ValueError(
-            f"initialize.context stream needs an anchor of the video's own frames, as none or static, not {anchor}"
-        )
+    if anchor.joint or anchor.restarts:
+        raise ValueError(f"initialize.context stream needs a cache that is filled chunk after chunk, not {anchor}'s")
+    if not anchor.state_frames:
+        return stream
+    return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames))
 
 
 def _twice(keys_values: KeyValues | None) -> KeyValues | None:
@@ -169,7 +176,8 @@ def teacher_forced_pass(
 ) -> jax.Array:
     """All chunks one after another, each against the cache that the stream would hold after the clean ones before it.
 
-    Gradients reach the clean frames' keys and values. Without an anchor it is `block_causal_pass` with a clean copy.
+    A static anchor stands for a hidden state. Gradients reach the clean frames' keys and values. Without an anchor it is
+    `block_causal_pass` with a clean copy.
 
     Args:
         latents: noisy clip [B, N, H, W, C].
@@ -181,9 +189,9 @@ def teacher_forced_pass(
         Clean estimates x̂_0 of the noisy clip [B, N, H, W, C].
 
     Raises:
-        ValueError: the anchor has a hidden state, whose latents no clip has, or is not filled chunk after chunk.
+        ValueError: see `stream_of_clips`.
     """
-    require_own_frames(stream)
+    stream = stream_of_clips(stream)
     batch, anchor = len(latents), stream.anchor
     # A chunk and its clean copy pass side by side: both see the same.
     both = jnp.stack([latents, clean], axis=1).reshape(2 * batch, -1, stream.chunk_frames, *latents.shape[2:])

@@ -14,7 +14,7 @@ from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.anchors import AdaptiveAnchor, EMAAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.anchors import AdaptiveAnchor, EMAAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.rollout import (
     StreamConfig,
     denoise,
@@ -262,10 +262,16 @@ def test_teacher_forcing_without_an_anchor_is_the_block_causal_pass(student, tex
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
 
 
-def test_teacher_forcing_has_no_hidden_state(student, text):
-    latents = jnp.zeros((2, 12, *LATENT_SHAPE))
-    with pytest.raises(ValueError, match=r"context stream needs an anchor of the video's own frames, as none or static, not Ada"):
-        teacher_forced_pass(student, latents, latents[:, :, 0, 0, 0], text, STREAMS["adaptive"], latents)
+def test_teacher_forcing_shows_a_static_anchor_for_a_hidden_state(student, text):
+    clean = jax.random.normal(jax.random.key(1), (2, 12, *LATENT_SHAPE))
+    noisy, sigma = clean + 0.5, jnp.full((2, 12), 0.7)
+    run = jax.jit(teacher_forced_pass, static_argnums=4)
+    hidden = run(student, noisy, sigma, text, StreamConfig(), clean)
+    np.testing.assert_array_equal(hidden, run(student, noisy, sigma, text, StreamConfig(anchor=StaticAnchor(1)), clean))
+    without = run(student, noisy, sigma, text, StreamConfig(anchor=NoAnchor()), clean)
+    assert np.abs(hidden - without)[:, 6:].min(axis=(2, 3, 4)).max() > 1e-4
+    with pytest.raises(ValueError, match=r"context stream needs a cache that is filled chunk after chunk, not Rolling"):
+        run(student, noisy, sigma, text, StreamConfig(anchor=RollingAnchor(3)), clean)
 
 
 def test_block_causal_pass_without_a_clean_copy_is_causal(student, text):
