@@ -176,8 +176,8 @@ def teacher_forced_pass(
 ) -> jax.Array:
     """All chunks one after another, each against the cache that the stream would hold after the clean ones before it.
 
-    A static anchor stands for a hidden state. Gradients reach the clean frames' keys and values. Without an anchor it is
-    `block_causal_pass` with a clean copy.
+    A static anchor stands for a hidden state. Gradients reach the clean frames' keys and values. Without an anchor it
+    is `block_causal_pass` with a clean copy.
 
     Args:
         latents: noisy clip [B, N, H, W, C].
