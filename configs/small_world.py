@@ -32,8 +32,8 @@ ARMS = {
 }
 # What three times the training does; not of the study's budget.
 LONGER = {
-    "longer": {"distill.steps": 1800},
-    "longer_straight_through": {"distill.steps": 1800, "distill.cache_gradient": "straight_through"},
+    "longer": {"distill.steps": 1350},
+    "longer_straight_through": {"distill.steps": 1350, "distill.cache_gradient": "straight_through"},
 }
 
 
@@ -98,7 +98,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.initialize.guidance_scale = 0.0
     config.initialize.context = "stream"
 
-    config.distill.steps = 600
+    config.distill.steps = 450
     config.distill.batch_size = 16
     config.distill.rollout_frames = 21
     config.distill.guidance_scale = 0.0
