@@ -214,15 +214,19 @@ def test_gradient_reaches_the_state_through_attention_alone(student, text):
     assert float(jnp.abs(gradient_to_state(record.steady.noisy, True)).max()) == 0.0
 
 
+def inputs_and_outputs(record, stream):
+    """What went into the last denoising pass of every chunk, and what came out."""
+    noisy = [chunk.noisy for chunk in record.fill]
+    if record.steady is not None:
+        noisy += list(record.steady.noisy)
+    return jnp.concatenate(noisy, axis=1), rollout_latents(record, stream)
+
+
 @pytest.mark.parametrize("past_frames", [None, 3])
 def test_streaming_is_the_block_causal_pass(past_frames, student, text):
     """Chunk by chunk against the cache, or all chunks at once beside their clean copy: the same estimates."""
     stream = StreamConfig(3, past_frames or 3 * CHUNKS, NoAnchor(), denoising_steps=(1000.0, 600.0, 300.0))
-    record = record_of(student, text, jnp.int32(1), stream)
-    noisy = [chunk.noisy for chunk in record.fill]
-    if record.steady is not None:
-        noisy += list(record.steady.noisy)
-    noisy, clean = jnp.concatenate(noisy, axis=1), rollout_latents(record, stream)
+    noisy, clean = inputs_and_outputs(record_of(student, text, jnp.int32(1), stream), stream)
     sigma = jnp.full(noisy.shape[:2], stream.sigmas[1])
     flow = jax.jit(block_causal_pass, static_argnums=(4, 5))(student, noisy, sigma, text, 3, past_frames, clean)
     np.testing.assert_allclose(flow_to_clean(flow, noisy, sigma), clean, atol=2e-5)
@@ -233,11 +237,7 @@ def test_teacher_forcing_sees_what_the_stream_sees(name, student, text):
     """On the stream's own chunks, against the cache that they leave, the stream's own estimates come out."""
     ema = StreamConfig(1, 2, EMAAnchor(1), denoising_steps=(1000.0, 600.0, 300.0))
     stream = ema if name == "ema" else STREAMS[name]
-    record = record_of(student, text, jnp.int32(1), stream)
-    noisy = [chunk.noisy for chunk in record.fill]
-    if record.steady is not None:
-        noisy += list(record.steady.noisy)
-    noisy, clean = jnp.concatenate(noisy, axis=1), rollout_latents(record, stream)
+    noisy, clean = inputs_and_outputs(record_of(student, text, jnp.int32(1), stream), stream)
     sigma = jnp.full(noisy.shape[:2], stream.sigmas[1])
     found = jax.jit(teacher_forced_pass, static_argnums=4)(student, noisy, sigma, text, stream, clean)
     np.testing.assert_allclose(found, clean, atol=2e-5)
