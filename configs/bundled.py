@@ -65,7 +65,7 @@ def get_config():
     config.initialize.trajectories = 1024
     config.initialize.ode_steps = 16
     config.initialize.guidance_scale = 1.0
-    config.initialize.context = "stream"  # the student then anchors on the first frame, and holds far beyond a clip
+    config.initialize.context = "stream"
 
     config.distill.steps = 600
     config.distill.batch_size = 8

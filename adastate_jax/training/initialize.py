@@ -183,6 +183,7 @@ def teacher_forced_pass(
         latents: noisy clip [B, N, H, W, C].
         sigma: noise level per frame [B, N].
         text: embeddings [B, T, text_dim].
+        stream: whose chunks, window, anchor and positions to show.
         clean: clean copy of the clip.
 
     Returns:
