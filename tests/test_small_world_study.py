@@ -1,7 +1,6 @@
 """The study's instruments: what they say of the truth, of spoiled videos, and of an exchange whose effect is known."""
 
 import dataclasses
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -11,17 +10,12 @@ import pytest
 
 from adastate_jax.config import parse_config, save_config
 from adastate_jax.generate import load
+from studies.small_world import arms, memory, read_rows, write_rows
+from studies.small_world import measure as measuring
+from studies.small_world import train as training
+from studies.small_world.report import MEASURES, collapsed, compared_with_truth, paired_difference, report, summarize
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study_of_the_small_world", ROOT / "studies" / "small_world.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.VIDEOS = 12
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +24,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def truth(study, config):
-    worlds = study.worlds_for(config.data.worlds, 53)
+def truth(config):
+    worlds = measuring.worlds_for(config.data.worlds, 53, 12)
     return worlds, np.stack([world.video for world in worlds])
 
 
@@ -41,12 +35,12 @@ def means(rows, horizon):
     return {name: values[np.isfinite(values)].mean() for name, values in columns.items() if np.isfinite(values).any()}
 
 
-def test_undistilled_students_are_measured_with_every_other_stream(study, config, tmp_path):
+def test_undistilled_students_are_measured_with_every_other_stream(config, tmp_path):
     for name in ("teacher", "unanchored"):
         (tmp_path / name).mkdir()
         save_config(parse_config([f"--config={ROOT}/configs/small_world.py:{name}"]), tmp_path / name / "config.json")
         (tmp_path / f"{name}.seconds").write_text("1")
-    names = study._starts(tmp_path, ["adaptive", "static", "none", "alpha_0"])
+    names = measuring._starts(tmp_path, ["adaptive", "static", "none", "alpha_0"])
     # The student of the teacher's run is initialised with the static anchor; alpha_0 has the stream of adaptive.
     assert names == [
         *("initialized", "initialized:adaptive", "initialized:none"),
@@ -54,19 +48,17 @@ def test_undistilled_students_are_measured_with_every_other_stream(study, config
     ]
 
 
-def test_every_arm_is_a_configuration(study):
-    configs = {
-        arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in itertools.chain(*study.arms())
-    }
+def test_every_arm_is_a_configuration():
+    configs = {arm: parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]) for arm in itertools.chain(*arms())}
     assert len(set(configs.values())) == len(configs)
     streams = {name: dataclasses.astuple(config.stream) for name, config in configs.items()}
     # One factor at a time: what is no anchor changes nothing else.
     assert streams["alpha_0"] == streams["alpha_4"] == streams["normalized"] == streams["adaptive"]
 
 
-def test_the_truth_moves_turns_and_remembers(study, config, truth):
+def test_the_truth_moves_turns_and_remembers(config, truth):
     worlds, videos = truth
-    rows = list(study.measure_videos(videos, worlds, config.data.worlds, 21))
+    rows = list(measuring.measure_videos(videos, worlds, config.data.worlds, 21))
     for horizon in (1.0, 2.5):
         mean = means(rows, horizon)
         assert abs(mean["pan"] - 1) < 0.03
@@ -76,9 +68,9 @@ def test_the_truth_moves_turns_and_remembers(study, config, truth):
     assert {row["horizon"] for row in rows} == {1.0, 2.5}  # the video is too short for more
 
 
-def test_a_frozen_and_a_forgetful_video_are_told_apart(study, config, truth):
+def test_a_frozen_and_a_forgetful_video_are_told_apart(config, truth):
     worlds, videos = truth
-    frozen = means(study.measure_videos(np.repeat(videos[:, :1], 21, axis=1), worlds, config.data.worlds, 21), 1.0)
+    frozen = means(measuring.measure_videos(np.repeat(videos[:, :1], 21, axis=1), worlds, config.data.worlds, 21), 1.0)
     assert frozen["pan"] == frozen["hue"] == 0
     assert frozen["hue_lock"] > 0.99
     assert frozen["picture_lock"] > 0.99
@@ -86,45 +78,45 @@ def test_a_frozen_and_a_forgetful_video_are_told_apart(study, config, truth):
     # The second half of every video is another's: its pan may be right, its subject's colour is that video's.
     same_way = np.array([next(j for j, w in enumerate(worlds) if w.colour != world.colour) for world in worlds])
     spliced = np.concatenate([videos[:, :21], videos[same_way, 21:]], axis=1)
-    mean = means(study.measure_videos(spliced, worlds, config.data.worlds, 21), 2.5)
+    mean = means(measuring.measure_videos(spliced, worlds, config.data.worlds, 21), 2.5)
     assert mean["identity"] < 0.02
     assert mean["memory"] < -0.2  # nearer to the other videos than to their own
 
 
-def test_one_colour_for_all_or_for_a_caption_is_no_memory(study):
+def test_one_colour_for_all_or_for_a_caption_is_no_memory():
     seen = [True] * 3 + [False] * 6 + [True] * 3
     colours, one_caption = np.array([0, 0, 1, 2]), np.zeros(4)
     found = np.where(seen, colours[:, None], -1)
-    right = study._read_subjects(found, 0, one_caption)
+    right = measuring._read_subjects(found, 0, one_caption)
     np.testing.assert_array_equal(right["identity"], 1)
     # Of the three others, one has the first video's colour; none has the third's.
     np.testing.assert_allclose(right["memory"], [2 / 3, 2 / 3, 1, 1])
     np.testing.assert_allclose(right["variety"], right["memory"])
-    same = study._read_subjects(np.where(seen, 0, found), 0, one_caption)
+    same = measuring._read_subjects(np.where(seen, 0, found), 0, one_caption)
     np.testing.assert_array_equal(same["identity"], 1)
     np.testing.assert_array_equal(same["memory"], 0)
     np.testing.assert_array_equal(same["variety"], 0)
-    by_caption = study._read_subjects(np.where(seen, [[0], [0], [1], [1]], -1), 0, np.array(["a", "a", "b", "b"]))
+    by_caption = measuring._read_subjects(np.where(seen, [[0], [0], [1], [1]], -1), 0, np.array(["a", "a", "b", "b"]))
     np.testing.assert_array_equal(by_caption["identity"], 1)
     np.testing.assert_array_equal(by_caption["memory"], 0)
     forgotten = found.copy()
     forgotten[:, 9:] = np.array([1, 2, 0])
-    np.testing.assert_allclose(study._read_subjects(forgotten, 0, one_caption)["identity"], 1 / 3)
-    alone = study._read_subjects(found, 0, np.arange(4))
+    np.testing.assert_allclose(measuring._read_subjects(forgotten, 0, one_caption)["identity"], 1 / 3)
+    alone = measuring._read_subjects(found, 0, np.arange(4))
     assert np.isnan(alone["memory"]).all()  # nothing to compare with
 
 
-def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there(study):
+def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there():
     values = np.array([1.0, 3.0, 5.0, 7.0, np.nan])
     seeds, videos = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 0, 1, 2])
-    mean, error, low, high = study.summarize(values, seeds, videos)
+    mean, error, low, high = summarize(values, seeds, videos)
     assert mean == 4
     assert error == pytest.approx(np.std([2, 6], ddof=1) / np.sqrt(2))
     assert 1 <= low < 4 < high <= 7
-    assert np.isnan(study.summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
+    assert np.isnan(summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
 
 
-def test_differences_are_of_the_same_seed_noise_and_caption(study):
+def test_differences_are_of_the_same_seed_noise_and_caption():
     rows = [
         *(
             ("adaptive", seed, noise, video, 10 * seed + 3 * noise + video + 0.5)
@@ -138,94 +130,120 @@ def test_differences_are_of_the_same_seed_noise_and_caption(study):
     columns = {name: np.array(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
     columns["horizon"] = np.ones(len(rows))
     # What was not trained with a seed is left out of both; what has no seeds, or no noise, meets each.
-    np.testing.assert_allclose(study.paired_difference(columns, "static", "pan", 1.0), [0.5, 0, 0.5, 0.5])
-    assert study.paired_difference(columns, "initialized", "pan", 1.0)[0] == pytest.approx(10.5)
-    assert study.paired_difference(columns, "truth", "pan", 1.0)[0] == pytest.approx(12)
+    np.testing.assert_allclose(paired_difference(columns, "static", "pan", 1.0), [0.5, 0, 0.5, 0.5])
+    assert paired_difference(columns, "initialized", "pan", 1.0)[0] == pytest.approx(10.5)
+    assert paired_difference(columns, "truth", "pan", 1.0)[0] == pytest.approx(12)
 
 
-def test_glimpses_show_the_first_and_the_last_training_length(study):
+def test_glimpses_show_the_first_and_the_last_training_length():
     video = np.broadcast_to(np.arange(53, dtype=np.uint8)[:, None, None, None], (53, 2, 2, 3))
-    shown = study.glimpses(video, 21)[:, 0, 0, 0]
+    shown = measuring.glimpses(video, 21)[:, 0, 0, 0]
     assert list(shown) == [0, 3, 6, 9, 12, 15, 18, 255, 32, 35, 38, 41, 44, 47, 50]
-    assert (study.glimpses(video[:21], 21)[7:] == 255).all()  # shown once
+    assert (measuring.glimpses(video[:21], 21)[7:] == 255).all()  # shown once
 
 
-def test_a_collapsed_run_is_named(study, monkeypatch):
+def test_a_collapsed_run_is_named():
     columns = {
         "arm": np.array(["truth", "good", "dark", "dark"]),
         "seed": np.array([0.0, 0.0, 0.0, 1.0]),
         "horizon": np.ones(4),
-        **{name: np.ones(4) for name in study.MEASURES},
+        **{name: np.ones(4) for name in MEASURES},
     }
-    monkeypatch.setattr(study, "HORIZONS", (1.0,))
     columns["brightness"] = np.array([80.0, 88.0, 60.0, 72.0])
-    assert set(study.collapsed(study.compared_with_truth(columns))) == {("dark", 0)}
+    assert set(collapsed(compared_with_truth(columns))) == {("dark", 0)}
 
 
-def test_rows_come_back_as_they_were_written(study, tmp_path):
+def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"arm": "none", "video": 1, "pan": 0.123456}, {"arm": "ema", "video": 2, "pan": float("nan")}]
-    study.write_rows(tmp_path / "rows.csv.gz", rows)
-    columns = study.read_rows(tmp_path / "rows.csv.gz")
+    write_rows(tmp_path / "rows.csv.gz", rows)
+    columns = read_rows(tmp_path / "rows.csv.gz")
     assert list(columns["arm"]) == ["none", "ema"]
     np.testing.assert_allclose(columns["pan"], [0.1235, np.nan])
 
 
-def test_exchanging_moves_the_next_chunk_and_exchanging_nothing_does_not(study, config, truth, monkeypatch):
-    model = load(config=config, random_weights=True)
-    # A fresh network's last layer is zero, and its output the same whatever it reads.
+def shaken(model):
+    """A fresh network's last layer is zero, and its output the same whatever it reads: this one reads."""
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.student))))
-    shaken = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), model.student)
-    model = dataclasses.replace(model, student=shaken)
-    monkeypatch.setattr(study, "SWAP_CHUNK", 3)
-    monkeypatch.setattr(study, "SWAP_CHUNKS", 2)
+    student = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), model.student)
+    return dataclasses.replace(model, student=student)
+
+
+def test_exchanging_moves_the_next_chunk_and_exchanging_nothing_does_not(config, truth, monkeypatch):
+    model = shaken(load(config=config, random_weights=True))
+    monkeypatch.setattr(memory, "SWAP_CHUNK", 3)
+    monkeypatch.setattr(memory, "SWAP_CHUNKS", 2)
     found = np.array([0, 1, 2, 3] * 3)  # random networks show no subjects: give each video one
     monkeypatch.setattr(
-        study.small_world, "subject_colours", lambda videos, *_: np.repeat(found[:, None], videos.shape[1], axis=1)
+        memory.small_world, "subject_colours", lambda videos, *_: np.repeat(found[:, None], videos.shape[1], axis=1)
     )
-    rows = list(study.measure_swaps(model, truth[0], 0))
+    rows = list(memory.measure_swaps(model, truth[0], 0))
     moved = {name: [row["moved"] for row in rows if row["swap"] == name] for name in ("own", "anchor", "window")}
     assert max(moved["own"]) == 0
     assert min(moved["anchor"]) > 0
     assert min(moved["window"]) > 0
 
 
-def test_what_is_measured_is_not_measured_again(study, config, tmp_path, monkeypatch):
+def test_the_colour_is_read_from_the_anchor_that_holds_it_and_not_from_what_does_not(truth, monkeypatch):
+    model = shaken(load(config=parse_config([f"--config={ROOT}/configs/small_world.py:static"]), random_weights=True))
+    monkeypatch.setattr(memory, "READ_CHUNKS", range(4, 6))
+
+    def left_or_right(videos, *_):
+        """Two colours by which side of the first frame is the brighter, as if last seen in frame 8."""
+        first = videos[:, 0].mean(axis=(1, 3))
+        colour = (first[:, :8].mean(axis=1) > first.mean(axis=1)).astype(int)
+        return np.pad(colour[:, None], ((0, 0), (8, videos.shape[1] - 9)), constant_values=-1)
+
+    monkeypatch.setattr(memory.small_world, "subject_colours", left_or_right)
+    rows = memory.measure_contents(model, truth[0] * 4)
+    right = {(row["part"], row["unseen"]): row["right"] for row in rows}
+    assert right["anchor", 6] > 0.75  # a static anchor is the first frame
+    assert 0.35 < right["window", 6] < 0.65
+    assert 0.35 < right["caption", 6] < 0.65
+    assert np.isnan(right["anchor", 0])  # it has been out of view in every chunk
+
+
+def test_the_colour_last_seen():
+    found = np.array([[0, -1, 2, -1, -1], [-1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
+    last, unseen = memory._last_seen(found)
+    assert list(last) == [2, 1, -1]
+    assert list(unseen[:2]) == [2, 0]
+
+
+def test_what_is_measured_is_not_measured_again(config, tmp_path, monkeypatch):
     (tmp_path / "teacher").mkdir()
     save_config(config, tmp_path / "teacher" / "config.json")
     (tmp_path / "measured").mkdir()
     row = {"arm": "truth", "seed": 0, "noise": 0, "video": 0, "pan": 1.5}
     for name in ("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0", "none-1"):
-        study.write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
+        write_rows(tmp_path / "measured" / f"{name}.videos.csv.gz", [{**row, "arm": name}])
         np.save(tmp_path / "measured" / f"{name}.npy", np.full((15, 16, 16, 3), len(name), np.uint8))
-    study.write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
+    write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
     for done in ("teacher.seconds", "none-1.seconds"):
         (tmp_path / done).write_text("1")
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    study.measure(tmp_path, ["none", "static"], [1], jobs=2)
-    columns = study.read_rows(tmp_path / "results" / "videos.csv.gz")
+    measuring.measure(tmp_path, ["none", "static"], [1], jobs=2, results=tmp_path / "results")
+    columns = read_rows(tmp_path / "results" / "videos.csv.gz")
     assert list(columns["arm"]) == [
         *("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0"),
         "none-1",
     ]
-    assert list(study.read_rows(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
+    assert list(read_rows(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
 
 
-def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_path, monkeypatch):
+def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path, monkeypatch):
     (tmp_path / "teacher").mkdir()
     save_config(config, tmp_path / "teacher" / "config.json")
     (tmp_path / "measured").mkdir()
     worlds, videos = truth
-    rows = list(study.measure_videos(videos, worlds, config.data.worlds, 21))
+    rows = list(measuring.measure_videos(videos, worlds, config.data.worlds, 21))
     for name in ("truth", "teacher", "initialized", "initialized:none"):
-        study.write_rows(
+        write_rows(
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
         )
         np.save(tmp_path / "measured" / f"{name}-0.npy", np.zeros((15, 16, 16, 3), np.uint8))
     (tmp_path / "teacher.seconds").write_text("1")
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    study.measure(tmp_path, ["none"], [0], jobs=1)
-    study.report()
+    measuring.measure(tmp_path, ["none"], [0], jobs=1, results=tmp_path / "results")
+    report(tmp_path / "results")
     tables = (tmp_path / "results" / "tables.md").read_text()
     assert "| teacher | 1.00 [1.00, 1.00] |" in tables
     assert "exchanging" not in tables
@@ -233,11 +251,10 @@ def test_an_anchor_need_not_be_among_what_is_measured(study, config, truth, tmp_
 
 
 @pytest.mark.skipif(not (ROOT / "docs/small_world/videos.csv.gz").exists(), reason="the study has not been run")
-def test_the_tables_are_of_the_rows_beside_them(study, tmp_path, monkeypatch):
-    for name in ("videos.csv.gz", "swaps.csv.gz"):
+def test_the_tables_are_of_the_rows_beside_them(tmp_path, monkeypatch):
+    for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz"):
         (tmp_path / name).symlink_to(ROOT / "docs/small_world" / name)
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    study.report()
+    report(tmp_path)
     tables = (ROOT / "docs/small_world/tables.md").read_text()
     assert (tmp_path / "tables.md").read_text() == tables
     # The page's tables are those of the report.
@@ -248,7 +265,7 @@ def test_the_tables_are_of_the_rows_beside_them(study, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", [None, 1, 0])
-def test_a_stopped_run_is_not_a_finished_one(missing, study, config, tmp_path, monkeypatch):
+def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypatch):
     step = None if missing is None else config.distill.steps - missing
     finished = missing == 0
 
@@ -256,13 +273,15 @@ def test_a_stopped_run_is_not_a_finished_one(missing, study, config, tmp_path, m
         (tmp_path / "none-1").mkdir()
         save_config(config, tmp_path / "none-1" / "config.json")
 
-    monkeypatch.setattr(study.subprocess, "run", run)
-    monkeypatch.setattr(study, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999)
+    monkeypatch.setattr(training.subprocess, "run", run)
+    monkeypatch.setattr(
+        training, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999
+    )
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
     if finished:
-        study.train(tmp_path, ["none"], [1], jobs=1)
+        training.train(tmp_path, ["none"], [1], jobs=1)
     else:
         with pytest.raises(SystemExit, match="none-1 was stopped before its end"):
-            study.train(tmp_path, ["none"], [1], jobs=1)
+            training.train(tmp_path, ["none"], [1], jobs=1)
     assert (tmp_path / "none-1.seconds").exists() == finished

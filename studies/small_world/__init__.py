@@ -1,0 +1,72 @@
+"""The study of docs/reproduction.md: which anchor moves, and which remembers, in the world of configs/small_world.py.
+
+python -m studies.small_world train --folder=runs/small_world      # hours; stops and resumes at any time
+python -m studies.small_world measure --folder=runs/small_world    # rolls out and measures every trained arm
+python -m studies.small_world report                               # tables and figures from the measurements
+
+`measure` writes one row per video and horizon into docs/small_world/videos.csv.gz, what exchanging anchors does into
+swaps.csv.gz, and what can be read from the cache into contents.csv.gz; `report` reads nothing else. Arms that are not
+trained yet are left out, and named.
+"""
+
+import csv
+import gzip
+import importlib.util
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "small_world.py"
+RESULTS = ROOT / "docs" / "small_world"
+
+HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
+
+# Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
+STARTS = {"initialized": "teacher", "unanchored": "unanchored"}
+
+_TEXT = ("arm", "swap", "part")  # columns that are no numbers
+
+
+def arms() -> tuple[list[str], list[str]]:
+    """The arms that the configuration knows: those of the study, and those that are trained longer."""
+    spec = importlib.util.spec_from_file_location("small_world_config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.ARMS), list(module.LONGER)
+
+
+def once(arm: str) -> bool:
+    """Whether the arm has no training seed."""
+    return arm.partition(":")[0] in ("truth", "teacher", *STARTS)
+
+
+def share_cores(jobs: int) -> list[list[int] | None]:
+    """The processor cores of each of several runs at a time; None is all."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[job::jobs] for job in range(jobs)] if 1 < jobs <= len(cores) else [None] * jobs
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes rows of one set of columns as gzipped CSV, the same bytes for the same rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    partial.replace(path)
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a file of `write_rows`: text where one is, else float64."""
+    with gzip.open(path, "rt") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {name: x if name in _TEXT else x.astype(float) for name, x in columns.items()}

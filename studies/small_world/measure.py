@@ -1,0 +1,253 @@
+"""Rolls out what is trained, and measures what the videos show; the instruments are in evaluation/small_world.py."""
+
+import csv
+import dataclasses
+import functools
+import gzip
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from adastate_jax.checkpoint import latest_step, load_tree
+from adastate_jax.config import Config, load_config, parse_config
+from adastate_jax.data.worlds import World, WorldConfig, render_world
+from adastate_jax.diffusion import draw_normal
+from adastate_jax.evaluation import small_world
+from adastate_jax.generate import (
+    Frozen,
+    Model,
+    abstract_dit,
+    abstract_frozen,
+    decode_frames,
+    embed_prompts,
+    load,
+    with_shardings,
+)
+from adastate_jax.media import contact_sheet, write_image
+from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.rollout import seed_keys
+from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
+from adastate_jax.video_stream import stream_batch
+from studies.small_world import CONFIG, HORIZONS, STARTS, once, share_cores, write_rows
+from studies.small_world.memory import ABSENCE, measure_contents, measure_swaps
+
+VIDEOS = 128
+NOISE_SEEDS = (0, 1)
+WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
+LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
+KINDS = ("videos", "swaps", "contents")  # of rows, a file each
+
+
+def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results: Path) -> None:
+    """Measures the truth, the teacher, the students and every trained arm, and writes the tables' rows into `results`.
+
+    What is measured stays in `folder`/measured, and is not measured again.
+    """
+    runs = [("truth", 0), ("teacher", 0), *((name, 0) for name in _starts(folder, names))]
+    for seed, name in itertools.product(seeds, names):
+        if (folder / f"{name}-{seed}.seconds").exists():
+            runs.append((name, seed))
+        else:
+            print(f"{name}-{seed}: not trained yet, left out")
+    parts = folder / "measured"
+    parts.mkdir(exist_ok=True)
+    missing = [run for run in runs if not (parts / f"{run[0]}-{run[1]}.npy").exists()]
+    spawn = multiprocessing.get_context("spawn")
+    shares = spawn.Queue()
+    for share in share_cores(jobs):
+        shares.put(share)
+    with ProcessPoolExecutor(jobs, spawn, _take_cores, (shares,)) as pool:
+        for future in [pool.submit(_measure_run, folder, parts, *run) for run in missing]:
+            print(f"{future.result()}: measured", flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        rows = [row for name, seed in runs for row in _read_part(parts / f"{name}-{seed}.{kind}.csv.gz")]
+        (results / f"{kind}.csv.gz").unlink(missing_ok=True)
+        if rows:  # swaps need an anchor
+            write_rows(results / f"{kind}.csv.gz", rows)
+    shown = [(name, np.load(parts / f"{name}-{seed}.npy")) for name, seed in runs if seed == seeds[0] or once(name)]
+    write_image(results / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
+
+
+def _starts(folder: Path, names: list[str]) -> list[str]:
+    """The students before distillation, each with its own stream and with each other stream of the arms."""
+    found = []
+    for start, where in STARTS.items():
+        if not (folder / f"{where}.seconds").exists():
+            print(f"{where}: not trained yet, left out")
+            continue
+        streams = {load_config(folder / where / "config.json").stream: start}
+        for name in names:
+            streams.setdefault(_stream_of(name), f"{start}:{name}")
+        found += streams.values()
+    return found
+
+
+def _stream_of(arm: str) -> StreamConfig:
+    return parse_config([f"--config={CONFIG}:{arm}"]).stream
+
+
+def _load_student(folder: Path, arm: str, seed: int) -> Model:
+    if not once(arm):
+        return load(folder / f"{arm}-{seed}")
+    start, _, stream = arm.partition(":")
+    model = load(folder / STARTS[start])
+    if not stream:
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
+
+
+def _take_cores(shares) -> None:
+    share = shares.get()
+    if share:
+        os.sched_setaffinity(0, share)
+
+
+@functools.cache
+def _true_worlds(folder: Path) -> tuple[Config, list[World]]:
+    config = load_config(folder / "teacher" / "config.json")
+    return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames))
+
+
+def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
+    config, worlds = _true_worlds(folder)
+    prompts, length = [truth.caption for truth in worlds], config.distill.rollout_frames
+    rows, shown = {kind: [] for kind in KINDS}, None
+    model = None if arm in ("truth", "teacher") else _load_student(folder, arm, seed)
+    for noise in NOISE_SEEDS if arm != "truth" else (0,):
+        if arm == "truth":
+            videos = np.stack([truth.video for truth in worlds])
+        elif arm == "teacher":
+            videos = roll_out_teacher(folder / "teacher", prompts, noise)
+        else:
+            videos = roll_out(model, prompts, noise, len(worlds[0].video))
+        shown = videos[0] if shown is None else shown
+        found = measure_videos(videos, worlds, config.data.worlds, length)
+        rows["videos"].extend({"noise": noise, **row} for row in found)
+        if model and model.config.stream.anchor.frames:
+            rows["swaps"].extend({"noise": noise, **row} for row in measure_swaps(model, worlds, noise))
+    if model:
+        rows["contents"].extend(measure_contents(model, worlds))
+    for kind, found in rows.items():
+        if found:
+            named = [{"arm": arm, "seed": seed, **row} for row in found]
+            write_rows(parts / f"{arm}-{seed}.{kind}.csv.gz", named)
+    np.save(parts / f"{arm}-{seed}.npy", glimpses(shown, length))  # the last: with it, the run is measured
+    jax.clear_caches()
+    return f"{arm}-{seed}"
+
+
+def _read_part(path: Path) -> list[dict[str, str]]:
+    if not path.exists():  # nothing of the kind: an anchor to exchange, a cache to read
+        return []
+    with gzip.open(path, "rt") as file:
+        return list(csv.DictReader(file))
+
+
+def worlds_for(config: WorldConfig, frames: int, count: int = VIDEOS) -> list[World]:
+    """The `count` true videos, ordered by caption."""
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    config = WorldConfig(**{**fields, "num_frames": frames})
+    return sorted((render_world(config, WORLD_SEED, i) for i in range(count)), key=lambda world: world.caption)
+
+
+def measure_videos(
+    videos: np.ndarray, worlds: list[World], config: WorldConfig, rollout_frames: int
+) -> Iterator[dict[str, object]]:
+    """Rows of one video and one horizon each; a horizon's numbers are of its last training length of frames.
+
+    videos: uint8 [V, F, H, W, 3], each for the caption of one of the `worlds`.
+    """
+    pan_truth = np.array([world.pan_x for world in worlds]) * config.width / config.fps
+    hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
+    captions = np.array([world.caption for world in worlds])
+    hues = small_world.hue(videos)
+    found = small_world.subject_colours(videos, config.colours, config.subject_radius[0])
+    for horizon in HORIZONS:
+        end = round(horizon * rollout_frames)
+        if end > videos.shape[1]:
+            return
+        start = end - rollout_frames
+        shown = videos[:, start:end]
+        with_first = np.concatenate([videos[:, :1], shown], axis=1)
+        means = {
+            "pan": small_world.pan_per_frame(shown, LARGEST_PAN).mean(axis=1) / pan_truth,
+            "hue": small_world.hue_per_frame(hues[:, start:end]).mean(axis=1) / hue_truth,
+            "hue_lock": np.cos(2 * np.pi * (hues[:, start:end] - hues[:, :1])).mean(axis=1),
+            "picture_lock": small_world.resemblance(with_first)[:, 1:].mean(axis=1),
+            **{name: values.mean(axis=1) for name, values in small_world.look(shown).items()},
+            **_read_subjects(found[:, :end], start, captions),
+        }
+        for index in range(len(videos)):
+            yield {
+                "video": index,
+                "horizon": horizon,
+                **{name: float(values[index]) for name, values in means.items()},
+            }
+
+
+def _read_subjects(found: np.ndarray, start: int, captions: np.ndarray) -> dict[str, np.ndarray]:
+    """How often subjects are seen from frame `start` on, and whose colour they have on coming back, each [V].
+
+    found: the subject's colour in each frame [V, F], −1 for none. A video's own colour is that of its first subject.
+    Videos that all have one colour come back right without remembering it, and so do those that take it from the
+    caption: so what comes back is compared with the colour of every other video of its caption too.
+    """
+    seen = found >= 0
+    result = {name: np.full(len(found), np.nan) for name in ("identity", "memory", "variety")}
+    first = found[np.arange(len(found)), seen.argmax(axis=1)]
+    for index in np.flatnonzero(first >= 0):
+        own = first[index]
+        others = first[(captions == captions[index]) & (first >= 0) & (np.arange(len(first)) != index)]
+        if not len(others):
+            continue
+        result["variety"][index] = (others != own).mean()
+        absences = np.convolve(~seen[index], np.ones(ABSENCE), "valid") == ABSENCE
+        absences[: seen[index].argmax()] = False
+        if not absences.any():
+            continue
+        back = seen[index] & (np.arange(found.shape[1]) >= max(start, absences.argmax() + ABSENCE))
+        if back.any():
+            result["identity"][index] = (found[index, back] == own).mean()
+            of_others = (found[index, back][:, None] == others).mean()
+            result["memory"][index] = result["identity"][index] - of_others
+    return {"seen": seen[:, start:].mean(axis=1), **result}
+
+
+def roll_out(model: Model, prompts: list[str], seed: int, frames: int) -> np.ndarray:
+    """Videos uint8 [V, F, H, W, 3]; sample i's noise is of seed · V + i."""
+    chunks = stream_batch(model, prompts, seed * len(prompts), frames)
+    return np.concatenate(list(chunks), axis=1)
+
+
+def roll_out_teacher(folder: Path, prompts: list[str], seed: int) -> np.ndarray:
+    """The bidirectional teacher's own videos of one training length, by the ODE that the student learned from."""
+    config, mesh = load_config(folder / "config.json"), make_mesh()
+    step = latest_step(folder / "pretrain")
+    teacher = load_tree(folder / "pretrain" / str(step), with_shardings(abstract_dit(config), mesh), "ema")
+    frozen: Frozen = load_tree(folder / "frozen", with_shardings(abstract_frozen(config), mesh))
+    keys = seed_keys(seed * len(prompts), len(prompts))
+    shape = (config.data.num_frames, *config.latent_shape)
+    sigmas = ode_sigmas(config.stream, config.initialize.ode_steps)
+
+    @jax.jit
+    def draw(teacher, text, null_text):
+        noise = jax.vmap(lambda key: draw_normal(key, shape))(keys)
+        guidance = config.initialize.guidance_scale
+        return sample_trajectory(teacher, noise, text, null_text, sigmas, guidance, config.initialize.ode_steps)[:, -1]
+
+    latents = draw(teacher, embed_prompts(frozen, prompts), embed_prompts(frozen, [config.negative_prompt]))
+    return np.asarray(decode_frames(frozen.codec, latents, (), True)[0])
+
+
+def glimpses(video: np.ndarray, length: int) -> np.ndarray:
+    """Every third frame of the first training length and, after a white one, of the video's last: [F, H, W, 3]."""
+    last = video[-length:] if len(video) > length else np.full_like(video, 255)
+    return np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])

@@ -1,0 +1,259 @@
+"""Tables and figures of the study, from the rows of `measure` alone."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from studies.small_world import HORIZONS, STARTS, once, read_rows
+from studies.small_world.memory import UNSEEN
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
+
+# (column, what it is in a table)
+MEASURES = {
+    "pan": "signed pan / truth",
+    "hue": "signed turn of the hue / truth",
+    "hue_lock": "cosine of the hue to the first frame's, minus the truth's",
+    "picture_lock": "correlation with the first frame, minus the truth's",
+    "brightness": "brightness / truth",
+    "saturation": "saturation / truth",
+    "contrast": "contrast / truth",
+    "seen": "share of frames with a subject / truth",
+    "identity": "share of subjects that come back in the first one's colour",
+    "memory": "that share, minus the share in the first colour of another video of the caption / truth",
+    "variety": "share of the caption's other videos whose first subject has another colour / truth",
+}
+OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
+ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the rest vary something in the last of them
+BASELINE = "adaptive"  # what the arms are compared with
+_DIFFERENCES = ("hue_lock", "picture_lock")
+_ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
+
+
+def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
+    """Mean, standard error over training seeds (NaN for one), and a 95 % interval by a bootstrap of seeds and videos.
+
+    values, seeds, videos: [N]; NaN values are left out.
+    """
+    kept = np.isfinite(values)
+    values, seeds, videos = values[kept], seeds[kept], videos[kept]
+    if not len(values):
+        return (float("nan"),) * 4
+    # Sums and counts by seed and video make a resample a product of multiplicities.
+    seed_names, seed = np.unique(seeds, return_inverse=True)
+    video_names, video = np.unique(videos, return_inverse=True)
+    total, count = np.zeros((2, len(seed_names), len(video_names)))
+    np.add.at(total, (seed, video), values)
+    np.add.at(count, (seed, video), 1)
+    by_seed = total.sum(axis=1) / count.sum(axis=1)
+    error = by_seed.std(ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else float("nan")
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(1000):
+        of_seed = np.bincount(rng.integers(len(seed_names), size=len(seed_names)), minlength=len(seed_names))
+        of_video = np.bincount(rng.integers(len(video_names), size=len(video_names)), minlength=len(video_names))
+        weight = of_seed[:, None] * of_video
+        if (weight * count).sum():
+            draws.append((weight * total).sum() / (weight * count).sum())
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(values.mean()), float(error), float(low), float(high)
+
+
+def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns with each measure as `MEASURES` describes it."""
+    result = dict(columns)
+    for name in MEASURES:
+        values = columns[name].copy()
+        for horizon in HORIZONS if name not in _ITSELF else ():
+            here = columns["horizon"] == horizon
+            if here.any():
+                truth = np.nanmean(columns[name][here & (columns["arm"] == "truth")])
+                values[here] = values[here] - truth if name in _DIFFERENCES else values[here] / truth
+        result[name] = values
+    return result
+
+
+def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
+    """Distilled runs whose look at the first horizon is off by more than `COLLAPSE`, and in what.
+
+    Takes compared columns.
+    """
+    found = {}
+    for arm in (name for name in dict.fromkeys(columns["arm"]) if not once(name)):
+        for seed in np.unique(columns["seed"][columns["arm"] == arm]):
+            here = (columns["arm"] == arm) & (columns["seed"] == seed) & (columns["horizon"] == HORIZONS[0])
+            for name in ("brightness", "saturation", "contrast"):
+                mean = columns[name][here].mean()
+                if abs(mean - 1) > COLLAPSE:
+                    found.setdefault((arm, int(seed)), f"{name} {mean:.2f} of the truth's")
+    return found
+
+
+def report(results: Path) -> None:
+    """Writes tables.md and the figures into `results`, from the rows there."""
+    columns = compared_with_truth(read_rows(results / "videos.csv.gz"))
+    gone = collapsed(columns)
+    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
+    columns = {name: values[keep] for name, values in columns.items()}
+    names = list(dict.fromkeys(columns["arm"]))
+    summary = {
+        (measure_name, arm, horizon): summarize(
+            columns[measure_name][here], columns["seed"][here], columns["video"][here]
+        )
+        for arm in names
+        for horizon in HORIZONS
+        for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
+        for measure_name in MEASURES
+    }
+    left_out = "; ".join(f"{arm}-{seed} ({why})" for (arm, seed), why in gone.items()) or "none"
+    lines = [f"Collapsed and left out: {left_out}."]
+    for horizon in HORIZONS:
+        lines += ["", *_overview_table(summary, names, horizon)]
+    for horizon in HORIZONS:
+        lines += ["", *_difference_table(columns, names, horizon)]
+    for measure_name in MEASURES:
+        lines += ["", *_measure_table(summary, names, measure_name)]
+    lines += ["", *_swap_table(results / "swaps.csv.gz", gone), "", *_contents_table(results / "contents.csv.gz", gone)]
+    (results / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
+    _draw(summary, names, results)
+
+
+def _overview_table(summary: dict, names: list[str], horizon: float) -> list[str]:
+    lines = [f"**At {horizon:g}×: mean ± standard error over training seeds**", "", _row("arm", *OVERVIEW)]
+    lines.append(_row(*["---"] * (1 + len(OVERVIEW))))
+    for arm in names:
+        cells = [_cell(*summary[measure_name, arm, horizon][:2]) for measure_name in OVERVIEW]
+        if any(cells):
+            lines.append(_row(arm, *cells))
+    return lines
+
+
+def _difference_table(columns: dict[str, np.ndarray], names: list[str], horizon: float) -> list[str]:
+    lines = [
+        f"**At {horizon:g}×: `{BASELINE}` minus the others, by training seed, noise and caption, with 95 % intervals**",
+        "",
+        _row("minus", *OVERVIEW),
+        _row(*["---"] * (1 + len(OVERVIEW))),
+    ]
+    for arm in names:
+        cells = [_cell(*paired_difference(columns, arm, name, horizon), signed=True) for name in OVERVIEW]
+        if arm != BASELINE and any(cells):
+            lines.append(_row(arm, *cells))
+    return lines if len(lines) > 4 else []
+
+
+def paired_difference(
+    columns: dict[str, np.ndarray], arm: str, measure_name: str, horizon: float
+) -> tuple[float, float, float, float]:
+    """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds; an arm without seeds meets each seed."""
+    of_arm = {}
+    for name in (BASELINE, arm):
+        here = (columns["arm"] == name) & (columns["horizon"] == horizon)
+        keys = zip(columns["seed"][here], columns["noise"][here], columns["video"][here], strict=True)
+        of_arm[name] = dict(zip(keys, columns[measure_name][here], strict=True))
+    pairs = []
+    for (seed, noise, video), value in of_arm[BASELINE].items():
+        other = of_arm[arm].get((0.0 if once(arm) else seed, 0.0 if arm == "truth" else noise, video))
+        if other is not None:
+            pairs.append((value - other, seed, video))
+    return summarize(*np.array(pairs).reshape(-1, 3).T)
+
+
+def _measure_table(summary: dict, names: list[str], measure_name: str) -> list[str]:
+    text = MEASURES[measure_name]
+    lines = [f"**{text[0].upper()}{text[1:]}**", "", _row("arm", *(f"{horizon:g}×" for horizon in HORIZONS))]
+    lines.append(_row(*["---"] * (1 + len(HORIZONS))))
+    for arm in names:
+        lines.append(_row(arm, *(_cell(*summary[measure_name, arm, horizon]) for horizon in HORIZONS)))
+    return lines
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(mean: float, error: float, low: float = np.nan, high: float = np.nan, signed: bool = False) -> str:
+    """A table's cell; what is NaN is left out."""
+    if not np.isfinite(mean):
+        return ""
+    sign = "+" if signed else ""
+    text = f"{mean:{sign}.2f}"
+    if np.isfinite(error):
+        text += f" ± {error:.2f}"
+    if np.isfinite(low):
+        text += f" [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return text
+
+
+def _swap_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
+    if not path.exists():  # no arm with an anchor was measured
+        return []
+    columns = read_rows(path)
+    lines = ["**What exchanging a part of the cache with another video's does**", ""]
+    lines += [
+        _row("arm", "exchanged", "next chunk moves", "own colour comes back", "the other's comes back"),
+        _row(*["---"] * 5),
+    ]
+    for arm in dict.fromkeys(columns["arm"]):
+        for swap in dict.fromkeys(columns["swap"]):
+            here = (columns["arm"] == arm) & (columns["swap"] == swap)
+            here &= np.array([(arm, int(seed)) not in gone for seed in columns["seed"]])
+            cells = [
+                _cell(*summarize(columns[name][here], columns["seed"][here], columns["video"][here]))
+                for name in ("moved", "own_colour", "other_colour")
+            ]
+            if any(cells):
+                lines.append(_row(arm, "nothing" if swap == "own" else swap, *cells))
+    return lines
+
+
+def _contents_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
+    if not path.exists():  # no student was measured
+        return []
+    columns = read_rows(path)
+    spans = [f"{first} to {last} frames" if last else "in view" for first, last in UNSEEN]
+    lines = ["**How often the colour of the ball last seen can be read, by how long it has been out of view**", ""]
+    lines += [_row("arm", "from", *spans), _row("---", "---", *["---"] * len(spans))]
+    for arm in dict.fromkeys(columns["arm"]):
+        for part in dict.fromkeys(columns["part"]):
+            here = (columns["arm"] == arm) & (columns["part"] == part)
+            here &= np.array([(arm, int(seed)) not in gone for seed in columns["seed"]])
+            cells = []
+            for first, _ in UNSEEN:
+                of_span = here & (columns["unseen"] == first)
+                seeds = columns["seed"][of_span]
+                cells.append(_cell(*summarize(columns["right"][of_span], seeds, np.zeros_like(seeds))[:2]))
+            if any(cells):
+                lines.append(_row(arm, part, *cells))
+    return lines
+
+
+def _draw(summary: dict, names: list[str], results: Path) -> None:
+    """A panel per measure, a line per arm over the horizons: of anchors, ablations, and before distillation."""
+    groups = {start: [name for name in names if name.partition(":")[0] == start] for start in STARTS}
+    distilled = [name for name in names if not once(name)]
+    anchors = [name for name in distilled if name in ANCHORS]
+    figures = {"anchors": anchors, "ablations": [n for n in distilled if n not in anchors or n == BASELINE], **groups}
+    for file, shown in figures.items():
+        shown = ["truth", *shown]
+        figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
+        for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):
+            for number, arm in enumerate(shown):
+                found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])
+                colour = "black" if arm == "truth" else f"C{number}"
+                panel.plot(
+                    HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=2 if arm == BASELINE else 1
+                )
+                panel.fill_between(HORIZONS, found[:, 2], found[:, 3], color=colour, alpha=0.12, linewidth=0)
+            panel.set_xscale("log")
+            panel.set_xticks(HORIZONS, [f"{h:g}×" for h in HORIZONS])
+            panel.minorticks_off()
+            panel.set_title(MEASURES[measure_name], fontsize=8)
+            panel.grid(alpha=0.3)
+        panels[0, 0].legend(fontsize=8)
+        figure.savefig(results / f"{file}.png", dpi=90)
+        pyplot.close(figure)

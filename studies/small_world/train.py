@@ -1,0 +1,56 @@
+"""Trains the runs of the study, several at a time; what is done is skipped, what was stopped goes on."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from adastate_jax.checkpoint import latest_step
+from adastate_jax.config import load_config
+from studies.small_world import CONFIG, ROOT, STARTS, once, share_cores
+
+
+def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
+    """Trains the teacher, then all else, `jobs` at a time on processor cores of their own; done runs are skipped."""
+    _train_one(folder, "teacher", 0, None)
+    waiting = iter([("unanchored", 0), *((name, seed) for seed in seeds for name in names)])
+
+    def work(share):
+        for name, seed in waiting:  # a list's iterator may be shared between threads
+            _train_one(folder, name, seed, share)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, share_cores(jobs)))
+
+
+def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
+    workdir = folder / (STARTS.get(name, name) if once(name) else f"{name}-{seed}")
+    done = folder / f"{workdir.name}.seconds"
+    if done.exists():
+        return
+    command = [sys.executable, "-m", "adastate_jax.train", f"--config={CONFIG}:{name}", f"--workdir={workdir}"]
+    if name != "teacher":
+        command += [f"--config.seed={seed}", f"--config.start_from={folder / 'teacher'}"]
+    environment = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # faster: the buffers of a step are new each time
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations"),
+    }
+    start = time.monotonic()
+    with (folder / f"{workdir.name}.log").open("ab") as log:
+        subprocess.run(
+            command,
+            check=True,
+            stderr=log,
+            env=environment,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        )
+    seconds = time.monotonic() - start
+    stage = "initialize" if once(name) else "distill"
+    if latest_step(workdir / stage) != getattr(load_config(workdir / "config.json"), stage).steps:
+        raise SystemExit(f"{workdir} was stopped before its end; the same command goes on from there")
+    done.write_text(f"{seconds:.0f}\n")
+    print(f"{workdir.name}: {seconds:.0f} s", flush=True)
