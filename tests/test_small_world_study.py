@@ -12,6 +12,7 @@ from adastate_jax.config import parse_config, save_config
 from adastate_jax.generate import load
 from studies.small_world import arms, memory, read_rows, write_rows
 from studies.small_world import measure as measuring
+from studies.small_world import report as reporting
 from studies.small_world import train as training
 from studies.small_world.report import MEASURES, collapsed, compared_with_truth, paired_difference, report, summarize
 
@@ -202,6 +203,27 @@ def test_the_colour_is_read_from_the_anchor_that_holds_it_and_not_from_what_does
     assert np.isnan(right["anchor", 0])  # it has been out of view in every chunk
 
 
+def test_attention_is_measured_of_every_frame(config, truth, monkeypatch):
+    model = load(config=config, random_weights=True)
+    monkeypatch.setattr(memory, "PROBED_CHUNK", 3)
+    rows = list(memory.measure_attention(model, truth[0]))
+    assert [row["part"] for row in rows] == ["anchor", "state", "window", "window", "window", "siblings"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+
+
+def test_the_attention_table_tells_the_frames_of_a_part_apart(tmp_path):
+    shares = {"anchor": [0.1, 0.3], "window": [0.04, 0.16], "siblings": [0.4]}
+    frames = [(part, share) for part, of_part in shares.items() for share in of_part]
+    rows = [
+        {"arm": arm, "seed": seed, "part": part, "frame": frame, "share": share * (1 + seed)}
+        for arm, seed in (("ema", 0), ("ema", 1), ("dark", 0))
+        for frame, (part, share) in enumerate(frames)
+    ]
+    write_rows(tmp_path / "attention.csv.gz", rows)
+    table = reporting._attention_table(tmp_path / "attention.csv.gz", {("dark", 0): "too dark"})
+    assert table[4:] == ["| ema | 0.30 ± 0.10 |  | 0.06 ± 0.02 | 0.24 ± 0.08 | 0.60 ± 0.20 |"]
+
+
 def test_the_colour_last_seen():
     found = np.array([[0, -1, 2, -1, -1], [-1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
     last, unseen = memory._last_seen(found)
@@ -252,7 +274,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path, m
 
 @pytest.mark.skipif(not (ROOT / "docs/small_world/videos.csv.gz").exists(), reason="the study has not been run")
 def test_the_tables_are_of_the_rows_beside_them(tmp_path, monkeypatch):
-    for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz"):
+    for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz", "attention.csv.gz"):
         (tmp_path / name).symlink_to(ROOT / "docs/small_world" / name)
     report(tmp_path)
     tables = (ROOT / "docs/small_world/tables.md").read_text()

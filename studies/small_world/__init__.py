@@ -5,8 +5,8 @@ python -m studies.small_world measure --folder=runs/small_world    # rolls out a
 python -m studies.small_world report                               # tables and figures from the measurements
 
 `measure` writes one row per video and horizon into docs/small_world/videos.csv.gz, what exchanging anchors does into
-swaps.csv.gz, and what can be read from the cache into contents.csv.gz; `report` reads nothing else. Arms that are not
-trained yet are left out, and named.
+swaps.csv.gz, what can be read from the cache into contents.csv.gz, and what looks at it into attention.csv.gz; `report`
+reads nothing else. Arms that are not trained yet are left out, and named.
 """
 
 import csv

@@ -36,13 +36,13 @@ from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
 from adastate_jax.video_stream import stream_batch
 from studies.small_world import CONFIG, HORIZONS, STARTS, once, share_cores, write_rows
-from studies.small_world.memory import ABSENCE, measure_contents, measure_swaps
+from studies.small_world.memory import ABSENCE, measure_attention, measure_contents, measure_swaps
 
 VIDEOS = 128
 NOISE_SEEDS = (0, 1)
 WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
-KINDS = ("videos", "swaps", "contents")  # of rows, a file each
+KINDS = ("videos", "swaps", "contents", "attention")  # of rows, a file each
 
 
 def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results: Path) -> None:
@@ -135,6 +135,7 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
             rows["swaps"].extend({"noise": noise, **row} for row in measure_swaps(model, worlds, noise))
     if model:
         rows["contents"].extend(measure_contents(model, worlds))
+        rows["attention"].extend(measure_attention(model, worlds))
     for kind, found in rows.items():
         if found:
             named = [{"arm": arm, "seed": seed, **row} for row in found]

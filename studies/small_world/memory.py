@@ -1,4 +1,4 @@
-"""What a stream's cache holds: what exchanging or erasing a part of it does, and what can be read from it."""
+"""What a stream's cache holds: what exchanging a part of it does, what can be read from it, and what looks at it."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from adastate_jax.data.worlds import World
 from adastate_jax.evaluation import small_world
+from adastate_jax.evaluation.attention_probe import probe_stream
 from adastate_jax.generate import Model, decode_frames
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys, stream_step
@@ -18,6 +19,7 @@ SWAP_CHUNK, SWAP_CHUNKS = 9, 14  # when anchors are exchanged: no ball is in the
 READ_CHUNKS = range(4, 16)  # after which the cache is read: three balls come and go
 READ_SEEDS = range(4)  # of noise; as many streams as a linear classifier needs to be fitted on half of them
 UNSEEN = ((0, 0), (1, 5), (6, 11))  # frames since a ball was seen, both included, that are told apart
+PROBED_CHUNK = 20  # whose attention is measured
 _RIDGE = 0.1  # of the features' mean square
 
 
@@ -140,6 +142,20 @@ def measure_contents(model: Model, worlds: list[World]) -> Iterator[dict[str, ob
             "right": float(right.mean()) if len(right) else float("nan"),
             "answers": len(right),
         }
+
+
+def measure_attention(model: Model, worlds: list[World]) -> Iterator[dict[str, object]]:
+    """Where content of `PROBED_CHUNK` looks, as `python -m adastate_jax.probe` measures it, averaged over the videos.
+
+    Yields a row per frame of the cache, in order: its part, and its share in the mean over steps and layers.
+    """
+    prompts = [world.caption for world in worlds]
+    stream, latent_shape = model.config.stream, model.config.latent_shape
+    text = jax.jit(model.student.text_keys_values)(model.embed(prompts))
+    carry = initial_carry(model.student.config, stream, seed_keys(0, len(prompts)), *latent_shape[:2])
+    (found,) = probe_stream(model.student, carry, text, stream, latent_shape, [PROBED_CHUNK])
+    for frame, (role, share) in enumerate(zip(found.roles, found.shares.mean(axis=(0, 1)), strict=True)):
+        yield {"part": role, "frame": frame, "share": float(share)}
 
 
 def _colours(model: Model, latents: jax.Array) -> np.ndarray:

@@ -118,6 +118,7 @@ def report(results: Path) -> None:
     for measure_name in MEASURES:
         lines += ["", *_measure_table(summary, names, measure_name)]
     lines += ["", *_swap_table(results / "swaps.csv.gz", gone), "", *_contents_table(results / "contents.csv.gz", gone)]
+    lines += ["", *_attention_table(results / "attention.csv.gz", gone)]
     (results / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
     _draw(summary, names, results)
 
@@ -230,6 +231,34 @@ def _contents_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
             if any(cells):
                 lines.append(_row(arm, part, *cells))
     return lines
+
+
+def _attention_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
+    if not path.exists():  # no student was measured
+        return []
+    columns = read_rows(path)
+    lines = ["**Share of a content frame's attention outside itself: of a frame of each part, in the mean**", ""]
+    lines += [
+        _row("arm", "anchor", "state", "oldest in the window", "newest in the window", "chunk"),
+        _row(*["---"] * 6),
+    ]
+    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
+    columns = {name: values[keep] for name, values in columns.items()}
+    for arm in dict.fromkeys(columns["arm"]):
+        shares = [
+            [_attention_of(columns, arm, seed, part, end) for seed in np.unique(columns["seed"][columns["arm"] == arm])]
+            for part, end in (("anchor", None), ("state", None), ("window", 0), ("window", -1), ("siblings", None))
+        ]
+        cells = [_cell(*summarize(np.array(x), np.arange(len(x)), np.zeros(len(x)))[:2]) for x in shares]
+        lines.append(_row(arm, *cells))
+    return lines
+
+
+def _attention_of(columns: dict[str, np.ndarray], arm: str, seed: float, part: str, end: int | None) -> float:
+    """Mean share of a part's frames, or that of its first or last one; NaN where there is none."""
+    here = (columns["arm"] == arm) & (columns["seed"] == seed) & (columns["part"] == part)
+    shares = columns["share"][here][np.argsort(columns["frame"][here])]
+    return float(np.mean(shares if end is None else shares[end])) if len(shares) else float("nan")
 
 
 def _draw(summary: dict, names: list[str], results: Path) -> None:
