@@ -194,8 +194,8 @@ class Config:
             raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
         if "initialize" in self.stages:
             ode_sigmas(self.stream, self.initialize.ode_steps)
-            if self.initialize.context == "stream":
-                stream_of_clips(self.stream)
+            if self.initialize.context in ("stream", "state"):
+                stream_of_clips(self.stream, self.initialize.context)
         if "distill" in self.stages:
             num_chunks(self.distill.rollout_frames, self.stream)
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:

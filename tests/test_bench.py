@@ -24,7 +24,7 @@ from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
-from adastate_jax.streaming.anchors import StaticAnchor
+from adastate_jax.streaming.anchors import AdaptiveAnchor, StaticAnchor
 from adastate_jax.streaming.prompts import schedule
 from adastate_jax.streaming.rollout import StreamConfig
 
@@ -175,6 +175,10 @@ def test_initialisation_is_counted():
     stream = StreamConfig(chunk_frames=1, past_frames=2, anchor=StaticAnchor(1))
     passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 4)]
     assert flops.initialize_flops(SMALL, stream, 4, 4, "stream") == 3 * (2 * sum(passes) + text)
+    # A hidden state is denoised with the fourth chunk, at two levels and clean.
+    stream = StreamConfig(chunk_frames=1, past_frames=2, anchor=AdaptiveAnchor(1), denoising_steps=(1000.0, 500.0))
+    passes = [*passes[:3], flops.pass_flops(SMALL, 2, 5, 4).total]
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "state") == 3 * (3 * sum(passes) + text)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -147,14 +147,15 @@ def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> int:
 
 
 def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> int:
-    """A step of regression, over a clean copy of the clip too unless `context` is `noisy`."""
-    if context == "stream":
-        one_pass = _rollout_pass(config, stream_of_clips(stream), frames, frame_tokens)
+    """A step of regression, over a clean copy of the clip too unless `context` is `noisy`; `state`: at every level."""
+    passes = {"noisy": 1, "state": len(stream.sigmas) + 1}.get(context, 2)
+    if context in ("stream", "state"):
+        one_pass = _rollout_pass(config, stream_of_clips(stream, context), frames, frame_tokens)
     else:
         chunk, past = stream.chunk_frames, stream.past_frames
         starts = range(0, frames, chunk)
         one_pass = _sum(*(pass_flops(config, chunk, min(start, past) + chunk, frame_tokens) for start in starts))
-    return _gradient(config, _sum(*[one_pass] * (1 if context == "noisy" else 2), text_flops(config)))
+    return _gradient(config, _sum(*[one_pass] * passes, text_flops(config)))
 
 
 def _rollout_pass(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:

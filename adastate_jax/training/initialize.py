@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import itertools
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.diffusion import MAX_TIMESTEP, flow_to_clean, warp
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
 from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
@@ -19,7 +20,7 @@ from adastate_jax.streaming.rollout import denoise, read_context
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
 
-CONTEXTS = ("noisy", "clean", "stream")
+CONTEXTS = ("noisy", "clean", "stream", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class InitializeConfig:
         context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
             their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
             anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
-            anchor.
+            anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
+            each of its levels, with gradient through all chunks before: several times the work of a step.
     """
 
     steps: int = 1000
@@ -152,18 +154,20 @@ def block_causal_pass(
     return flow[:, -frames:]
 
 
-def stream_of_clips(stream: StreamConfig) -> StreamConfig:
-    """The stream itself, or with a static anchor in place of a hidden state, whose latents no clip has.
+def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
+    """The stream that `context` shows: with `stream`, a static anchor takes the place of a hidden state.
 
     Raises:
-        ValueError: its cache is not filled chunk after chunk.
+        ValueError: its cache is not filled chunk after chunk, or it has no hidden state for `state`.
     """
     anchor = stream.anchor
     if anchor.joint or anchor.restarts:
-        raise ValueError(f"initialize.context stream needs a cache that is filled chunk after chunk, not {anchor}'s")
-    if not anchor.state_frames:
+        raise ValueError(f"initialize.context {context} needs a cache that is filled chunk after chunk, not {anchor}'s")
+    if context == "state":
+        if not anchor.state_frames:
+            raise ValueError(f"initialize.context state needs a hidden state, which {anchor} has not; choose stream")
         return stream
-    return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames))
+    return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames)) if anchor.state_frames else stream
 
 
 def _twice(keys_values: KeyValues | None) -> KeyValues | None:
@@ -192,7 +196,7 @@ def teacher_forced_pass(
     Raises:
         ValueError: see `stream_of_clips`.
     """
-    stream = stream_of_clips(stream)
+    stream = stream_of_clips(stream, "stream")
     batch, anchor = len(latents), stream.anchor
     # A chunk and its clean copy pass side by side: both see the same.
     both = jnp.stack([latents, clean], axis=1).reshape(2 * batch, -1, stream.chunk_frames, *latents.shape[2:])
@@ -208,16 +212,73 @@ def teacher_forced_pass(
         fresh = jax.tree.map(lambda x: x[:, 1::2], fresh)
         return cache_lib.advance(cache, anchor, layout, fresh, phase.first_frame), estimate[::2]
 
-    chunks = jnp.moveaxis(both, 1, 0), jnp.moveaxis(levels, 1, 0)
+    estimates = _chunk_after_chunk(step, cache, (jnp.moveaxis(both, 1, 0), jnp.moveaxis(levels, 1, 0)), stream)
+    return jnp.moveaxis(estimates, 0, 1).reshape(latents.shape)
+
+
+def _chunk_after_chunk(step, cache: cache_lib.Cache, chunks: tuple[jax.Array, ...], stream: StreamConfig) -> jax.Array:
+    """What `step(cache, chunk, phase)` gives beside the next cache, for chunks of arrays [K, …]: [K, …]."""
     fill = min(stream.num_fill_chunks, len(chunks[0]))
-    estimates = []
+    found = []
     for number in range(fill):
-        cache, estimate = step(cache, (chunks[0][number], chunks[1][number]), phase_of(number, stream))
-        estimates.append(estimate)
+        cache, one = step(cache, tuple(x[number] for x in chunks), phase_of(number, stream))
+        found.append(one)
     later = tuple(x[fill:] for x in chunks)
     _, later = jax.lax.scan(functools.partial(step, phase=phase_of(stream.num_fill_chunks, stream)), cache, later)
-    estimates = jnp.concatenate([jnp.stack(estimates), later])
-    return jnp.moveaxis(estimates, 0, 1).reshape(latents.shape)
+    return jnp.concatenate([jnp.stack(found), later])
+
+
+def recurrent_pass(
+    model: DiT, noisy: jax.Array, text: jax.Array, stream: StreamConfig, clean: jax.Array, state_noise: jax.Array
+) -> jax.Array:
+    """All chunks one after another as the stream denoises them, with content that is given and a state that is not.
+
+    At each noise level the hidden state is denoised beside the given content, and it is committed beside the clean one.
+    So gradients of an estimate reach the state of every chunk before.
+
+    Args:
+        noisy: the clip at each of the stream's T levels [B, T, N, H, W, C].
+        text: embeddings [B, T, text_dim].
+        stream: its steps, chunks, window, anchor and positions.
+        clean: the clip [B, N, H, W, C].
+        state_noise: of each chunk and level [K, T, B, F_s, H, W, C].
+
+    Returns:
+        Clean estimates x̂_0 of the clip at each level [B, T, N, H, W, C].
+
+    Raises:
+        ValueError: see `stream_of_clips`.
+    """
+    stream = stream_of_clips(stream, "state")
+    levels, text_keys_values = jnp.asarray(stream.sigmas, jnp.float32), model.text_keys_values(text)
+    frame_tokens = model.config.frame_tokens(*clean.shape[2:4])
+    cache = cache_lib.empty(model.config, stream.anchor, stream.past_frames, len(clean), frame_tokens)
+
+    def step(cache: cache_lib.Cache, chunk: tuple[jax.Array, jax.Array, jax.Array], phase: Phase):
+        layout = layout_of(phase, stream)
+        state_frames = len(layout.state)
+        noisy, clean, noise = chunk
+        noise = noise[:, :, :state_frames]
+        context = read_context(model.config, cache, stream, layout, clean)
+
+        def turn(state, inputs):
+            content, level, next_noise, next_level = inputs
+            live = jnp.concatenate([state, content], axis=1)
+            estimate, _ = denoise(model, live, level, text_keys_values, layout, context)
+            # After the last level the next one is zero: nothing is added.
+            return add_noise(estimate[:, :state_frames], next_noise, next_level), estimate[:, state_frames:]
+
+        after = jnp.append(levels[1:], 0.0)
+        state, estimates = jax.lax.scan(turn, noise[0], (noisy, levels, jnp.roll(noise, -1, axis=0), after))
+        live = jnp.concatenate([state, clean], axis=1)
+        _, fresh = denoise(model, live, 0.0, text_keys_values, layout, context)
+        return cache_lib.advance(cache, stream.anchor, layout, fresh, phase.first_frame), estimates
+
+    split = "b t (k f) h w c -> k t b f h w c"
+    chunks = einops.rearrange(noisy, split, f=stream.chunk_frames)
+    of_clean = einops.rearrange(clean, "b (k f) h w c -> k b f h w c", f=stream.chunk_frames)
+    estimates = _chunk_after_chunk(step, cache, (chunks, of_clean, state_noise), stream)
+    return einops.rearrange(estimates, "k t b f h w c -> b t (k f) h w c")
 
 
 def initialize_step(
@@ -228,7 +289,7 @@ def initialize_step(
     config: InitializeConfig,
     stream: StreamConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the student: every chunk, at a step of its own, predicts the trajectory's end.
+    """One update of the student: every chunk, at a step of its own, predicts the trajectory's end; `state`: at each.
 
     Args:
         trajectory: kept states [B, T + 1, N, H, W, C], at the student's T levels, then clean.
@@ -238,6 +299,18 @@ def initialize_step(
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
+    predict = _predict_at_each_level if config.context == "state" else _predict_at_one_level
+
+    def loss_function(params):
+        estimate, clean = predict(params, trajectory, text, key, config, stream)
+        return jnp.square(estimate - clean).mean()
+
+    loss, gradients = jax.value_and_grad(loss_function)(state.params)
+    state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
+    return state, {"loss": loss, **metrics}
+
+
+def _predict_at_one_level(model: DiT, trajectory, text, key, config: InitializeConfig, stream: StreamConfig):
     batch, _, frames = trajectory.shape[:3]
     chunks = frames // stream.chunk_frames
     step = jax.random.randint(key, (batch, chunks), 0, len(stream.sigmas))
@@ -245,16 +318,17 @@ def initialize_step(
     clean = trajectory[:, -1]
     noisy = jnp.take_along_axis(trajectory, step[:, None, :, None, None, None], axis=1)[:, 0]
     sigma = jnp.asarray(stream.sigmas, jnp.float32)[step]
+    if config.context == "stream":
+        return teacher_forced_pass(model, noisy, sigma, text, stream, clean), clean
+    context = clean if config.context == "clean" else None
+    flow = block_causal_pass(model, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
+    return flow_to_clean(flow, noisy, sigma), clean
 
-    def loss_function(params):
-        if config.context == "stream":
-            estimate = teacher_forced_pass(params, noisy, sigma, text, stream, clean)
-        else:
-            context = clean if config.context == "clean" else None
-            flow = block_causal_pass(params, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
-            estimate = flow_to_clean(flow, noisy, sigma)
-        return jnp.square(estimate - clean).mean()
 
-    loss, gradients = jax.value_and_grad(loss_function)(state.params)
-    state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
-    return state, {"loss": loss, **metrics}
+def _predict_at_each_level(model: DiT, trajectory, text, key, config: InitializeConfig, stream: StreamConfig):
+    batch, kept, frames, *latent_shape = trajectory.shape
+    chunks = frames // stream.chunk_frames
+    noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
+    noise = constrain(noise, None, None, "batch")
+    estimates = recurrent_pass(model, trajectory[:, :-1], text, stream, trajectory[:, -1], noise)
+    return estimates, trajectory[:, -1:]

@@ -19,11 +19,13 @@ from adastate_jax.streaming.rollout import (
     StreamConfig,
     denoise,
     draw_noise,
+    generate_chunk,
     initial_carry,
     layout_of,
     live_noise,
     phase_of,
     read_context,
+    rollout_step,
     split_live,
 )
 from adastate_jax.training.dmd import (
@@ -38,7 +40,7 @@ from adastate_jax.training.dmd import (
     self_rollout,
     student_step,
 )
-from adastate_jax.training.initialize import block_causal_pass, teacher_forced_pass
+from adastate_jax.training.initialize import block_causal_pass, recurrent_pass, teacher_forced_pass
 from adastate_jax.training.state import OptimizerConfig, create_state
 
 STREAMS = {
@@ -272,6 +274,54 @@ def test_teacher_forcing_shows_a_static_anchor_for_a_hidden_state(student, text)
     assert np.abs(hidden - without)[:, 6:].min(axis=(2, 3, 4)).max() > 1e-4
     with pytest.raises(ValueError, match=r"context stream needs a cache that is filled chunk after chunk, not Rolling"):
         run(student, noisy, sigma, text, StreamConfig(anchor=RollingAnchor(3)), clean)
+
+
+def levels_of_a_stream(student, text, stream):
+    """What a stream denoises: content at each level [B, T, N, …], clean content, estimates; and the state's noise."""
+    text_kv = student.text_keys_values(text)
+
+    @functools.partial(jax.jit, static_argnames="phase")
+    def passes(carry, phase):
+        noise = draw_noise(carry, stream, LATENT_SHAPE)
+        steps = range(len(stream.sigmas))
+        found = [generate_chunk(student, carry.cache, text_kv, noise, stream, phase, step) for step in steps]
+        return found, noise.state, rollout_step(student, carry, text_kv, noise, stream, phase)
+
+    carry = initial_carry(SMALL, stream, KEYS, *LATENT_SHAPE[:2])
+    noisy, estimates, clean, state_noise = [], [], [], []
+    for index in range(CHUNKS):
+        phase = phase_of(index, stream)
+        found, noise, (carry, chunk) = passes(carry, phase)
+        state_frames = len(layout_of(phase, stream).state)
+        noisy.append(jnp.stack([one.noisy[:, state_frames:] for one in found], axis=1))
+        estimates.append(jnp.stack([one.clean[:, state_frames:] for one in found], axis=1))
+        clean.append(chunk.content)
+        state_noise.append(noise)
+    return (jnp.concatenate(x, axis=a) for x, a in ((noisy, 2), (clean, 1), (estimates, 2))), jnp.stack(state_noise)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "adaptive_wide"])
+def test_the_recurrent_pass_is_the_stream(name, student, text):
+    """Given what the stream denoised, its own estimates come out, and every state before is in their gradient."""
+    stream = STREAMS[name]
+    (noisy, clean, estimates), state_noise = levels_of_a_stream(student, text, stream)
+    found = jax.jit(recurrent_pass, static_argnums=3)(student, noisy, text, stream, clean, state_noise)
+    np.testing.assert_allclose(found, estimates, atol=2e-5)
+
+    def last_chunk(state_noise):
+        estimates = recurrent_pass(student, noisy, text, stream, clean, state_noise)
+        return jnp.square(estimates[:, :, -stream.chunk_frames :]).mean()
+
+    slope = np.abs(jax.jit(jax.grad(last_chunk))(state_noise)).max(axis=(1, 2, 3, 4, 5, 6))
+    fill = stream.num_fill_chunks
+    assert (slope[:fill] == 0).all()  # the state is not there yet
+    assert (slope[fill:] > 0).all()
+
+
+def test_a_recurrent_pass_needs_a_state(student, text):
+    clean = jax.random.normal(jax.random.key(1), (2, 12, *LATENT_SHAPE))
+    with pytest.raises(ValueError, match=r"context state needs a hidden state, which StaticAnchor.* has not"):
+        recurrent_pass(student, clean[:, None], text, StreamConfig(anchor=StaticAnchor(1)), clean, clean)
 
 
 def test_block_causal_pass_without_a_clean_copy_is_causal(student, text):

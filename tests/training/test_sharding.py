@@ -124,7 +124,7 @@ def test_tensor_parallel_layers_gather_nothing(student, batch):
     assert "collective-permute" not in program
 
 
-@pytest.mark.parametrize("context", ["noisy", "clean", "stream"])
+@pytest.mark.parametrize("context", ["noisy", "clean", "stream", "state"])
 def test_initialize_step(context, student, batch, meshes):
     config = InitializeConfig(optimizer=OPTIMIZER, context=context)
 
