@@ -5,7 +5,8 @@ python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0
 
 The first trains the teacher and the student that all arms start from, which anchors on the first frame; the second
 distils one arm. `unanchored` is a student that is initialised without an anchor, with a window of a whole training
-video, and not distilled: what anchors do to it, they do without training.
+video, and not distilled: what anchors do to it, they do without training. `recurrent` is one that is initialised with
+the hidden state, through its recurrence; the arm `recurrent_start` starts from it.
 
 A camera pans over clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the
 landscape's hue turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
@@ -30,10 +31,11 @@ ARMS = {
     "normalized": {"distill.horizon_normalize": True},
     "straight_through": {"distill.cache_gradient": "straight_through"},
 }
-# What three times the training does; not of the study's budget.
-LONGER = {
+# What the study's budget does not pay for: three times the training, and a start that knows the state.
+FURTHER = {
     "longer": {"distill.steps": 1350},
     "longer_straight_through": {"distill.steps": 1350, "distill.cache_gradient": "straight_through"},
+    "recurrent_start": {"start_from": "runs/small_world/recurrent"},
 }
 
 
@@ -123,12 +125,17 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
         config.initialize.context = "clean"
         config.stages = ("initialize",)
         config.start_from = "runs/small_world/teacher"
-    elif arm in ARMS or arm in LONGER:
+    elif arm == "recurrent":
+        config.initialize.context = "state"
+        config.stages = ("initialize",)
+        config.start_from = "runs/small_world/teacher"
+    elif arm in ARMS or arm in FURTHER:
         config.stages = ("distill",)
         config.start_from = "runs/small_world/teacher"
-        _set_fields(config, (ARMS | LONGER)[arm])
+        _set_fields(config, (ARMS | FURTHER)[arm])
     else:
-        raise ValueError(f"unknown arm {arm!r}; choose teacher, unanchored or one of {', '.join(ARMS | LONGER)}")
+        known = ", ".join(["teacher", "unanchored", "recurrent", *ARMS, *FURTHER])
+        raise ValueError(f"unknown arm {arm!r}; choose one of {known}")
     return config
 
 

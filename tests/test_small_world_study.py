@@ -43,9 +43,20 @@ def test_undistilled_students_are_measured_with_every_other_stream(config, tmp_p
         (tmp_path / f"{name}.seconds").write_text("1")
     names = measuring._starts(tmp_path, ["adaptive", "static", "none", "alpha_0"])
     # The student of the teacher's run is initialised with the static anchor; alpha_0 has the stream of adaptive.
+    # No student of the recurrence is trained.
     assert names == [
         *("initialized", "initialized:adaptive", "initialized:none"),
         *("unanchored", "unanchored:adaptive", "unanchored:static", "unanchored:none"),
+    ]
+
+
+def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(training, "_train_one", lambda folder, name, seed, cores: trained.append((name, seed)))
+    training.train(tmp_path, ["none", "recurrent_start"], [0, 1], jobs=1)
+    assert trained == [
+        *(("teacher", 0), ("recurrent", 0), ("unanchored", 0)),
+        *(("none", 0), ("recurrent_start", 0), ("none", 1), ("recurrent_start", 1)),
     ]
 
 

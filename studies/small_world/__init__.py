@@ -25,17 +25,17 @@ RESULTS = ROOT / "docs" / "small_world"
 HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
 
 # Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
-STARTS = {"initialized": "teacher", "unanchored": "unanchored"}
+STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "recurrent"}
 
 _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
 def arms() -> tuple[list[str], list[str]]:
-    """The arms that the configuration knows: those of the study, and those that are trained longer."""
+    """The arms that the configuration knows: those of the study, and those that its budget does not pay for."""
     spec = importlib.util.spec_from_file_location("small_world_config", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.ARMS), list(module.LONGER)
+    return list(module.ARMS), list(module.FURTHER)
 
 
 def once(arm: str) -> bool:

@@ -11,7 +11,7 @@ from studies.small_world.train import train
 
 
 def main() -> None:
-    study, longer = arms()
+    study, further = arms()
     parser = argparse.ArgumentParser(
         prog="python -m studies.small_world",
         description=studies.small_world.__doc__,
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "measure", "report"))
     parser.add_argument("--folder", type=Path, default=Path("runs/small_world"), help="of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of rows, tables and figures")
-    parser.add_argument("--arms", nargs="+", choices=study + longer, metavar="ARM", help="default: those of the study")
+    parser.add_argument("--arms", nargs="+", choices=study + further, metavar="ARM", help="default: those of the study")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
@@ -28,7 +28,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         train(options.folder.resolve(), options.arms or study, options.seeds, options.jobs)
     elif options.command == "measure":
-        measure(options.folder.resolve(), options.arms or study + longer, options.seeds, options.jobs, options.results)
+        measure(options.folder.resolve(), options.arms or study + further, options.seeds, options.jobs, options.results)
     else:
         report(options.results)
 

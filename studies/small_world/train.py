@@ -8,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adastate_jax.checkpoint import latest_step
-from adastate_jax.config import load_config
+from adastate_jax.config import load_config, parse_config
 from studies.small_world import CONFIG, ROOT, STARTS, once, share_cores
 
 
 def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
-    """Trains the teacher, then all else, `jobs` at a time on processor cores of their own; done runs are skipped."""
-    _train_one(folder, "teacher", 0, None)
+    """Trains what arms start from, then all else, `jobs` at a time on processor cores of their own.
+
+    Done runs are skipped.
+    """
+    for start in dict.fromkeys(["teacher", *map(_start_of, names)]):
+        _train_one(folder, start, 0, None)
     waiting = iter([("unanchored", 0), *((name, seed) for seed in seeds for name in names)])
 
     def work(share):
@@ -25,6 +29,10 @@ def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
         list(pool.map(work, share_cores(jobs)))
 
 
+def _start_of(arm: str) -> str:
+    return Path(parse_config([f"--config={CONFIG}:{arm}"]).start_from).name
+
+
 def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
     workdir = folder / (STARTS.get(name, name) if once(name) else f"{name}-{seed}")
     done = folder / f"{workdir.name}.seconds"
@@ -32,7 +40,7 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
         return
     command = [sys.executable, "-m", "adastate_jax.train", f"--config={CONFIG}:{name}", f"--workdir={workdir}"]
     if name != "teacher":
-        command += [f"--config.seed={seed}", f"--config.start_from={folder / 'teacher'}"]
+        command += [f"--config.seed={seed}", f"--config.start_from={folder / _start_of(name)}"]
     environment = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # faster: the buffers of a step are new each time
         **os.environ,
