@@ -127,6 +127,7 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
         config.start_from = "runs/small_world/teacher"
     elif arm == "recurrent":
         config.initialize.context = "state"
+        config.initialize.batch_size = 8  # each chunk at four levels: as many losses as of 32 clips at one
         config.stages = ("initialize",)
         config.start_from = "runs/small_world/teacher"
     elif arm in ARMS or arm in FURTHER:
