@@ -77,14 +77,17 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
 
 
 def _starts(folder: Path, names: list[str]) -> list[str]:
-    """The students before distillation, each with its own stream and with each other stream of the arms."""
+    """The students before distillation, each with its own stream and with each other stream of the arms.
+
+    But for the recurrent one, which knows no other.
+    """
     found = []
     for start, where in STARTS.items():
         if not (folder / f"{where}.seconds").exists():
             print(f"{where}: not trained yet, left out")
             continue
         streams = {load_config(folder / where / "config.json").stream: start}
-        for name in names:
+        for name in names if start != "recurrent" else ():
             streams.setdefault(_stream_of(name), f"{start}:{name}")
         found += streams.values()
     return found
@@ -131,8 +134,8 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
         shown = videos[0] if shown is None else shown
         found = measure_videos(videos, worlds, config.data.worlds, length)
         rows["videos"].extend({"noise": noise, **row} for row in found)
-        if model and model.config.stream.anchor.frames:
-            rows["swaps"].extend({"noise": noise, **row} for row in measure_swaps(model, worlds, noise))
+    if model and model.config.stream.anchor.frames:
+        rows["swaps"].extend(measure_swaps(model, worlds, NOISE_SEEDS[0]))
     if model:
         rows["contents"].extend(measure_contents(model, worlds))
         rows["attention"].extend(measure_attention(model, worlds))

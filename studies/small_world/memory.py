@@ -15,7 +15,7 @@ from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout,
 from adastate_jax.streaming.schedule import phase_of
 
 ABSENCE = 4  # frames without a subject after which it counts as coming back
-SWAP_CHUNK, SWAP_CHUNKS = 9, 14  # when anchors are exchanged: no ball is in the window; how long the stream goes on
+SWAP_CHUNK, SWAP_CHUNKS = 9, 8  # when anchors are exchanged: no ball is in the window; how long the stream goes on
 READ_CHUNKS = range(4, 16)  # after which the cache is read: three balls come and go
 READ_SEEDS = range(4)  # of noise; as many streams as a linear classifier needs to be fitted on half of them
 UNSEEN = ((0, 0), (1, 5), (6, 11))  # frames since a ball was seen, both included, that are told apart
