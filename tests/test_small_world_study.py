@@ -41,8 +41,8 @@ def test_undistilled_students_are_measured_with_every_other_stream(config, tmp_p
         (tmp_path / name).mkdir()
         save_config(parse_config([f"--config={ROOT}/configs/small_world.py:{name}"]), tmp_path / name / "config.json")
         (tmp_path / f"{name}.seconds").write_text("1")
-    names = measuring._starts(tmp_path, ["adaptive", "static", "none", "alpha_0"])
-    # The student of the teacher's run is initialised with the static anchor; alpha_0 has the stream of adaptive.
+    names = measuring._starts(tmp_path, ["adaptive", "static", "none", "window_9"])
+    # The student of the teacher's run is initialised with the static anchor; window_9 is no other anchor.
     # No student of the recurrence is trained.
     assert names == [
         *("initialized", "initialized:adaptive", "initialized:none"),

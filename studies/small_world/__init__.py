@@ -27,6 +27,7 @@ HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
 # Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
 STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "recurrent"}
 
+ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the arms that differ in nothing else
 _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 

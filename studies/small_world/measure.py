@@ -35,7 +35,7 @@ from adastate_jax.streaming.rollout import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
 from adastate_jax.video_stream import stream_batch
-from studies.small_world import CONFIG, HORIZONS, STARTS, once, share_cores, write_rows
+from studies.small_world import ANCHORS, CONFIG, HORIZONS, STARTS, once, share_cores, write_rows
 from studies.small_world.memory import ABSENCE, measure_attention, measure_contents, measure_swaps
 
 VIDEOS = 128
@@ -77,18 +77,16 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
 
 
 def _starts(folder: Path, names: list[str]) -> list[str]:
-    """The students before distillation, each with its own stream and with each other stream of the arms.
-
-    But for the recurrent one, which knows no other.
-    """
+    """The students before distillation, each with its own stream and, but for the recurrent one, with other anchors."""
     found = []
     for start, where in STARTS.items():
         if not (folder / f"{where}.seconds").exists():
             print(f"{where}: not trained yet, left out")
             continue
         streams = {load_config(folder / where / "config.json").stream: start}
-        for name in names if start != "recurrent" else ():
-            streams.setdefault(_stream_of(name), f"{start}:{name}")
+        for name in names:
+            if name in ANCHORS and start != "recurrent":
+                streams.setdefault(_stream_of(name), f"{start}:{name}")
         found += streams.values()
     return found
 

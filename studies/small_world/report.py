@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from studies.small_world import HORIZONS, STARTS, once, read_rows
+from studies.small_world import ANCHORS, HORIZONS, STARTS, once, read_rows
 from studies.small_world.memory import UNSEEN
 
 matplotlib.use("Agg")
@@ -28,7 +28,6 @@ MEASURES = {
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
-ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the rest vary something in the last of them
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
