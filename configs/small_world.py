@@ -6,7 +6,7 @@ python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0
 The first trains the teacher and the student that all arms start from, which anchors on the first frame; the second
 distils one arm. `unanchored` is a student that is initialised without an anchor, with a window of a whole training
 video, and not distilled: what anchors do to it, they do without training. `recurrent` is one that is initialised with
-the hidden state, through its recurrence; the arm `recurrent_start` starts from it.
+the hidden state, through its recurrence; two arms start from it.
 
 A camera pans over clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the
 landscape's hue turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
@@ -36,6 +36,10 @@ FURTHER = {
     "longer": {"distill.steps": 1350},
     "longer_straight_through": {"distill.steps": 1350, "distill.cache_gradient": "straight_through"},
     "recurrent_start": {"start_from": "runs/small_world/recurrent"},
+    "recurrent_straight_through": {
+        "start_from": "runs/small_world/recurrent",
+        "distill.cache_gradient": "straight_through",
+    },
 }
 
 
