@@ -59,13 +59,13 @@ def get_config():
     config.pretrain.weighting = "clean"
 
     config.initialize.steps = 1500
-    config.initialize.batch_size = 32
+    config.initialize.batch_size = 8
     config.initialize.optimizer.learning_rate = 5e-4
     config.initialize.optimizer.decay_steps = 1500
     config.initialize.trajectories = 1024
     config.initialize.ode_steps = 16
     config.initialize.guidance_scale = 1.0
-    config.initialize.context = "stream"
+    config.initialize.context = "state"
 
     config.distill.steps = 600
     config.distill.batch_size = 8

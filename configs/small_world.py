@@ -3,7 +3,7 @@
 python -m adastate_jax.train --config=configs/small_world.py:teacher --workdir=runs/small_world/teacher
 python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0 --workdir=runs/small_world/ARM-0
 
-The first trains the teacher and the student that all arms start from, which anchors on the first frame; the second
+The first trains the teacher and the student that the arms start from, which anchors on the first frame; the second
 distils one arm. `unanchored` is a student that is initialised without an anchor, with a window of a whole training
 video, and not distilled: what anchors do to it, they do without training. `recurrent` is one that is initialised with
 the hidden state, through its recurrence; two arms start from it.
