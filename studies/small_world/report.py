@@ -261,12 +261,18 @@ def _attention_of(columns: dict[str, np.ndarray], arm: str, seed: float, part: s
 
 
 def _draw(summary: dict, names: list[str], results: Path) -> None:
-    """A panel per measure, a line per arm over the horizons: of anchors, ablations, and before distillation."""
-    groups = {start: [name for name in names if name.partition(":")[0] == start] for start in STARTS}
-    distilled = [name for name in names if not once(name)]
-    anchors = [name for name in distilled if name in ANCHORS]
-    figures = {"anchors": anchors, "ablations": [n for n in distilled if n not in anchors or n == BASELINE], **groups}
+    """A panel per measure, a line per arm over the horizons; a figure per group of arms."""
+    distilled = [name for name in names if not once(name) and not name.startswith("recurrent")]
+    figures = {
+        "anchors": [name for name in distilled if name in ANCHORS],
+        "ablations": [name for name in distilled if name not in ANCHORS or name == BASELINE],
+        "initialized": [name for name in names if name.partition(":")[0] == "initialized"],
+        "unanchored": [name for name in names if name.partition(":")[0] == "unanchored"],
+        "recurrent": [name for name in names if name in ("static", BASELINE) or name.startswith("recurrent")],
+    }
     for file, shown in figures.items():
+        if not shown:
+            continue
         shown = ["truth", *shown]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
         for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):
