@@ -1,11 +1,12 @@
 """Tables and figures of the study, from the rows of `measure` alone."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from studies.small_world import ANCHORS, HORIZONS, STARTS, once, read_rows
+from studies.small_world import ANCHORS, HORIZONS, once, read_rows
 from studies.small_world.memory import UNSEEN
 
 matplotlib.use("Agg")
@@ -24,7 +25,7 @@ MEASURES = {
     "contrast": "contrast / truth",
     "seen": "share of frames with a subject / truth",
     "identity": "share of subjects that come back in the first one's colour",
-    "memory": "that share, minus the share in the first colour of another video of the caption / truth",
+    "memory": "identity minus the share in the first colour of another video of the caption, / truth",
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
@@ -286,8 +287,8 @@ def _draw(summary: dict, names: list[str], results: Path) -> None:
             panel.set_xscale("log")
             panel.set_xticks(HORIZONS, [f"{h:g}×" for h in HORIZONS])
             panel.minorticks_off()
-            panel.set_title(MEASURES[measure_name], fontsize=8)
+            panel.set_title(textwrap.fill(f"{measure_name}: {MEASURES[measure_name]}", 50), fontsize=8)
             panel.grid(alpha=0.3)
-        panels[0, 0].legend(fontsize=8)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
         figure.savefig(results / f"{file}.png", dpi=90)
         pyplot.close(figure)
