@@ -126,6 +126,8 @@ def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there():
     assert error == pytest.approx(np.std([2, 6], ddof=1) / np.sqrt(2))
     assert 1 <= low < 4 < high <= 7
     assert np.isnan(summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
+    few = np.where(np.arange(100) < 10, 1.0, np.nan)
+    assert np.isnan(summarize(few, np.zeros(100), np.arange(100))).all()
 
 
 def test_differences_are_of_the_same_seed_noise_and_caption():

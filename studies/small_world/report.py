@@ -12,6 +12,7 @@ from studies.small_world.memory import UNSEEN
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+FEWEST = 0.1  # of the videos; no more than these say nothing of an arm
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 
 # (column, what it is in a table)
@@ -37,12 +38,12 @@ _ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean
 def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
     """Mean, standard error over training seeds (NaN for one), and a 95 % interval by a bootstrap of seeds and videos.
 
-    values, seeds, videos: [N]; NaN values are left out.
+    values, seeds, videos: [N]; NaN values are left out, and where nearly all are NaN, so is what is told of them.
     """
     kept = np.isfinite(values)
-    values, seeds, videos = values[kept], seeds[kept], videos[kept]
-    if not len(values):
+    if kept.sum() <= FEWEST * len(values):
         return (float("nan"),) * 4
+    values, seeds, videos = values[kept], seeds[kept], videos[kept]
     # Sums and counts by seed and video make a resample a product of multiplicities.
     seed_names, seed = np.unique(seeds, return_inverse=True)
     video_names, video = np.unique(videos, return_inverse=True)
