@@ -23,6 +23,8 @@ CONFIG = ROOT / "configs" / "small_world.py"
 RESULTS = ROOT / "docs" / "small_world"
 
 HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
+ABSENCE = 4  # frames without a subject after which it counts as coming back
+UNSEEN = (0, 1, 3, 6, 12)  # frames since a subject was seen, the first of each span that is told apart
 
 # Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
 STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "recurrent"}
@@ -62,12 +64,16 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
     partial.replace(path)
 
 
-# --- reporting --------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a file of `write_rows`: text where one is, else float64."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of `write_rows`; none if there is no file."""
+    if not path.exists():
+        return []
     with gzip.open(path, "rt") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        return list(csv.DictReader(file))
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a file of `write_rows`: text where one is, else float64; none if there is no file."""
+    rows = read_rows(path)
+    columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: x if name in _TEXT else x.astype(float) for name, x in columns.items()}

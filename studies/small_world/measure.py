@@ -1,9 +1,7 @@
 """Rolls out what is trained, and measures what the videos show; the instruments are in evaluation/small_world.py."""
 
-import csv
 import dataclasses
 import functools
-import gzip
 import itertools
 import multiprocessing
 import os
@@ -35,13 +33,14 @@ from adastate_jax.streaming.rollout import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
 from adastate_jax.video_stream import stream_batch
-from studies.small_world import ANCHORS, CONFIG, HORIZONS, STARTS, once, share_cores, write_rows
-from studies.small_world.memory import ABSENCE, measure_attention, measure_contents, measure_swaps
+from studies.small_world import ABSENCE, ANCHORS, CONFIG, HORIZONS, STARTS, once, read_rows, share_cores, write_rows
+from studies.small_world.memory import measure_attention, measure_contents, measure_swaps
 
 VIDEOS = 128
 NOISE_SEEDS = (0, 1)
 WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
+_WITHOUT_CACHE = ("truth", "teacher")  # what is no stream
 KINDS = ("videos", "swaps", "contents", "attention")  # of rows, a file each
 
 
@@ -58,7 +57,7 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
             print(f"{name}-{seed}: not trained yet, left out")
     parts = folder / "measured"
     parts.mkdir(exist_ok=True)
-    missing = [run for run in runs if not (parts / f"{run[0]}-{run[1]}.npy").exists()]
+    missing = [run for run in runs if not all(_is_measured(parts, *run))]
     spawn = multiprocessing.get_context("spawn")
     shares = spawn.Queue()
     for share in share_cores(jobs):
@@ -68,7 +67,7 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
             print(f"{future.result()}: measured", flush=True)
     results.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
-        rows = [row for name, seed in runs for row in _read_part(parts / f"{name}-{seed}.{kind}.csv.gz")]
+        rows = [row for name, seed in runs for row in read_rows(parts / f"{name}-{seed}.{kind}.csv.gz")]
         (results / f"{kind}.csv.gz").unlink(missing_ok=True)
         if rows:  # swaps need an anchor
             write_rows(results / f"{kind}.csv.gz", rows)
@@ -117,40 +116,44 @@ def _true_worlds(folder: Path) -> tuple[Config, list[World]]:
     return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames))
 
 
+def _is_measured(parts: Path, arm: str, seed: int) -> tuple[bool, bool]:
+    """Whether a run's videos are measured, and whether what its cache holds is; of either, this file is the last."""
+    run = f"{arm}-{seed}"
+    return (parts / f"{run}.npy").exists(), arm in _WITHOUT_CACHE or (parts / f"{run}.attention.csv.gz").exists()
+
+
 def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
     config, worlds = _true_worlds(folder)
-    prompts, length = [truth.caption for truth in worlds], config.distill.rollout_frames
-    rows, shown = {kind: [] for kind in KINDS}, None
-    model = None if arm in ("truth", "teacher") else _load_student(folder, arm, seed)
-    for noise in NOISE_SEEDS if arm != "truth" else (0,):
-        if arm == "truth":
-            videos = np.stack([truth.video for truth in worlds])
-        elif arm == "teacher":
-            videos = roll_out_teacher(folder / "teacher", prompts, noise)
-        else:
-            videos = roll_out(model, prompts, noise, len(worlds[0].video))
-        shown = videos[0] if shown is None else shown
-        found = measure_videos(videos, worlds, config.data.worlds, length)
-        rows["videos"].extend({"noise": noise, **row} for row in found)
-    if model and model.config.stream.anchor.frames:
-        rows["swaps"].extend(measure_swaps(model, worlds, NOISE_SEEDS[0]))
-    if model:
-        rows["contents"].extend(measure_contents(model, worlds))
-        rows["attention"].extend(measure_attention(model, worlds))
-    for kind, found in rows.items():
-        if found:
-            named = [{"arm": arm, "seed": seed, **row} for row in found]
-            write_rows(parts / f"{arm}-{seed}.{kind}.csv.gz", named)
-    np.save(parts / f"{arm}-{seed}.npy", glimpses(shown, length))  # the last: with it, the run is measured
+    model = None if arm in _WITHOUT_CACHE else _load_student(folder, arm, seed)
+    of_videos, of_cache = _is_measured(parts, arm, seed)
+
+    def write(kind, rows):
+        rows = [{"arm": arm, "seed": seed, **row} for row in rows]
+        if rows:
+            write_rows(parts / f"{arm}-{seed}.{kind}.csv.gz", rows)
+
+    if not of_videos:
+        prompts, length = [truth.caption for truth in worlds], config.distill.rollout_frames
+        rows, shown = [], None
+        for noise in NOISE_SEEDS if arm != "truth" else (0,):
+            if arm == "truth":
+                videos = np.stack([truth.video for truth in worlds])
+            elif arm == "teacher":
+                videos = roll_out_teacher(folder / "teacher", prompts, noise)
+            else:
+                videos = roll_out(model, prompts, noise, len(worlds[0].video))
+            shown = videos[0] if shown is None else shown
+            found = measure_videos(videos, worlds, config.data.worlds, length)
+            rows.extend({"noise": noise, **row} for row in found)
+        write("videos", rows)
+        np.save(parts / f"{arm}-{seed}.npy", glimpses(shown, length))
+    if not of_cache:
+        if model.config.stream.anchor.frames:
+            write("swaps", measure_swaps(model, worlds, NOISE_SEEDS[0]))
+        write("contents", measure_contents(model, worlds))
+        write("attention", measure_attention(model, worlds))
     jax.clear_caches()
     return f"{arm}-{seed}"
-
-
-def _read_part(path: Path) -> list[dict[str, str]]:
-    if not path.exists():  # nothing of the kind: an anchor to exchange, a cache to read
-        return []
-    with gzip.open(path, "rt") as file:
-        return list(csv.DictReader(file))
 
 
 def worlds_for(config: WorldConfig, frames: int, count: int = VIDEOS) -> list[World]:

@@ -1,13 +1,13 @@
 """Tables and figures of the study, from the rows of `measure` alone."""
 
+import itertools
 import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from studies.small_world import ANCHORS, HORIZONS, once, read_rows
-from studies.small_world.memory import UNSEEN
+from studies.small_world import ANCHORS, HORIZONS, UNSEEN, once, read_columns
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -96,10 +96,9 @@ def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
 
 def report(results: Path) -> None:
     """Writes tables.md and the figures into `results`, from the rows there."""
-    columns = compared_with_truth(read_rows(results / "videos.csv.gz"))
+    columns = compared_with_truth(read_columns(results / "videos.csv.gz"))
     gone = collapsed(columns)
-    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
-    columns = {name: values[keep] for name, values in columns.items()}
+    columns = _without(columns, gone)
     names = list(dict.fromkeys(columns["arm"]))
     summary = {
         (measure_name, arm, horizon): summarize(
@@ -118,8 +117,10 @@ def report(results: Path) -> None:
         lines += ["", *_difference_table(columns, names, horizon)]
     for measure_name in MEASURES:
         lines += ["", *_measure_table(summary, names, measure_name)]
-    lines += ["", *_swap_table(results / "swaps.csv.gz", gone), "", *_contents_table(results / "contents.csv.gz", gone)]
-    lines += ["", *_attention_table(results / "attention.csv.gz", gone)]
+    for kind, table in (("swaps", _swap_table), ("contents", _contents_table), ("attention", _attention_table)):
+        columns = read_columns(results / f"{kind}.csv.gz")
+        if columns:  # an arm with an anchor, or any student, was measured
+            lines += ["", *table(_without(columns, gone))]
     (results / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
     _draw(summary, names, results)
 
@@ -191,64 +192,61 @@ def _cell(mean: float, error: float, low: float = np.nan, high: float = np.nan, 
     return text
 
 
-def _swap_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
-    if not path.exists():  # no arm with an anchor was measured
-        return []
-    columns = read_rows(path)
-    lines = ["**What exchanging a part of the cache with another video's does**", ""]
-    lines += [
-        _row("arm", "exchanged", "next chunk moves", "own colour comes back", "the other's comes back"),
-        _row(*["---"] * 5),
+def _without(columns: dict[str, np.ndarray], gone: dict[tuple[str, int], str]) -> dict[str, np.ndarray]:
+    """The columns without the rows of some runs."""
+    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
+    return {name: values[keep] for name, values in columns.items()}
+
+
+def _summary_of(columns: dict[str, np.ndarray], name: str, **where) -> tuple[float, float, float, float]:
+    """`summarize` of the column `name` in the rows whose other columns are as told."""
+    here = np.all([columns[other] == value for other, value in where.items()], axis=0)
+    return summarize(columns[name][here], columns["seed"][here], columns["video"][here])
+
+
+def _swap_table(columns: dict[str, np.ndarray]) -> list[str]:
+    lines = [
+        "**What exchanging a part of the cache with another video's does to the next chunk and to the next ball**",
+        "",
+        _row("arm", "exchanged", "next chunk moves", "its own colour", "the other's", "videos"),
+        _row(*["---"] * 6),
     ]
     for arm in dict.fromkeys(columns["arm"]):
         for swap in dict.fromkeys(columns["swap"]):
-            here = (columns["arm"] == arm) & (columns["swap"] == swap)
-            here &= np.array([(arm, int(seed)) not in gone for seed in columns["seed"]])
-            cells = [
-                _cell(*summarize(columns[name][here], columns["seed"][here], columns["video"][here]))
-                for name in ("moved", "own_colour", "other_colour")
-            ]
-            if any(cells):
-                lines.append(_row(arm, "nothing" if swap == "own" else swap, *cells))
+            count = ((columns["arm"] == arm) & (columns["swap"] == swap)).sum()
+            found = [_summary_of(columns, x, arm=arm, swap=swap) for x in ("moved", "own_colour", "other_colour")]
+            lines.append(_row(arm, "nothing" if swap == "own" else swap, *(_cell(*x) for x in found), str(count)))
     return lines
 
 
-def _contents_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
-    if not path.exists():  # no student was measured
-        return []
-    columns = read_rows(path)
-    spans = [f"{first} to {last} frames" if last else "in view" for first, last in UNSEEN]
-    lines = ["**How often the colour of the ball last seen can be read, by how long it has been out of view**", ""]
-    lines += [_row("arm", "from", *spans), _row("---", "---", *["---"] * len(spans))]
-    for arm in dict.fromkeys(columns["arm"]):
-        for part in dict.fromkeys(columns["part"]):
-            here = (columns["arm"] == arm) & (columns["part"] == part)
-            here &= np.array([(arm, int(seed)) not in gone for seed in columns["seed"]])
-            cells = []
-            for first, _ in UNSEEN:
-                of_span = here & (columns["unseen"] == first)
-                seeds = columns["seed"][of_span]
-                cells.append(_cell(*summarize(columns["right"][of_span], seeds, np.zeros_like(seeds))[:2]))
-            if any(cells):
-                lines.append(_row(arm, part, *cells))
-    return lines
-
-
-def _attention_table(path: Path, gone: dict[tuple[str, int], str]) -> list[str]:
-    if not path.exists():  # no student was measured
-        return []
-    columns = read_rows(path)
-    lines = ["**Share of a content frame's attention outside itself: of a frame of each part, in the mean**", ""]
-    lines += [
-        _row("arm", "anchor", "state", "oldest in the window", "newest in the window", "chunk"),
-        _row(*["---"] * 6),
+def _contents_table(columns: dict[str, np.ndarray]) -> list[str]:
+    spans = ["in view", *(f"{first} to {after - 1} frames" for first, after in itertools.pairwise(UNSEEN[1:]))]
+    spans.append(f"{UNSEEN[-1]} or more")
+    lines = [
+        "**How often the colour of the ball last seen is told right, by how long it has been out of view**",
+        "",
+        _row("arm", "from", *spans),
+        _row(*["---"] * (2 + len(spans))),
     ]
-    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
-    columns = {name: values[keep] for name, values in columns.items()}
+    for arm in dict.fromkeys(columns["arm"]):
+        of_arm = columns["arm"] == arm
+        for part in dict.fromkeys(columns["part"][of_arm]):
+            found = [_summary_of(columns, "right", arm=arm, part=part, unseen=first) for first in UNSEEN]
+            lines.append(_row(arm, part, *(_cell(*x) for x in found)))
+        answers = [columns["answers"][of_arm & (columns["part"] == part) & (columns["unseen"] == x)] for x in UNSEEN]
+        total = sum(x.sum() for x in answers)
+        lines.append(_row(arm, "share of the answers", *(f"{x.sum() / total:.2f}" if total else "" for x in answers)))
+    return lines
+
+
+def _attention_table(columns: dict[str, np.ndarray]) -> list[str]:
+    lines = ["**Share of a content frame's attention outside itself that a frame gets, in the mean over its part**", ""]
+    lines += [_row("arm", "anchor", "state", "oldest in the window", "newest in the window", "of its own chunk")]
+    lines.append(_row(*["---"] * 6))
     for arm in dict.fromkeys(columns["arm"]):
         shares = [
             [_attention_of(columns, arm, seed, part, end) for seed in np.unique(columns["seed"][columns["arm"] == arm])]
-            for part, end in (("anchor", None), ("state", None), ("window", 0), ("window", -1), ("siblings", None))
+            for part, end in (("anchor", None), ("state", None), ("window", 0), ("window", -1), ("chunk", None))
         ]
         cells = [_cell(*summarize(np.array(x), np.arange(len(x)), np.zeros(len(x)))[:2]) for x in shares]
         lines.append(_row(arm, *cells))
@@ -273,7 +271,7 @@ def _draw(summary: dict, names: list[str], results: Path) -> None:
         "recurrent": [name for name in names if name in ("static", BASELINE) or name.startswith("recurrent")],
     }
     for file, shown in figures.items():
-        if not shown:
+        if set(shown) <= {"static", BASELINE}:  # nothing to compare them with
             continue
         shown = ["truth", *shown]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
