@@ -40,7 +40,13 @@ from adastate_jax.training.dmd import (
     self_rollout,
     student_step,
 )
-from adastate_jax.training.initialize import block_causal_pass, recurrent_pass, teacher_forced_pass
+from adastate_jax.training.initialize import (
+    InitializeConfig,
+    block_causal_pass,
+    initialize_step,
+    recurrent_pass,
+    teacher_forced_pass,
+)
 from adastate_jax.training.state import OptimizerConfig, create_state
 
 STREAMS = {
@@ -302,7 +308,7 @@ def levels_of_a_stream(student, text, stream):
 
 @pytest.mark.parametrize("name", ["adaptive", "adaptive_wide"])
 def test_the_recurrent_pass_is_the_stream(name, student, text):
-    """Given what the stream denoised, its own estimates come out, and every state before is in their gradient."""
+    """Given what the stream denoised, its own estimates come out, and their gradient is through every state before."""
     stream = STREAMS[name]
     (noisy, clean, estimates), state_noise = levels_of_a_stream(student, text, stream)
     found = jax.jit(recurrent_pass, static_argnums=3)(student, noisy, text, stream, clean, state_noise)
@@ -312,10 +318,31 @@ def test_the_recurrent_pass_is_the_stream(name, student, text):
         estimates = recurrent_pass(student, noisy, text, stream, clean, state_noise)
         return jnp.square(estimates[:, :, -stream.chunk_frames :]).mean()
 
-    slope = np.abs(jax.jit(jax.grad(last_chunk))(state_noise)).max(axis=(1, 2, 3, 4, 5, 6))
+    loss, slope = jax.jit(last_chunk), jax.jit(jax.grad(last_chunk))(state_noise)
     fill = stream.num_fill_chunks
-    assert (slope[:fill] == 0).all()  # the state is not there yet
-    assert (slope[fill:] > 0).all()
+    largest = np.abs(slope).max(axis=(2, 3, 4, 5, 6))
+    assert (largest[:fill] == 0).all()  # the state is not there yet
+    assert (largest[fill:] > 0).all()
+    # As large as the difference that the first state's noise makes through all states after it.
+    way = jnp.zeros_like(slope).at[fill].set(slope[fill])
+    way = way / jnp.linalg.norm(way)
+    difference = loss(state_noise + 0.5 * way) - loss(state_noise - 0.5 * way)
+    np.testing.assert_allclose(jnp.vdot(slope, way), difference, rtol=0.05, equal_nan=False)
+
+
+def test_initialisation_with_the_state_regresses_every_level(student, text):
+    """The loss of a step: at each of the stream's levels, against the end of the trajectory."""
+    stream = STREAMS["adaptive"]
+    trajectory = jax.random.normal(jax.random.key(1), (2, 4, 12, *LATENT_SHAPE))
+    config = InitializeConfig(context="state")
+    state = create_state(student, config.optimizer, True)
+    key = jax.random.key(2)
+    _, scalars = jax.jit(initialize_step, static_argnums=(4, 5))(state, trajectory, text, key, config, stream)
+    noise = jax.random.normal(key, (4, 3, 2, 1, *LATENT_SHAPE))
+    noisy, clean = trajectory[:, :3], trajectory[:, 3]
+    estimates = jax.jit(recurrent_pass, static_argnums=3)(student, noisy, text, stream, clean, noise)
+    losses = [jnp.square(estimates[:, level] - clean).mean() for level in range(3)]
+    np.testing.assert_allclose(scalars["loss"], np.mean(losses), rtol=1e-5)
 
 
 def test_a_recurrent_pass_needs_a_state(student, text):
