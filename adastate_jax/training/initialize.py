@@ -4,6 +4,7 @@ block-causal mask, or chunk after chunk against a stream's cache."""
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import einops
 import jax
@@ -216,7 +217,9 @@ def teacher_forced_pass(
     return jnp.moveaxis(estimates, 0, 1).reshape(latents.shape)
 
 
-def _chunk_after_chunk(step, cache: cache_lib.Cache, chunks: tuple[jax.Array, ...], stream: StreamConfig) -> jax.Array:
+def _chunk_after_chunk(
+    step: Callable, cache: cache_lib.Cache, chunks: tuple[jax.Array, ...], stream: StreamConfig
+) -> jax.Array:
     """What `step(cache, chunk, phase)` gives beside the next cache, for chunks of arrays [K, …]: [K, …]."""
     fill = min(stream.num_fill_chunks, len(chunks[0]))
     found = []
@@ -257,9 +260,9 @@ def recurrent_pass(
     def step(cache: cache_lib.Cache, chunk: tuple[jax.Array, jax.Array, jax.Array], phase: Phase):
         layout = layout_of(phase, stream)
         state_frames = len(layout.state)
-        noisy, clean, noise = chunk
+        noisy_content, clean_content, noise = chunk
         noise = noise[:, :, :state_frames]
-        context = read_context(model.config, cache, stream, layout, clean)
+        context = read_context(model.config, cache, stream, layout, clean_content)
 
         def turn(state, inputs):
             content, level, next_noise, next_level = inputs
@@ -269,8 +272,8 @@ def recurrent_pass(
             return add_noise(estimate[:, :state_frames], next_noise, next_level), estimate[:, state_frames:]
 
         after = jnp.append(levels[1:], 0.0)
-        state, estimates = jax.lax.scan(turn, noise[0], (noisy, levels, jnp.roll(noise, -1, axis=0), after))
-        live = jnp.concatenate([state, clean], axis=1)
+        state, estimates = jax.lax.scan(turn, noise[0], (noisy_content, levels, jnp.roll(noise, -1, axis=0), after))
+        live = jnp.concatenate([state, clean_content], axis=1)
         _, fresh = denoise(model, live, 0.0, text_keys_values, layout, context)
         return cache_lib.advance(cache, stream.anchor, layout, fresh, phase.first_frame), estimates
 
@@ -310,7 +313,10 @@ def initialize_step(
     return state, {"loss": loss, **metrics}
 
 
-def _predict_at_one_level(model: DiT, trajectory, text, key, config: InitializeConfig, stream: StreamConfig):
+def _predict_at_one_level(
+    model: DiT, trajectory: jax.Array, text: jax.Array, key: jax.Array, config: InitializeConfig, stream: StreamConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Estimates of each chunk at a level of its own, and the clip that they should be, both [B, N, H, W, C]."""
     batch, _, frames = trajectory.shape[:3]
     chunks = frames // stream.chunk_frames
     step = jax.random.randint(key, (batch, chunks), 0, len(stream.sigmas))
@@ -325,7 +331,10 @@ def _predict_at_one_level(model: DiT, trajectory, text, key, config: InitializeC
     return flow_to_clean(flow, noisy, sigma), clean
 
 
-def _predict_at_each_level(model: DiT, trajectory, text, key, config: InitializeConfig, stream: StreamConfig):
+def _predict_at_each_level(
+    model: DiT, trajectory: jax.Array, text: jax.Array, key: jax.Array, config: InitializeConfig, stream: StreamConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Estimates of each chunk at every level [B, T, N, H, W, C], and the clip that they should be [B, 1, N, H, W, C]."""
     batch, kept, frames, *latent_shape = trajectory.shape
     chunks = frames // stream.chunk_frames
     noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
