@@ -334,7 +334,7 @@ def _predict_at_one_level(
 def _predict_at_each_level(
     model: DiT, trajectory: jax.Array, text: jax.Array, key: jax.Array, config: InitializeConfig, stream: StreamConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Estimates of each chunk at every level [B, T, N, H, W, C], and the clip that they should be [B, 1, N, H, W, C]."""
+    """Estimates of each chunk at every level [B, T, N, H, W, C], and what they should be [B, 1, N, H, W, C]."""
     batch, kept, frames, *latent_shape = trajectory.shape
     chunks = frames // stream.chunk_frames
     noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
