@@ -1,0 +1,25 @@
+"""Short rollouts of the small student, which the laws of initialisation and distillation share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from conftest import LATENT_SHAPE
+
+from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.training.dmd import self_rollout
+
+STREAMS = {
+    "adaptive": StreamConfig(denoising_steps=(1000.0, 600.0, 300.0)),
+    "adaptive_wide": StreamConfig(2, 3, AdaptiveAnchor(2), denoising_steps=(1000.0, 600.0, 300.0)),
+    "static": StreamConfig(2, 2, StaticAnchor(1), denoising_steps=(1000.0, 600.0, 300.0)),
+    "none": StreamConfig(1, 2, NoAnchor(), denoising_steps=(1000.0, 600.0, 300.0)),
+}
+CHUNKS = 5
+KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
+
+
+@functools.partial(jax.jit, static_argnames="stream")
+def record_of(student, text, exit_step, stream):
+    return self_rollout(student, student.text_keys_values(text), KEYS, exit_step, stream, LATENT_SHAPE, CHUNKS)
