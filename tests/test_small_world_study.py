@@ -334,7 +334,6 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path):
     assert "| minus |" not in tables
 
 
-@pytest.mark.skipif(not (ROOT / "docs/small_world/videos.csv.gz").exists(), reason="the study has not been run")
 def test_the_tables_are_of_the_rows_beside_them(tmp_path):
     for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz", "attention.csv.gz"):
         (tmp_path / name).symlink_to(ROOT / "docs/small_world" / name)
