@@ -36,18 +36,22 @@ def means(rows, horizon):
     return {name: values[np.isfinite(values)].mean() for name, values in columns.items() if np.isfinite(values).any()}
 
 
-def test_undistilled_students_are_measured_with_every_other_stream(config, tmp_path):
-    for name in ("teacher", "unanchored"):
-        (tmp_path / name).mkdir()
-        save_config(parse_config([f"--config={ROOT}/configs/small_world.py:{name}"]), tmp_path / name / "config.json")
-        (tmp_path / f"{name}.seconds").write_text("1")
-    names = measuring._starts(tmp_path, ["adaptive", "static", "none", "window_9"])
+def test_some_students_are_measured_with_the_streams_of_other_anchors(tmp_path):
+    arms = {"teacher": "teacher", "unanchored": "unanchored", "unanchored_none-1": "unanchored_none"}
+    for folder, arm in arms.items():
+        (tmp_path / folder).mkdir()
+        save_config(parse_config([f"--config={ROOT}/configs/small_world.py:{arm}"]), tmp_path / folder / "config.json")
     # The student of the teacher's run is initialised with the static anchor; window_9 is no other anchor.
-    # No student of the recurrence is trained.
-    assert names == [
-        *("initialized", "initialized:adaptive", "initialized:none"),
-        *("unanchored", "unanchored:adaptive", "unanchored:static", "unanchored:none"),
-    ]
+    names = ["adaptive", "static", "none", "window_9", "unanchored_none"]
+    for student, others in {
+        "initialized": ("adaptive", "none"),
+        "unanchored": ("adaptive", "static", "none"),
+        "unanchored_none": ("adaptive", "static", "none"),  # of a shorter window
+        "recurrent": (),
+        "adaptive": (),
+    }.items():
+        found = measuring._streams(tmp_path, student, 1, names)
+        assert found == [student, *(f"{student}:{other}" for other in others)]
 
 
 def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
@@ -137,16 +141,12 @@ def test_differences_are_of_the_same_seed_noise_and_caption():
             for seed, noise, video in np.ndindex(3, 2, 4)
         ),
         *(("static", seed, noise, video, 10 * seed + 3 * noise + video) for seed, noise, video in np.ndindex(2, 2, 4)),
-        *(("initialized", 0, noise, video, 3 * noise + video) for noise, video in np.ndindex(2, 4)),
-        *(("truth", 0, 0, video, video) for video in range(4)),
     ]
     names = ("arm", "seed", "noise", "video", "pan")
     columns = {name: np.array(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
     columns["horizon"] = np.ones(len(rows))
-    # What was not trained with a seed is left out of both; what has no seeds, or no noise, meets each.
+    # A seed that one was not trained with is left out of both.
     np.testing.assert_allclose(paired_difference(columns, "static", "pan", 1.0), [0.5, 0, 0.5, 0.5])
-    assert paired_difference(columns, "initialized", "pan", 1.0)[0] == pytest.approx(10.5)
-    assert paired_difference(columns, "truth", "pan", 1.0)[0] == pytest.approx(12)
 
 
 def test_glimpses_show_the_first_and_the_last_training_length():
@@ -156,14 +156,20 @@ def test_glimpses_show_the_first_and_the_last_training_length():
     assert (measuring.glimpses(video[:21], 21)[7:] == 255).all()  # shown once
 
 
+def test_a_hue_that_turns_against_the_caption_is_counted():
+    columns = {"arm": np.full(4, "truth"), "horizon": np.ones(4), **{name: np.ones(4) for name in MEASURES}}
+    columns["hue"] = np.array([1.0, -0.9, 0.1, np.nan])
+    np.testing.assert_array_equal(compared_with_truth(columns)["reversed"], [0, 1, 0, np.nan])
+
+
 def test_a_collapsed_run_is_named():
     columns = {
-        "arm": np.array(["truth", "good", "dark", "dark"]),
-        "seed": np.array([0.0, 0.0, 0.0, 1.0]),
-        "horizon": np.ones(4),
-        **{name: np.ones(4) for name in MEASURES},
+        "arm": np.array(["truth", "good", "dark", "dark", "good:static"]),  # the last with a stream that is not its own
+        "seed": np.array([0.0, 0.0, 0.0, 1.0, 0.0]),
+        "horizon": np.ones(5),
+        **{name: np.ones(5) for name in MEASURES},
     }
-    columns["brightness"] = np.array([80.0, 88.0, 60.0, 72.0])
+    columns["brightness"] = np.array([80.0, 88.0, 60.0, 72.0, 60.0])
     assert set(collapsed(compared_with_truth(columns))) == {("dark", 0)}
 
 
@@ -316,6 +322,8 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path):
     (tmp_path / "measured").mkdir()
     worlds, videos = truth
     rows = list(measuring.measure_videos(videos, worlds, config.data.worlds, 21))
+    for index, row in enumerate(rows):
+        row["memory"] = 1.0 if index % 2 else float("nan")
     for name in ("truth", "teacher", "initialized", "initialized:none"):
         write_rows(
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
@@ -329,6 +337,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path):
     report(tmp_path / "results")
     tables = (tmp_path / "results" / "tables.md").read_text()
     assert "| teacher | 1.00 [1.00, 1.00] |" in tables
+    assert "| teacher | 1.00 [1.00, 1.00] of 50% |" in tables  # memory
     assert "| initialized:none |  |  | 1.00 | 1.00 |  |" in tables  # of attention
     assert "exchanging" not in tables
     assert "| minus |" not in tables

@@ -26,10 +26,12 @@ HORIZONS = (1.0, 2.5, 6.0, 20.0)  # in training rollouts
 ABSENCE = 4  # frames without a subject after which it counts as coming back
 UNSEEN = (0, 1, 3, 6, 12)  # frames since a subject was seen, the first of each span that is told apart
 
-# Students before distillation, and their folders; `initialized:none` is one of them with another arm's stream.
+# Students before distillation, and their folders.
 STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "recurrent"}
 
 ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the arms that differ in nothing else
+# Students that are measured with those arms' streams too, as `initialized:none`; `recurrent` knows a state alone.
+LENT = ("initialized", "unanchored", "unanchored_none")
 _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -33,7 +32,18 @@ from adastate_jax.streaming.rollout import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
 from adastate_jax.video_stream import stream_batch
-from studies.small_world import ABSENCE, ANCHORS, CONFIG, HORIZONS, STARTS, once, read_rows, share_cores, write_rows
+from studies.small_world import (
+    ABSENCE,
+    ANCHORS,
+    CONFIG,
+    HORIZONS,
+    LENT,
+    STARTS,
+    once,
+    read_rows,
+    share_cores,
+    write_rows,
+)
 from studies.small_world.memory import measure_attention, measure_contents, measure_swaps
 
 VIDEOS = 128
@@ -41,6 +51,8 @@ NOISE_SEEDS = (0, 1)
 WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
 _WITHOUT_CACHE = ("truth", "teacher")  # what is no stream
+_GLIMPSED = ("truth", "teacher", "initialized", "unanchored:none", "unanchored:static", "unanchored:adaptive")
+_GLIMPSED += ("unanchored_none", "unanchored_none:static", "unanchored_none:adaptive", "recurrent_start")  # and ANCHORS
 KINDS = ("videos", "swaps", "contents", "attention")  # of rows, a file each
 
 
@@ -49,12 +61,12 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
 
     What is measured stays in `folder`/measured, and is not measured again.
     """
-    runs = [("truth", 0), ("teacher", 0), *((name, 0) for name in _starts(folder, names))]
-    for seed, name in itertools.product(seeds, names):
-        if (folder / f"{name}-{seed}.seconds").exists():
-            runs.append((name, seed))
+    runs = [("truth", 0), ("teacher", 0)]
+    for student, seed in [*((start, 0) for start in STARTS), *((name, seed) for seed in seeds for name in names)]:
+        if _folder_of(folder, student, seed).with_suffix(".seconds").exists():
+            runs += ((arm, seed) for arm in _streams(folder, student, seed, names))
         else:
-            print(f"{name}-{seed}: not trained yet, left out")
+            print(f"{_folder_of(folder, student, seed).name}: not trained yet, left out")
     parts = folder / "measured"
     parts.mkdir(exist_ok=True)
     missing = [run for run in runs if not all(_is_measured(parts, *run))]
@@ -71,23 +83,27 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
         (results / f"{kind}.csv.gz").unlink(missing_ok=True)
         if rows:  # swaps need an anchor
             write_rows(results / f"{kind}.csv.gz", rows)
-    shown = [(name, np.load(parts / f"{name}-{seed}.npy")) for name, seed in runs if seed == seeds[0] or once(name)]
+    shown = [
+        (name, np.load(parts / f"{name}-{seed}.npy"))
+        for name, seed in runs
+        if (seed == seeds[0] or once(name)) and (name in _GLIMPSED or name in ANCHORS)
+    ]
     write_image(results / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
 
 
-def _starts(folder: Path, names: list[str]) -> list[str]:
-    """The students before distillation, each with its own stream and, but for the recurrent one, with other anchors."""
-    found = []
-    for start, where in STARTS.items():
-        if not (folder / f"{where}.seconds").exists():
-            print(f"{where}: not trained yet, left out")
-            continue
-        streams = {load_config(folder / where / "config.json").stream: start}
-        for name in names:
-            if name in ANCHORS and start != "recurrent":
-                streams.setdefault(_stream_of(name), f"{start}:{name}")
-        found += streams.values()
-    return found
+def _folder_of(folder: Path, student: str, seed: int) -> Path:
+    return folder / (STARTS[student] if once(student) else f"{student}-{seed}")
+
+
+def _streams(folder: Path, student: str, seed: int, names: list[str]) -> list[str]:
+    """What a student is measured as: with its own stream and, if it is `LENT`, with those of other anchors."""
+    if student not in LENT:
+        return [student]
+    streams = {load_config(_folder_of(folder, student, seed) / "config.json").stream: student}
+    for name in names:
+        if name in ANCHORS:
+            streams.setdefault(_stream_of(name), f"{student}:{name}")
+    return list(streams.values())
 
 
 def _stream_of(arm: str) -> StreamConfig:
@@ -95,10 +111,8 @@ def _stream_of(arm: str) -> StreamConfig:
 
 
 def _load_student(folder: Path, arm: str, seed: int) -> Model:
-    if not once(arm):
-        return load(folder / f"{arm}-{seed}")
-    start, _, stream = arm.partition(":")
-    model = load(folder / STARTS[start])
+    student, _, stream = arm.partition(":")
+    model = load(_folder_of(folder, student, seed))
     if not stream:
         return model
     return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))

@@ -7,18 +7,21 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from studies.small_world import ANCHORS, HORIZONS, UNSEEN, once, read_columns
+from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once, read_columns
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+DRAWS = 1000  # of a bootstrap
 FEWEST = 0.1  # of the videos; no more than these say nothing of an arm
+NEARLY_ALL = 0.95  # of the videos; where fewer tell, a table with intervals says how many
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 
 # (column, what it is in a table)
 MEASURES = {
     "pan": "signed pan / truth",
     "hue": "signed turn of the hue / truth",
+    "reversed": "share of videos whose hue turns against the caption",
     "hue_lock": "cosine of the hue to the first frame's, minus the truth's",
     "picture_lock": "correlation with the first frame, minus the truth's",
     "brightness": "brightness / truth",
@@ -29,10 +32,15 @@ MEASURES = {
     "memory": "identity minus the share in the first colour of another video of the caption, / truth",
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
-OVERVIEW = ("pan", "hue", "hue_lock", "picture_lock", "memory", "variety", "seen", "contrast")  # of tables and figures
+OVERVIEW = ("pan", "hue", "reversed", "saturation", "contrast", "seen", "memory", "variety")  # of tables and figures
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
-_ITSELF = ("pan", "hue", "identity")  # not to be compared with the truth's mean: they are so by what they are
+_ITSELF = (
+    "pan",
+    "hue",
+    "reversed",
+    "identity",
+)  # not to be compared with the truth's mean: they are so by what they are
 
 
 def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
@@ -53,19 +61,15 @@ def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tupl
     by_seed = total.sum(axis=1) / count.sum(axis=1)
     error = by_seed.std(ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else float("nan")
     rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(1000):
-        of_seed = np.bincount(rng.integers(len(seed_names), size=len(seed_names)), minlength=len(seed_names))
-        of_video = np.bincount(rng.integers(len(video_names), size=len(video_names)), minlength=len(video_names))
-        weight = of_seed[:, None] * of_video
-        if (weight * count).sum():
-            draws.append((weight * total).sum() / (weight * count).sum())
-    low, high = np.percentile(draws, [2.5, 97.5])
+    of_seed, of_video = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in (len(seed_names), len(video_names)))
+    drawn_total, drawn_count = (((of_seed @ of_both) * of_video).sum(axis=1) for of_both in (total, count))
+    low, high = np.percentile((drawn_total / np.maximum(drawn_count, 1))[drawn_count > 0], [2.5, 97.5])
     return float(values.mean()), float(error), float(low), float(high)
 
 
 def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The columns with each measure as `MEASURES` describes it."""
+    columns = {**columns, "reversed": np.where(np.isfinite(columns["hue"]), columns["hue"] < 0, np.nan)}
     result = dict(columns)
     for name in MEASURES:
         values = columns[name].copy()
@@ -81,10 +85,10 @@ def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
     """Distilled runs whose look at the first horizon is off by more than `COLLAPSE`, and in what.
 
-    Takes compared columns.
+    Takes compared columns. What another anchor's stream makes of a run is not its collapse.
     """
     found = {}
-    for arm in (name for name in dict.fromkeys(columns["arm"]) if not once(name)):
+    for arm in filter(_distilled, dict.fromkeys(columns["arm"])):
         for seed in np.unique(columns["seed"][columns["arm"] == arm]):
             here = (columns["arm"] == arm) & (columns["seed"] == seed) & (columns["horizon"] == HORIZONS[0])
             for name in ("brightness", "saturation", "contrast"):
@@ -92,6 +96,11 @@ def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
                 if abs(mean - 1) > COLLAPSE:
                     found.setdefault((arm, int(seed)), f"{name} {mean:.2f} of the truth's")
     return found
+
+
+def _distilled(arm: str) -> bool:
+    """Whether the arm is a distilled student with the stream that it was distilled with."""
+    return not once(arm) and ":" not in arm
 
 
 def report(results: Path) -> None:
@@ -116,7 +125,7 @@ def report(results: Path) -> None:
     for horizon in HORIZONS:
         lines += ["", *_difference_table(columns, names, horizon)]
     for measure_name in MEASURES:
-        lines += ["", *_measure_table(summary, names, measure_name)]
+        lines += ["", *_measure_table(columns, summary, names, measure_name)]
     for kind, table in (("swaps", _swap_table), ("contents", _contents_table), ("attention", _attention_table)):
         columns = read_columns(results / f"{kind}.csv.gz")
         if columns:  # an arm with an anchor, or any student, was measured
@@ -142,7 +151,7 @@ def _difference_table(columns: dict[str, np.ndarray], names: list[str], horizon:
         _row("minus", *OVERVIEW),
         _row(*["---"] * (1 + len(OVERVIEW))),
     ]
-    for arm in names:
+    for arm in filter(_distilled, names):
         cells = [_cell(*paired_difference(columns, arm, name, horizon), signed=True) for name in OVERVIEW]
         if arm != BASELINE and any(cells):
             lines.append(_row(arm, *cells))
@@ -152,7 +161,7 @@ def _difference_table(columns: dict[str, np.ndarray], names: list[str], horizon:
 def paired_difference(
     columns: dict[str, np.ndarray], arm: str, measure_name: str, horizon: float
 ) -> tuple[float, float, float, float]:
-    """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds; an arm without seeds meets each seed."""
+    """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds."""
     of_arm = {}
     for name in (BASELINE, arm):
         here = (columns["arm"] == name) & (columns["horizon"] == horizon)
@@ -160,18 +169,25 @@ def paired_difference(
         of_arm[name] = dict(zip(keys, columns[measure_name][here], strict=True))
     pairs = []
     for (seed, noise, video), value in of_arm[BASELINE].items():
-        other = of_arm[arm].get((0.0 if once(arm) else seed, 0.0 if arm == "truth" else noise, video))
+        other = of_arm[arm].get((seed, noise, video))
         if other is not None:
             pairs.append((value - other, seed, video))
     return summarize(*np.array(pairs).reshape(-1, 3).T)
 
 
-def _measure_table(summary: dict, names: list[str], measure_name: str) -> list[str]:
+def _measure_table(columns: dict[str, np.ndarray], summary: dict, names: list[str], measure_name: str) -> list[str]:
     text = MEASURES[measure_name]
     lines = [f"**{text[0].upper()}{text[1:]}**", "", _row("arm", *(f"{horizon:g}×" for horizon in HORIZONS))]
     lines.append(_row(*["---"] * (1 + len(HORIZONS))))
     for arm in names:
-        lines.append(_row(arm, *(_cell(*summary[measure_name, arm, horizon]) for horizon in HORIZONS)))
+        cells = []
+        for horizon in HORIZONS:
+            cells.append(_cell(*summary[measure_name, arm, horizon]))
+            here = (columns["arm"] == arm) & (columns["horizon"] == horizon)
+            told = np.isfinite(columns[measure_name][here])
+            if cells[-1] and told.mean() < NEARLY_ALL:
+                cells[-1] += f" of {told.mean():.0%}"
+        lines.append(_row(arm, *cells))
     return lines
 
 
@@ -262,32 +278,33 @@ def _attention_of(columns: dict[str, np.ndarray], arm: str, seed: float, part: s
 
 def _draw(summary: dict, names: list[str], results: Path) -> None:
     """A panel per measure, a line per arm over the horizons; a figure per group of arms."""
-    distilled = [name for name in names if not once(name) and not name.startswith("recurrent")]
+    started_apart = ("recurrent", "unanchored")
+    distilled = [name for name in names if _distilled(name)]
+    alike = [name for name in distilled if not name.startswith(started_apart)]
     figures = {
-        "anchors": [name for name in distilled if name in ANCHORS],
-        "ablations": [name for name in distilled if name not in ANCHORS or name == BASELINE],
-        "initialized": [name for name in names if name.partition(":")[0] == "initialized"],
-        "unanchored": [name for name in names if name.partition(":")[0] == "unanchored"],
-        "recurrent": [name for name in names if name in ("static", BASELINE) or name.startswith("recurrent")],
+        "anchors": [name for name in alike if name in ANCHORS],
+        "ablations": [name for name in alike if name not in ANCHORS or name == BASELINE],
+        "starts": [name for name in distilled if name in ("static", BASELINE) or name.startswith(started_apart)],
+        **{student: [name for name in names if name.partition(":")[0] == student] for student in LENT},
     }
     for file, shown in figures.items():
         if set(shown) <= {"static", BASELINE}:  # nothing to compare them with
             continue
-        shown = ["truth", *shown]
         figure, panels = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained")
+        others = itertools.cycle(f"C{number}" for number in range(10) if number != 1)
+        colours = {arm: "C1" if arm.rpartition(":")[2] == BASELINE else next(others) for arm in shown}
         for panel, measure_name in zip(panels.flat, OVERVIEW, strict=True):
-            for number, arm in enumerate(shown):
+            for arm, colour in {"truth": "black", **colours}.items():
                 found = np.array([summary[measure_name, arm, horizon] for horizon in HORIZONS])
-                colour = "black" if arm == "truth" else f"C{number}"
-                panel.plot(
-                    HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=2 if arm == BASELINE else 1
-                )
+                panel.plot(HORIZONS, found[:, 0], marker="o", color=colour, label=arm, linewidth=1 + (colour == "C1"))
                 panel.fill_between(HORIZONS, found[:, 2], found[:, 3], color=colour, alpha=0.12, linewidth=0)
+            panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
             panel.set_xscale("log")
             panel.set_xticks(HORIZONS, [f"{h:g}×" for h in HORIZONS])
             panel.minorticks_off()
             panel.set_title(textwrap.fill(f"{measure_name}: {MEASURES[measure_name]}", 50), fontsize=8)
             panel.grid(alpha=0.3)
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.savefig(results / f"{file}.png", dpi=90)
         pyplot.close(figure)
