@@ -1,10 +1,10 @@
-"""The model that ships with the package as `tiny`: 48×48 pixels, two hours on two processor cores.
+"""The model that ships with the package as `tiny`: 48×48 pixels, an hour and a half on two processor cores.
 
 python -m adastate_jax.train --config=configs/bundled.py --workdir=runs/bundled
 python -m adastate_jax.bundle --run=runs/bundled --output=adastate_jax/bundled/tiny.safetensors
 
-Its student is initialised through the recurrence of its hidden state, from which docs/reproduction.md found that a state
-learns to hold what it should.
+Its student is initialised through the recurrence of its hidden state, which taught a state to hold what it should in
+the study of docs/reproduction.md.
 """
 
 from adastate_jax.config import default_config
