@@ -35,12 +35,8 @@ MEASURES = {
 OVERVIEW = ("pan", "hue", "reversed", "saturation", "contrast", "seen", "memory", "variety")  # of tables and figures
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
-_ITSELF = (
-    "pan",
-    "hue",
-    "reversed",
-    "identity",
-)  # not to be compared with the truth's mean: they are so by what they are
+# Not to be compared with the truth's mean: they are so by what they are.
+_ITSELF = ("pan", "hue", "reversed", "identity")
 
 
 def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
