@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
 from pathlib import Path
 
 import jax
@@ -9,12 +11,22 @@ import numpy as np
 import pytest
 
 from adastate_jax.config import parse_config, save_config
+from adastate_jax.errors import UserError
 from adastate_jax.generate import load
 from studies.small_world import arms, memory, read_columns, write_rows
 from studies.small_world import measure as measuring
 from studies.small_world import report as reporting
 from studies.small_world import train as training
-from studies.small_world.report import MEASURES, collapsed, compared_with_truth, paired_difference, report, summarize
+from studies.small_world.__main__ import main
+from studies.small_world.report import (
+    MEASURES,
+    _summary_of,
+    collapsed,
+    compared_with_truth,
+    paired_difference,
+    report,
+    summarize,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +69,8 @@ def test_some_students_are_measured_with_the_streams_of_other_anchors(tmp_path):
 def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(training, "_train_one", lambda folder, name, seed, cores: trained.append((name, seed)))
-    training.train(tmp_path, ["none", "recurrent_start"], [0, 1], jobs=1)
+    monkeypatch.setattr(training, "check_teacher", lambda folder: None)
+    training.train(tmp_path, ["none", "recurrent_start"], [0, 1, 1], jobs=1)
     assert trained == [
         *(("teacher", 0), ("recurrent", 0), ("unanchored", 0)),
         *(("none", 0), ("recurrent_start", 0), ("none", 1), ("recurrent_start", 1)),
@@ -96,7 +109,7 @@ def test_a_frozen_and_a_forgetful_video_are_told_apart(config, truth):
     spliced = np.concatenate([videos[:, :21], videos[same_way, 21:]], axis=1)
     mean = means(measuring.measure_videos(spliced, worlds, config.data.worlds, 21), 2.5)
     assert mean["identity"] < 0.02
-    assert mean["memory"] < -0.2  # nearer to the other videos than to their own
+    assert mean["chance"] > mean["identity"] + 0.2  # nearer to the other videos than to their own
 
 
 def test_one_colour_for_all_or_for_a_caption_is_no_memory():
@@ -106,20 +119,56 @@ def test_one_colour_for_all_or_for_a_caption_is_no_memory():
     right = measuring._read_subjects(found, 0, one_caption)
     np.testing.assert_array_equal(right["identity"], 1)
     # Of the three others, one has the first video's colour; none has the third's.
-    np.testing.assert_allclose(right["memory"], [2 / 3, 2 / 3, 1, 1])
-    np.testing.assert_allclose(right["variety"], right["memory"])
+    np.testing.assert_allclose(right["chance"], [1 / 3, 1 / 3, 0, 0])
+    np.testing.assert_allclose(right["variety"], 1 - right["chance"])
     same = measuring._read_subjects(np.where(seen, 0, found), 0, one_caption)
     np.testing.assert_array_equal(same["identity"], 1)
-    np.testing.assert_array_equal(same["memory"], 0)
+    np.testing.assert_array_equal(same["chance"], 1)
     np.testing.assert_array_equal(same["variety"], 0)
-    by_caption = measuring._read_subjects(np.where(seen, [[0], [0], [1], [1]], -1), 0, np.array(["a", "a", "b", "b"]))
+    by_caption = measuring._read_subjects(np.where(seen, [[0], [0], [1], [1]], -1), 0, np.array([0, 0, 1, 1]))
     np.testing.assert_array_equal(by_caption["identity"], 1)
-    np.testing.assert_array_equal(by_caption["memory"], 0)
+    np.testing.assert_array_equal(by_caption["chance"], 1)
     forgotten = found.copy()
     forgotten[:, 9:] = np.array([1, 2, 0])
     np.testing.assert_allclose(measuring._read_subjects(forgotten, 0, one_caption)["identity"], 1 / 3)
     alone = measuring._read_subjects(found, 0, np.arange(4))
-    assert np.isnan(alone["memory"]).all()  # nothing to compare with
+    assert np.isnan(alone["chance"]).all()  # nothing to compare with
+
+
+def columns_of(arms, **values):
+    """Columns of one horizon, a row per entry of `arms`; measures that are not told are 1."""
+    count = len(arms)
+    columns = {"arm": np.array(arms), "video": np.arange(count, dtype=float), "horizon": np.ones(count)}
+    columns |= {name: np.zeros(count) for name in ("seed", "noise", "caption", "chance")}
+    return columns | {name: np.ones(count) for name in MEASURES} | {k: np.array(v, float) for k, v in values.items()}
+
+
+def test_memory_is_what_chance_leaves_open():
+    found = compared_with_truth(columns_of(["truth"] * 4, identity=[1, 1, 0.5, 1], chance=[0.25, 0.75, 0.5, 1]))
+    np.testing.assert_allclose(found["memory"], [1, 1, 0, np.nan])
+    # In the mean: (0.75 + 0.25 + 0) / (0.75 + 0.25 + 0.5)
+    assert _summary_of(found, "memory", np.arange(4))[0] == pytest.approx(1 / 1.5)
+    # Who shows fewer colours is not taken for forgetful.
+    same = compared_with_truth(columns_of(["truth"] * 4, identity=[1] * 4, chance=[0.9, 0.8, 0.9, 0.99]))
+    assert _summary_of(same, "memory", np.arange(4))[0] == 1
+
+
+def test_the_interval_of_variety_is_that_of_its_pairs():
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(60):
+        colours = rng.choice(3, size=(4, 32), p=(0.65, 0.25, 0.1))
+        apart = (colours[:, :, None] != colours[:, None]).sum(axis=2) / 31
+        columns = columns_of(["truth"] * 128, variety=apart.ravel(), caption=np.repeat(np.arange(4), 32))
+        _, _, low, high = _summary_of(
+            {"variety": reporting._by_video(columns)} | {k: columns[k] for k in ("seed", "video")},
+            "variety",
+            np.arange(128),
+        )
+        means.append(apart.mean())
+        errors.append((high - low) / 3.92)
+        assert reporting._by_video(columns).mean() == pytest.approx(apart.mean())
+    assert 0.75 < np.mean(errors) / np.std(means) < 1.3
 
 
 def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there():
@@ -130,6 +179,11 @@ def test_a_summary_knows_its_seeds_and_leaves_out_what_is_not_there():
     assert error == pytest.approx(np.std([2, 6], ddof=1) / np.sqrt(2))
     assert 1 <= low < 4 < high <= 7
     assert np.isnan(summarize(np.array([np.nan]), seeds[:1], videos[:1])).all()
+    weighted = summarize(values, seeds, videos, np.array([3.0, 1.0, 1.0, 1.0, 1.0]))
+    assert weighted[0] == pytest.approx((3 + 3 + 5 + 7) / 6)
+    assert weighted[1] == pytest.approx(np.std([1.5, 6], ddof=1) / np.sqrt(2))
+    difference = summarize(np.stack([values, values - 2 + seeds]), seeds, videos)
+    np.testing.assert_allclose(difference, [1.5, 0.5, 1, 2])
     few = np.where(np.arange(100) < 10, 1.0, np.nan)
     assert np.isnan(summarize(few, np.zeros(100), np.arange(100))).all()
 
@@ -157,20 +211,23 @@ def test_glimpses_show_the_first_and_the_last_training_length():
 
 
 def test_a_hue_that_turns_against_the_caption_is_counted():
-    columns = {"arm": np.full(4, "truth"), "horizon": np.ones(4), **{name: np.ones(4) for name in MEASURES}}
-    columns["hue"] = np.array([1.0, -0.9, 0.1, np.nan])
+    columns = columns_of(["truth"] * 4, hue=[1.0, -0.9, 0.1, np.nan])
     np.testing.assert_array_equal(compared_with_truth(columns)["reversed"], [0, 1, 0, np.nan])
 
 
 def test_a_collapsed_run_is_named():
-    columns = {
-        "arm": np.array(["truth", "good", "dark", "dark", "good:static"]),  # the last with a stream that is not its own
-        "seed": np.array([0.0, 0.0, 0.0, 1.0, 0.0]),
-        "horizon": np.ones(5),
-        **{name: np.ones(5) for name in MEASURES},
-    }
-    columns["brightness"] = np.array([80.0, 88.0, 60.0, 72.0, 60.0])
-    assert set(collapsed(compared_with_truth(columns))) == {("dark", 0)}
+    arms = ["truth", "good", "dark", "dark", "good:static", "dark:static"]
+    columns = columns_of(arms, seed=[0, 0, 0, 1, 0, 0], brightness=[80, 88, 60, 72, 60, 80])
+    gone = collapsed(compared_with_truth(columns))
+    assert set(gone) == {("dark", 0)}  # a stream that is not its own is no collapse
+    # And nothing is told of what it streams with another anchor.
+    kept = reporting._without(columns, gone)
+    assert list(zip(kept["arm"], kept["seed"], strict=True)) == [
+        ("truth", 0),
+        ("good", 0),
+        ("dark", 1),
+        ("good:static", 0),
+    ]
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -294,9 +351,12 @@ def test_the_colour_last_seen():
     assert list(unseen[:2]) == [2, 0]
 
 
-def test_what_is_measured_is_not_measured_again(config, tmp_path):
+def test_what_is_measured_is_not_measured_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "arms", lambda: (["none", "static"], []))
     (tmp_path / "teacher").mkdir()
     save_config(config, tmp_path / "teacher" / "config.json")
+    for done in ("teacher.seconds", "none-1.seconds"):
+        (tmp_path / done).write_text("1")
     (tmp_path / "measured").mkdir()
     row = {"arm": "truth", "seed": 0, "noise": 0, "video": 0, "pan": 1.5}
     for name in ("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0", "none-1"):
@@ -304,9 +364,7 @@ def test_what_is_measured_is_not_measured_again(config, tmp_path):
         np.save(tmp_path / "measured" / f"{name}.npy", np.full((15, 16, 16, 3), len(name), np.uint8))
         write_rows(tmp_path / "measured" / f"{name}.attention.csv.gz", [{"arm": name, "part": "window"}])
     write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
-    for done in ("teacher.seconds", "none-1.seconds"):
-        (tmp_path / done).write_text("1")
-    measuring.measure(tmp_path, ["none", "static"], [1], jobs=2, results=tmp_path / "results")
+    measuring.measure(tmp_path, jobs=2, results=tmp_path / "results")
     columns = read_columns(tmp_path / "results" / "videos.csv.gz")
     assert list(columns["arm"]) == [
         *("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0"),
@@ -314,16 +372,23 @@ def test_what_is_measured_is_not_measured_again(config, tmp_path):
     ]
     assert list(read_columns(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
+    # Unless it was trained again since.
+    later = (tmp_path / "measured" / "none-1.npy").stat().st_mtime + 10
+    os.utime(tmp_path / "none-1.seconds", (later, later))
+    assert measuring._is_measured(tmp_path, "none", 1) == (False, False)
+    assert measuring._is_measured(tmp_path, "initialized:none", 0) == (True, True)
 
 
-def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path):
+def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "arms", lambda: (["none"], []))
     (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher.seconds").write_text("1")
     save_config(config, tmp_path / "teacher" / "config.json")
     (tmp_path / "measured").mkdir()
     worlds, videos = truth
     rows = list(measuring.measure_videos(videos, worlds, config.data.worlds, 21))
     for index, row in enumerate(rows):
-        row["memory"] = 1.0 if index % 2 else float("nan")
+        row["identity"], row["chance"] = (1.0, 0.5) if index % 2 else (float("nan"), float("nan"))
     for name in ("truth", "teacher", "initialized", "initialized:none"):
         write_rows(
             tmp_path / "measured" / f"{name}-0.videos.csv.gz", [{"arm": name, "seed": 0, "noise": 0, **r} for r in rows]
@@ -332,8 +397,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path):
     for name in ("initialized", "initialized:none"):
         row = {"arm": name, "seed": 0, "part": "window", "frame": 0, "share": 1.0}
         write_rows(tmp_path / "measured" / f"{name}-0.attention.csv.gz", [row])
-    (tmp_path / "teacher.seconds").write_text("1")
-    measuring.measure(tmp_path, ["none"], [0], jobs=1, results=tmp_path / "results")
+    measuring.measure(tmp_path, jobs=1, results=tmp_path / "results")
     report(tmp_path / "results")
     tables = (tmp_path / "results" / "tables.md").read_text()
     assert "| teacher | 1.00 [1.00, 1.00] |" in tables
@@ -364,6 +428,7 @@ def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypa
     def run(command, **options):  # a run that SIGTERM stops exits with 0, as one that ends does
         (tmp_path / "none-1").mkdir()
         save_config(config, tmp_path / "none-1" / "config.json")
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(training.subprocess, "run", run)
     monkeypatch.setattr(
@@ -371,9 +436,60 @@ def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypa
     )
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
+    monkeypatch.setattr(training, "check_teacher", lambda folder: None)
     if finished:
         training.train(tmp_path, ["none"], [1], jobs=1)
     else:
-        with pytest.raises(SystemExit, match="none-1 was stopped before its end"):
+        with pytest.raises(UserError, match="none-1: was stopped before its end"):
             training.train(tmp_path, ["none"], [1], jobs=1)
     assert (tmp_path / "none-1.seconds").exists() == finished
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(130, "was stopped before its end"), (2, "training failed; the end of .*none-1.log")]
+)
+def test_a_run_that_fails_is_named(code, told, tmp_path, monkeypatch):
+    for done in ("teacher.seconds", "unanchored.seconds"):
+        (tmp_path / done).write_text("1")
+    monkeypatch.setattr(training, "check_teacher", lambda folder: None)
+    monkeypatch.setattr(training.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    with pytest.raises(UserError, match=f"none-1: {told}"):
+        training.train(tmp_path, ["none"], [1], jobs=1)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1.0, None), (0.5, "pan 0.5"), (0.0, "pan 0.0")])
+def test_no_arm_is_distilled_from_a_teacher_that_hardly_moves(share, refused, config, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    save_config(config, tmp_path / "teacher" / "config.json")
+    (tmp_path / "teacher.seconds").write_text("1")
+
+    def videos(folder, prompts, noise):
+        worlds = measuring.worlds_for(config.data.worlds, 21)
+        assert [world.caption for world in worlds] == prompts
+        return np.stack([world.video[(share * np.arange(21)).astype(int)] for world in worlds])
+
+    monkeypatch.setattr(measuring, "roll_out_teacher", videos)
+    if refused:
+        with pytest.raises(UserError, match=f"no arm is distilled from it .{refused}"):
+            measuring.check_teacher(tmp_path)
+    else:
+        measuring.check_teacher(tmp_path)
+        monkeypatch.setattr(measuring, "roll_out_teacher", None)
+        measuring.check_teacher(tmp_path)  # looked at once
+    assert (tmp_path / "teacher.gates").exists() == (not refused)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["measure", "--folder=nowhere"], "nowhere: no teacher is trained there"),
+        (["report", "--results=nowhere"], "nowhere/videos.csv.gz: no such file"),
+        (["train", "--jobs=0"], "--jobs=0: needs to be 1 or more"),
+        (["train", "--arms", "adaptve"], "adaptve"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        main(arguments)
+    assert not any(tmp_path.iterdir())

@@ -22,18 +22,23 @@ def pan_per_frame(videos: np.ndarray, largest: float) -> np.ndarray:
     turning hue does not change. Frames that do not differ are still.
     """
     luma = videos.astype(np.float32).mean(axis=-1)
+    for _ in range(2):
+        # Interpolation blurs by how far it is from whole pixels, and noise would pull the estimate towards the shifts
+        # that blur most; of frames without fine detail, it takes little.
+        edged = np.pad(luma, ((0, 0), (0, 0), (0, 0), (1, 1)), mode="edge")
+        luma = (edged[..., :-2] + 2 * edged[..., 1:-1] + edged[..., 2:]) / 4
     before, after = luma[:, :-1], luma[:, 1:]
     width = luma.shape[-1]
-    tried = _STEP * np.arange(-round(largest / _STEP), round(largest / _STEP) + 1)
+    steps = round(largest / _STEP)
+    tried = _STEP * np.array(sorted(range(-steps, steps + 1), key=abs), np.float32)  # no shift first: it wins a tie
     errors = []
     for shift in tried:
-        # A camera that moves right shows at column x what was at x + shift; linearly interpolated, as is the other
-        # frame by as much the other way, so that no shift gains by blurring.
+        # A camera that moves right shows at column x what was at x + shift; the frames are shifted by half of it each.
         columns = np.arange(width, dtype=np.float32)
-        half = np.float32(abs(shift) / 2)
+        half = abs(shift) / 2
         inside = (columns >= half) & (columns <= width - 1 - half)
-        old = _at(before, columns[inside] + np.float32(shift / 2))
-        new = _at(after, columns[inside] - np.float32(shift / 2))
+        old = _at(before, columns[inside] + shift / 2)
+        new = _at(after, columns[inside] - shift / 2)
         old, new = (x - x.mean(axis=(-2, -1), keepdims=True) for x in (old, new))
         power = np.square(old).mean(axis=(-2, -1)) + np.square(new).mean(axis=(-2, -1))
         errors.append(np.square(old - new).mean(axis=(-2, -1)) / np.maximum(power, 1e-3))

@@ -15,6 +15,7 @@ from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config import Config, load_config, parse_config
 from adastate_jax.data.worlds import World, WorldConfig, render_world
 from adastate_jax.diffusion import draw_normal
+from adastate_jax.errors import UserError
 from adastate_jax.evaluation import small_world
 from adastate_jax.generate import (
     Frozen,
@@ -39,6 +40,7 @@ from studies.small_world import (
     HORIZONS,
     LENT,
     STARTS,
+    arms,
     once,
     read_rows,
     share_cores,
@@ -50,17 +52,26 @@ VIDEOS = 128
 NOISE_SEEDS = (0, 1)
 WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
+GATES = {"pan": 0.9, "hue": 0.8}  # of the truth: a teacher with less teaches no arm
 _WITHOUT_CACHE = ("truth", "teacher")  # what is no stream
 _GLIMPSED = ("truth", "teacher", "initialized", "unanchored:none", "unanchored:static", "unanchored:adaptive")
 _GLIMPSED += ("unanchored_none", "unanchored_none:static", "unanchored_none:adaptive", "recurrent_start")  # and ANCHORS
 KINDS = ("videos", "swaps", "contents", "attention")  # of rows, a file each
 
 
-def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results: Path) -> None:
+def measure(folder: Path, jobs: int, results: Path) -> None:
     """Measures the truth, the teacher, the students and every trained arm, and writes the tables' rows into `results`.
 
-    What is measured stays in `folder`/measured, and is not measured again.
+    What is measured stays in `folder`/measured, and is measured again only after it was trained again; remove that
+    folder where an instrument has changed.
+
+    Raises:
+        UserError: nothing is trained there.
     """
+    if not (folder / "teacher.seconds").exists():
+        raise UserError(f"{folder}: no teacher is trained there; run `train` first, or name another --folder")
+    names = [name for group in arms() for name in group]
+    seeds = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("*-*.seconds")})
     runs = [("truth", 0), ("teacher", 0)]
     for student, seed in [*((start, 0) for start in STARTS), *((name, seed) for seed in seeds for name in names)]:
         if _folder_of(folder, student, seed).with_suffix(".seconds").exists():
@@ -69,13 +80,13 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
             print(f"{_folder_of(folder, student, seed).name}: not trained yet, left out")
     parts = folder / "measured"
     parts.mkdir(exist_ok=True)
-    missing = [run for run in runs if not all(_is_measured(parts, *run))]
+    missing = [run for run in runs if not all(_is_measured(folder, *run))]
     spawn = multiprocessing.get_context("spawn")
     shares = spawn.Queue()
     for share in share_cores(jobs):
         shares.put(share)
     with ProcessPoolExecutor(jobs, spawn, _take_cores, (shares,)) as pool:
-        for future in [pool.submit(_measure_run, folder, parts, *run) for run in missing]:
+        for future in [pool.submit(_measure_run, folder, *run) for run in missing]:
             print(f"{future.result()}: measured", flush=True)
     results.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
@@ -86,13 +97,13 @@ def measure(folder: Path, names: list[str], seeds: list[int], jobs: int, results
     shown = [
         (name, np.load(parts / f"{name}-{seed}.npy"))
         for name, seed in runs
-        if (seed == seeds[0] or once(name)) and (name in _GLIMPSED or name in ANCHORS)
+        if (seed in seeds[:1] or once(name)) and (name in _GLIMPSED or name in ANCHORS)
     ]
     write_image(results / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
 
 
 def _folder_of(folder: Path, student: str, seed: int) -> Path:
-    return folder / (STARTS[student] if once(student) else f"{student}-{seed}")
+    return folder / (STARTS.get(student, "teacher") if once(student) else f"{student}-{seed}")
 
 
 def _streams(folder: Path, student: str, seed: int, names: list[str]) -> list[str]:
@@ -130,16 +141,22 @@ def _true_worlds(folder: Path) -> tuple[Config, list[World]]:
     return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames))
 
 
-def _is_measured(parts: Path, arm: str, seed: int) -> tuple[bool, bool]:
+def _is_measured(folder: Path, arm: str, seed: int) -> tuple[bool, bool]:
     """Whether a run's videos are measured, and whether what its cache holds is; of either, this file is the last."""
-    run = f"{arm}-{seed}"
-    return (parts / f"{run}.npy").exists(), arm in _WITHOUT_CACHE or (parts / f"{run}.attention.csv.gz").exists()
+    trained = _folder_of(folder, arm.partition(":")[0], seed).with_suffix(".seconds").stat().st_mtime
+
+    def is_newer(kind):
+        path = folder / "measured" / f"{arm}-{seed}.{kind}"
+        return path.exists() and path.stat().st_mtime >= trained
+
+    return is_newer("npy"), arm in _WITHOUT_CACHE or is_newer("attention.csv.gz")
 
 
-def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
+def _measure_run(folder: Path, arm: str, seed: int) -> str:
     config, worlds = _true_worlds(folder)
     model = None if arm in _WITHOUT_CACHE else _load_student(folder, arm, seed)
-    of_videos, of_cache = _is_measured(parts, arm, seed)
+    of_videos, of_cache = _is_measured(folder, arm, seed)
+    parts = folder / "measured"
 
     def write(kind, rows):
         rows = [{"arm": arm, "seed": seed, **row} for row in rows]
@@ -160,7 +177,9 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
             found = measure_videos(videos, worlds, config.data.worlds, length)
             rows.extend({"noise": noise, **row} for row in found)
         write("videos", rows)
-        np.save(parts / f"{arm}-{seed}.npy", glimpses(shown, length))
+        partial = parts / f".{arm}-{seed}.partial.npy"
+        np.save(partial, glimpses(shown, length))
+        partial.replace(parts / f"{arm}-{seed}.npy")
     if not of_cache:
         if model.config.stream.anchor.frames:
             write("swaps", measure_swaps(model, worlds, NOISE_SEEDS[0]))
@@ -168,6 +187,24 @@ def _measure_run(folder: Path, parts: Path, arm: str, seed: int) -> str:
         write("attention", measure_attention(model, worlds))
     jax.clear_caches()
     return f"{arm}-{seed}"
+
+
+def check_teacher(folder: Path) -> None:
+    """Raises a `UserError` unless the teacher's videos move and turn as `GATES` asks; looks once at a trained one."""
+    path = folder / "teacher.gates"
+    if path.exists() and path.stat().st_mtime >= (folder / "teacher.seconds").stat().st_mtime:
+        return
+    config = load_config(folder / "teacher" / "config.json")
+    worlds, length = worlds_for(config.data.worlds, config.data.num_frames), config.data.num_frames
+    videos = roll_out_teacher(folder / "teacher", [truth.caption for truth in worlds], NOISE_SEEDS[0])
+    rows = list(measure_videos(videos, worlds, config.data.worlds, length))
+    found = {name: float(np.mean([row[name] for row in rows])) for name in GATES}
+    told = ", ".join(f"{name} {value:.2f} of the truth" for name, value in found.items())
+    if any(found[name] < least for name, least in GATES.items()):
+        needed = ", ".join(f"{name} {least}" for name, least in GATES.items())
+        raise UserError(f"{folder}/teacher: no arm is distilled from it ({told}; needed: {needed}); train it longer")
+    path.write_text(f"{told}\n")
+    print(f"teacher: {told}", flush=True)
 
 
 def worlds_for(config: WorldConfig, frames: int, count: int = VIDEOS) -> list[World]:
@@ -186,7 +223,7 @@ def measure_videos(
     """
     pan_truth = np.array([world.pan_x for world in worlds]) * config.width / config.fps
     hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
-    captions = np.array([world.caption for world in worlds])
+    captions = np.unique([world.caption for world in worlds], return_inverse=True)[1]
     hues = small_world.hue(videos)
     found = small_world.subject_colours(videos, config.colours, config.subject_radius[0])
     for horizon in HORIZONS:
@@ -207,6 +244,7 @@ def measure_videos(
         for index in range(len(videos)):
             yield {
                 "video": index,
+                "caption": int(captions[index]),
                 "horizon": horizon,
                 **{name: float(values[index]) for name, values in means.items()},
             }
@@ -217,10 +255,10 @@ def _read_subjects(found: np.ndarray, start: int, captions: np.ndarray) -> dict[
 
     found: the subject's colour in each frame [V, F], −1 for none. A video's own colour is that of its first subject.
     Videos that all have one colour come back right without remembering it, and so do those that take it from the
-    caption: so what comes back is compared with the colour of every other video of its caption too.
+    caption: so `chance` tells how often the first colours of the other videos of the caption would have been right.
     """
     seen = found >= 0
-    result = {name: np.full(len(found), np.nan) for name in ("identity", "memory", "variety")}
+    result = {name: np.full(len(found), np.nan) for name in ("identity", "chance", "variety")}
     first = found[np.arange(len(found)), seen.argmax(axis=1)]
     for index in np.flatnonzero(first >= 0):
         own = first[index]
@@ -235,8 +273,7 @@ def _read_subjects(found: np.ndarray, start: int, captions: np.ndarray) -> dict[
         back = seen[index] & (np.arange(found.shape[1]) >= max(start, absences.argmax() + ABSENCE))
         if back.any():
             result["identity"][index] = (found[index, back] == own).mean()
-            of_others = (found[index, back][:, None] == others).mean()
-            result["memory"][index] = result["identity"][index] - of_others
+            result["chance"][index] = (found[index, back][:, None] == others).mean()
     return {"seen": seen[:, start:].mean(axis=1), **result}
 
 

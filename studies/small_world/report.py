@@ -1,12 +1,14 @@
 """Tables and figures of the study, from the rows of `measure` alone."""
 
 import itertools
+import tempfile
 import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from adastate_jax.errors import UserError
 from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once, read_columns
 
 matplotlib.use("Agg")
@@ -29,43 +31,63 @@ MEASURES = {
     "contrast": "contrast / truth",
     "seen": "share of frames with a subject / truth",
     "identity": "share of subjects that come back in the first one's colour",
-    "memory": "identity minus the share in the first colour of another video of the caption, / truth",
+    "memory": "identity, where 0 is what the first colour of another video of the caption would make it",
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "reversed", "saturation", "contrast", "seen", "memory", "variety")  # of tables and figures
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 # Not to be compared with the truth's mean: they are so by what they are.
-_ITSELF = ("pan", "hue", "reversed", "identity")
+_ITSELF = ("pan", "hue", "reversed", "identity", "memory")
 
 
-def summarize(values: np.ndarray, seeds: np.ndarray, videos: np.ndarray) -> tuple[float, float, float, float]:
+def summarize(
+    values: np.ndarray, seeds: np.ndarray, videos: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, float, float, float]:
     """Mean, standard error over training seeds (NaN for one), and a 95 % interval by a bootstrap of seeds and videos.
 
-    values, seeds, videos: [N]; NaN values are left out, and where nearly all are NaN, so is what is told of them.
+    values: [N], or [2, N] for the first mean minus the second. Where one is NaN it is left out, and where nearly all
+        are, so is what is told of them.
+    seeds, videos: [N].
+    weights: of the values in their mean, shaped as they are; one each unless told.
     """
-    kept = np.isfinite(values)
-    if kept.sum() <= FEWEST * len(values):
+    values = np.atleast_2d(values)
+    weights = np.ones_like(values) if weights is None else np.atleast_2d(weights)
+    kept = np.isfinite(values).all(axis=0)
+    if kept.sum() <= FEWEST * values.shape[1]:
         return (float("nan"),) * 4
-    values, seeds, videos = values[kept], seeds[kept], videos[kept]
-    # Sums and counts by seed and video make a resample a product of multiplicities.
+    values, weights, seeds, videos = values[:, kept], weights[:, kept], seeds[kept], videos[kept]
+    # Sums by seed and video make a resample a product of multiplicities.
     seed_names, seed = np.unique(seeds, return_inverse=True)
     video_names, video = np.unique(videos, return_inverse=True)
-    total, count = np.zeros((2, len(seed_names), len(video_names)))
-    np.add.at(total, (seed, video), values)
-    np.add.at(count, (seed, video), 1)
-    by_seed = total.sum(axis=1) / count.sum(axis=1)
+    total, weight = np.zeros((2, len(values), len(seed_names), len(video_names)))
+    np.add.at(total, (slice(None), seed, video), values * weights)
+    np.add.at(weight, (slice(None), seed, video), weights)
+
+    def mean_of(total, weight):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = total / weight
+        return means[0] - means[1] if len(means) == 2 else means[0]
+
+    by_seed = mean_of(total.sum(axis=2), weight.sum(axis=2))
     error = by_seed.std(ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else float("nan")
     rng = np.random.default_rng(0)
     of_seed, of_video = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in (len(seed_names), len(video_names)))
-    drawn_total, drawn_count = (((of_seed @ of_both) * of_video).sum(axis=1) for of_both in (total, count))
-    low, high = np.percentile((drawn_total / np.maximum(drawn_count, 1))[drawn_count > 0], [2.5, 97.5])
-    return float(values.mean()), float(error), float(low), float(high)
+    drawn = mean_of(*(((of_seed @ of_both) * of_video).sum(axis=2) for of_both in (total, weight)))
+    low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
+    return float(mean_of(total.sum(axis=(1, 2)), weight.sum(axis=(1, 2)))), float(error), float(low), float(high)
 
 
 def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns with each measure as `MEASURES` describes it."""
-    columns = {**columns, "reversed": np.where(np.isfinite(columns["hue"]), columns["hue"] < 0, np.nan)}
+    """The columns with each measure as `MEASURES` describes it, and `memory_weight`, of a value in an arm's mean."""
+    columns = dict(columns)
+    columns["reversed"] = np.where(np.isfinite(columns["hue"]), columns["hue"] < 0, np.nan)
+    # Of the way from chance to always right; the less chance leaves open, the less a video tells.
+    columns["memory_weight"] = 1 - columns["chance"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        memory = (columns["identity"] - columns["chance"]) / columns["memory_weight"]
+    columns["memory"] = np.where(columns["memory_weight"] > 0, memory, np.nan)
+    columns["variety"] = _by_video(columns)
     result = dict(columns)
     for name in MEASURES:
         values = columns[name].copy()
@@ -76,6 +98,21 @@ def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]
                 values[here] = values[here] - truth if name in _DIFFERENCES else values[here] / truth
         result[name] = values
     return result
+
+
+def _by_video(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """`variety` with the same mean, but each video's value as if the others were not drawn again with it.
+
+    It is a mean over pairs of videos. A bootstrap that draws the one and keeps the other finds half of the error;
+    twice a video's deviation from the mean of its caption makes it whole (the projection of a U-statistic).
+    """
+    variety = columns["variety"]
+    keys = [np.unique(columns[name], return_inverse=True)[1] for name in ("arm", "seed", "noise", "horizon", "caption")]
+    group = np.unique(np.stack(keys), axis=1, return_inverse=True)[1].ravel()
+    told = np.isfinite(variety)
+    with np.errstate(invalid="ignore"):
+        means = np.bincount(group, np.where(told, variety, 0)) / np.bincount(group, told)
+    return 2 * variety - means[group]
 
 
 def collapsed(columns: dict[str, np.ndarray]) -> dict[tuple[str, int], str]:
@@ -100,15 +137,19 @@ def _distilled(arm: str) -> bool:
 
 
 def report(results: Path) -> None:
-    """Writes tables.md and the figures into `results`, from the rows there."""
+    """Writes tables.md and the figures into `results`, from the rows there.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    if not (results / "videos.csv.gz").exists():
+        raise UserError(f"{results}/videos.csv.gz: no such file; run `measure` first, or name another --results")
     columns = compared_with_truth(read_columns(results / "videos.csv.gz"))
     gone = collapsed(columns)
     columns = _without(columns, gone)
     names = list(dict.fromkeys(columns["arm"]))
     summary = {
-        (measure_name, arm, horizon): summarize(
-            columns[measure_name][here], columns["seed"][here], columns["video"][here]
-        )
+        (measure_name, arm, horizon): _summary_of(columns, measure_name, here)
         for arm in names
         for horizon in HORIZONS
         for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
@@ -126,8 +167,11 @@ def report(results: Path) -> None:
         columns = read_columns(results / f"{kind}.csv.gz")
         if columns:  # an arm with an anchor, or any student, was measured
             lines += ["", *table(_without(columns, gone))]
-    (results / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
-    _draw(summary, names, results)
+    with tempfile.TemporaryDirectory(dir=results) as partial:
+        (Path(partial) / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
+        _draw(summary, names, Path(partial))
+        for path in Path(partial).iterdir():
+            path.replace(results / path.name)
 
 
 def _overview_table(summary: dict, names: list[str], horizon: float) -> list[str]:
@@ -158,17 +202,20 @@ def paired_difference(
     columns: dict[str, np.ndarray], arm: str, measure_name: str, horizon: float
 ) -> tuple[float, float, float, float]:
     """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds."""
-    of_arm = {}
+    rows = {}
     for name in (BASELINE, arm):
-        here = (columns["arm"] == name) & (columns["horizon"] == horizon)
-        keys = zip(columns["seed"][here], columns["noise"][here], columns["video"][here], strict=True)
-        of_arm[name] = dict(zip(keys, columns[measure_name][here], strict=True))
-    pairs = []
-    for (seed, noise, video), value in of_arm[BASELINE].items():
-        other = of_arm[arm].get((seed, noise, video))
-        if other is not None:
-            pairs.append((value - other, seed, video))
-    return summarize(*np.array(pairs).reshape(-1, 3).T)
+        (here,) = np.nonzero((columns["arm"] == name) & (columns["horizon"] == horizon))
+        keys = zip(*(columns[key][here] for key in ("seed", "noise", "video")), strict=True)
+        rows[name] = dict(zip(keys, here, strict=True))
+    both = np.array([[rows[name][key] for key in rows[BASELINE] if key in rows[arm]] for name in (BASELINE, arm)], int)
+    return _summary_of(columns, measure_name, both)
+
+
+def _summary_of(columns: dict[str, np.ndarray], name: str, here: np.ndarray) -> tuple[float, float, float, float]:
+    """`summarize` of the column `name` in some rows, or in [2, N] of them, that are alike in seed and video."""
+    weights = columns[f"{name}_weight"][here] if f"{name}_weight" in columns else None
+    seeds, videos = (np.atleast_2d(columns[key][here])[0] for key in ("seed", "video"))
+    return summarize(columns[name][here], seeds, videos, weights)
 
 
 def _measure_table(columns: dict[str, np.ndarray], summary: dict, names: list[str], measure_name: str) -> list[str]:
@@ -205,15 +252,15 @@ def _cell(mean: float, error: float, low: float = np.nan, high: float = np.nan, 
 
 
 def _without(columns: dict[str, np.ndarray], gone: dict[tuple[str, int], str]) -> dict[str, np.ndarray]:
-    """The columns without the rows of some runs."""
-    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
+    """The columns without the rows of some runs, whatever they stream with."""
+    keys = zip(columns["arm"], columns["seed"], strict=True)
+    keep = np.array([(arm.partition(":")[0], int(seed)) not in gone for arm, seed in keys])
     return {name: values[keep] for name, values in columns.items()}
 
 
-def _summary_of(columns: dict[str, np.ndarray], name: str, **where) -> tuple[float, float, float, float]:
-    """`summarize` of the column `name` in the rows whose other columns are as told."""
-    here = np.all([columns[other] == value for other, value in where.items()], axis=0)
-    return summarize(columns[name][here], columns["seed"][here], columns["video"][here])
+def _rows_where(columns: dict[str, np.ndarray], **where) -> np.ndarray:
+    """Which rows' columns are as told."""
+    return np.all([columns[name] == value for name, value in where.items()], axis=0)
 
 
 def _swap_table(columns: dict[str, np.ndarray]) -> list[str]:
@@ -225,9 +272,9 @@ def _swap_table(columns: dict[str, np.ndarray]) -> list[str]:
     ]
     for arm in dict.fromkeys(columns["arm"]):
         for swap in dict.fromkeys(columns["swap"]):
-            count = ((columns["arm"] == arm) & (columns["swap"] == swap)).sum()
-            found = [_summary_of(columns, x, arm=arm, swap=swap) for x in ("moved", "own_colour", "other_colour")]
-            lines.append(_row(arm, "nothing" if swap == "own" else swap, *(_cell(*x) for x in found), str(count)))
+            here = _rows_where(columns, arm=arm, swap=swap)
+            found = [_summary_of(columns, name, here) for name in ("moved", "own_colour", "other_colour")]
+            lines.append(_row(arm, "nothing" if swap == "own" else swap, *(_cell(*x) for x in found), str(here.sum())))
     return lines
 
 
@@ -243,7 +290,8 @@ def _contents_table(columns: dict[str, np.ndarray]) -> list[str]:
     for arm in dict.fromkeys(columns["arm"]):
         of_arm = columns["arm"] == arm
         for part in dict.fromkeys(columns["part"][of_arm]):
-            found = [_summary_of(columns, "right", arm=arm, part=part, unseen=first) for first in UNSEEN]
+            spans_of = [_rows_where(columns, arm=arm, part=part, unseen=first) for first in UNSEEN]
+            found = [_summary_of(columns, "right", here) for here in spans_of]
             lines.append(_row(arm, part, *(_cell(*x) for x in found)))
         answers = [columns["answers"][of_arm & (columns["part"] == part) & (columns["unseen"] == x)] for x in UNSEEN]
         total = sum(x.sum() for x in answers)

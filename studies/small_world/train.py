@@ -9,17 +9,26 @@ from pathlib import Path
 
 from adastate_jax.checkpoint import latest_step
 from adastate_jax.config import load_config, parse_config
+from adastate_jax.errors import UserError
 from studies.small_world import CONFIG, ROOT, STARTS, once, share_cores
+from studies.small_world.measure import check_teacher
+
+_INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
 
 
 def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
     """Trains what arms start from, then all else, `jobs` at a time on processor cores of their own.
 
     Done runs are skipped.
+
+    Raises:
+        UserError: the teacher does not move as it should, or a run failed or was stopped.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     for start in dict.fromkeys(["teacher", *map(_start_of, names)]):
         _train_one(folder, start, 0, None)
-    waiting = iter([("unanchored", 0), *((name, seed) for seed in seeds for name in names)])
+        check_teacher(folder)
+    waiting = iter(dict.fromkeys([("unanchored", 0), *((name, seed) for seed in seeds for name in names)]))
 
     def work(share):
         for name, seed in waiting:  # a list's iterator may be shared between threads
@@ -49,16 +58,17 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
     }
     start = time.monotonic()
     with (folder / f"{workdir.name}.log").open("ab") as log:
-        subprocess.run(
+        code = subprocess.run(
             command,
-            check=True,
             stderr=log,
             env=environment,
             preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
-        )
+        ).returncode
+    if code not in (0, _INTERRUPTED):
+        raise UserError(f"{workdir}: training failed; the end of {log.name} says why")
     seconds = time.monotonic() - start
     stage = "initialize" if once(name) else "distill"
-    if latest_step(workdir / stage) != getattr(load_config(workdir / "config.json"), stage).steps:
-        raise SystemExit(f"{workdir} was stopped before its end; the same command goes on from there")
+    if code or latest_step(workdir / stage) != getattr(load_config(workdir / "config.json"), stage).steps:
+        raise UserError(f"{workdir}: was stopped before its end; the same command goes on from there")
     done.write_text(f"{seconds:.0f}\n")
     print(f"{workdir.name}: {seconds:.0f} s", flush=True)
