@@ -30,8 +30,8 @@ UNSEEN = (0, 1, 3, 6, 12)  # frames since a subject was seen, the first of each 
 STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "recurrent"}
 
 ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the arms that differ in nothing else
-# Students that are measured with those arms' streams too, as `initialized:none`; `recurrent` knows a state alone.
-LENT = ("initialized", "unanchored", "unanchored_none")
+# Students that stream with those arms' anchors too, as `initialized:none`: before distillation, and after one without.
+LENT = ("initialized", "unanchored_none")
 _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
