@@ -92,13 +92,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _line(group, members):
-    def mean(name):
-        return summarize_group([one.metrics[name] for one in members]).mean
-
+    found = {name: summarize_group([one.metrics[name] for one in members]) for name in members[0].metrics}
+    luma, saturation = found["luma_drift"], found["saturation_drift"]
     return (
-        f"{group}: {len(members)} video{'s'[: len(members) != 1]}, motion {mean('motion'):.1f} %h/s, "
-        f"luma drift {mean('luma_drift'):+.1f}, saturation drift {mean('saturation_drift'):+.1f}, "
-        f"colour lock at the end {mean('lock_histogram_end'):.2f}"
+        f"{group}: {len(members)} video{'s'[: len(members) != 1]}, motion {found['motion'].mean:.1f} %h/s, "
+        f"luma drift {luma.mean:+.1f} (size {luma.magnitude:.1f}), "
+        f"saturation drift {saturation.mean:+.1f} (size {saturation.magnitude:.1f}), "
+        f"colour lock at the end {found['lock_histogram_end'].mean:.2f}"
     )
 
 

@@ -8,6 +8,7 @@ frame was shrunk than of blur.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -183,8 +184,11 @@ def _average(values):
     return np.add.reduceat(values, starts) / np.diff(starts, append=len(values))
 
 
-def summarize_drift(series: DriftSeries) -> dict[str, float]:
-    """A video's drift and lock in single numbers (see `adastate_jax.evaluation.measure.METRICS` for each one)."""
+def summarize_drift(series: DriftSeries, cuts: Sequence[int] = ()) -> dict[str, float]:
+    """A video's drift and lock in single numbers (see `adastate_jax.evaluation.measure.METRICS` for each one).
+
+    cuts: the numbers of the frames that begin a new shot, which are no jitter.
+    """
     times = series.times
     summary = {}
     for name in ("ssim", "histogram"):
@@ -196,6 +200,7 @@ def summarize_drift(series: DriftSeries) -> dict[str, float]:
         summary[f"{name}_first"] = first
         summary[f"{name}_drift"] = last - first
         summary[f"{name}_slope"] = 60 * theil_sen_slope(times, series.values[name])
-    jitter = np.diff(series.values["luma"], 2)
-    summary["luma_jitter"] = float(np.abs(jitter).mean()) if len(jitter) else math.nan
+    changes = np.diff(series.values["luma"])
+    changes[np.array(cuts, int) - 1] = math.nan
+    summary["luma_jitter"] = mean_or_nan(np.abs(np.diff(changes)))
     return summary

@@ -8,7 +8,7 @@ the content goes the other way; `zoom > 0` spreads the content outwards; `roll >
 content anticlockwise.
 
 Sizes. Flow is computed on luma whose shorter side is at most 256 pixels, and at least 128: smaller frames are enlarged.
-Pans, zooms and rolls are then within 2 % of the truth down to 32 × 32 pixels. What fails there: flow is smooth over a
+Pans are then within 2 % of the truth in the median down to 32 × 32 pixels. What fails there: flow is smooth over a
 few pixels, so a subject of 4 pixels vanishes in its surroundings, and its error, about 0.02 pixels, is 1 % of the
 height per second at 16 frames per second, which is where object motion begins to be seen.
 """
@@ -201,9 +201,7 @@ def _similarity_flow(turn, shift, height, width):
 
 
 def object_flow(flow: np.ndarray, camera: Camera) -> np.ndarray:
-    """What is left of a flow `[h, w, 2]` in pixels without the camera's part; all of it where no camera is known."""
-    if math.isnan(camera.zoom):
-        return flow
+    """What is left of a flow `[h, w, 2]` in pixels without the camera's part; NaN where no camera is known."""
     height, width = flow.shape[:2]
     turn = np.exp(complex(camera.zoom, -camera.roll))
     return flow - _similarity_flow(turn, -complex(camera.pan_x * width, camera.pan_y * height), height, width)

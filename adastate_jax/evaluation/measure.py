@@ -15,7 +15,14 @@ import numpy as np
 from adastate_jax.data.videos import decode_frames, frame_pixels
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.drift import DriftMeter, first_against_last, shrink, summarize_drift
-from adastate_jax.evaluation.motion import FLOOR_MOTION, MotionMeter, chunk_profile, summarize_motion
+from adastate_jax.evaluation.motion import (
+    FLOOR_MOTION,
+    MotionMeter,
+    chunk_profile,
+    sampling_interval,
+    summarize_motion,
+    within_shots,
+)
 from adastate_jax.media import contact_sheet
 
 _THUMBNAILS = 8
@@ -87,7 +94,9 @@ METRICS: dict[str, Metric] = {
     "zoom": Metric("zoom in", "%/s", "growth of the picture per second (natural logarithm), signed"),
     "roll": Metric("roll", "°/s", "camera turning clockwise, signed"),
     "camera_support": Metric("camera support", "share", "share of the followed places that agree with the camera"),
-    "object_motion": Metric("object motion", "%h/s", "mean flow left over once the camera's part is taken away"),
+    "object_motion": Metric(
+        "object motion", "%h/s", "mean flow left over once the camera's part is taken away, where a camera is found"
+    ),
     "flicker_vbench": Metric(
         "1 - flicker", "share", "VBench's formula: (255 - mean difference of neighbouring frames) / 255"
     ),
@@ -102,7 +111,7 @@ METRICS: dict[str, Metric] = {
         "warped seam", "ratio", "the same, once motion is compensated; it cannot see a pure shift", 1.5
     ),
     "seam_ratio_flow": Metric("flow seam", "ratio", "change of velocity at chunk borders over elsewhere (medians)"),
-    "cuts": Metric("cuts", "", "shot cuts; no flow is measured across them"),
+    "cuts": Metric("cuts", "", "shot cuts; nothing is measured across them but VBench's numbers and seams"),
     "lock_histogram": Metric("colour lock", "share", "mean similarity of colour histograms to the first frame"),
     "lock_histogram_end": Metric("colour lock, end", "share", "the same over the last 5 s"),
     "lock_ssim": Metric("SSIM lock", "share", "mean SSIM of small luma to the first frame; a camera move lowers it"),
@@ -238,8 +247,8 @@ def _measure(frames: Iterable[tuple[float, np.ndarray]], fps: float, settings: S
         thumbnails.add(seconds, frame)
     moved, looked = motion.result(), drift.result()
     times = looked.times
-    moved_within = {name: _without_cuts(values, moved.cuts) for name, values in moved.pairs.items()}
-    metrics = summarize_motion(moved, settings.first_chunk, settings.chunk) | summarize_drift(looked)
+    moved_within = within_shots(moved)
+    metrics = summarize_motion(moved, settings.first_chunk, settings.chunk) | summarize_drift(looked, moved.cuts)
     motion_first, motion_last = first_against_last(times[1:], moved_within["motion"])
     still = not motion_first >= FLOOR_MOTION
     metrics["motion_kept"] = math.nan if still else 100.0 * motion_last / motion_first
@@ -259,13 +268,6 @@ def _measure(frames: Iterable[tuple[float, np.ndarray]], fps: float, settings: S
     )
 
 
-def _without_cuts(values, cuts):
-    """A series over pairs of frames with NaN where nothing can be followed from one frame to the next."""
-    values = values.copy()
-    values[np.array(cuts, int) - 1] = math.nan
-    return values
-
-
 def _notes(metrics, moved, times, shape):
     notes = []
     if metrics["contrast_first"] < 2.0 and abs(metrics["contrast_drift"]) < 2.0:
@@ -279,8 +281,7 @@ def _notes(metrics, moved, times, shape):
         listed = ", ".join(f"{times[cut]:.1f}" for cut in moved.cuts[:6])
         more = f" and {len(moved.cuts) - 6} more" if len(moved.cuts) > 6 else ""
         notes.append(f"shot cuts at {listed} s{more}: lock and drift compare different shots")
-    interval = max(1, round(moved.fps / 8))
-    if metrics["dynamic_radius"] / interval > _VERY_FAST:
+    if metrics["dynamic_radius"] / sampling_interval(moved.fps) > _VERY_FAST:
         notes.append("very fast: the flow loses motion of this size, so the motion may be higher than it says")
     if min(shape[:2]) < 64:
         notes.append("small frames: object motion below about 1 %h/s is noise, SSIM and sharpness are blunt")

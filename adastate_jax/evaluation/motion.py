@@ -60,6 +60,11 @@ class MotionSeries:
 # --- a stream of frames -------------------------------------------------------------------------------------------
 
 
+def sampling_interval(fps: float) -> int:
+    """Of how many frames VBench's rule looks at one (vbench/dynamic_degree.py)."""
+    return max(1, round(fps / 8))
+
+
 class _Previous(NamedTuple):
     """The last frame, and the flow that led to it; no flow before the second frame."""
 
@@ -74,9 +79,9 @@ class MotionMeter:
     """Measures motion frame by frame; holds a few frames at a time, whatever the length of the video."""
 
     def __init__(self, fps: float):
-        """`fps` as the file's header states it: VBench's rule takes every `max(1, round(fps / 8))`-th frame."""
+        """`fps` as the file's header states it."""
         self._fps = fps
-        self._interval = max(1, round(fps / 8))
+        self._interval = sampling_interval(fps)
         self._lumas = collections.deque(maxlen=max(self._interval, 2) + 1)
         self._count = 0
         self._previous: _Previous | None = None
@@ -211,29 +216,47 @@ def chunk_profile(values: np.ndarray, first_chunk: int, chunk: int) -> np.ndarra
         return np.where(finite, rows, 0).sum(0) / finite.sum(0)
 
 
+def within_shots(series: MotionSeries) -> dict[str, np.ndarray]:
+    """The series of pairs with NaN where a shot cut lies between the frames that a value is of."""
+    first = np.arange(len(series.pairs["motion"]))
+    kept = _unspoiled(series.cuts, first, 1)
+    changes = _unspoiled(series.cuts, first - 1, 2)  # of velocity: of two pairs
+    return {
+        name: np.where(changes if name == "flow_change" else kept, values, math.nan)
+        for name, values in series.pairs.items()
+    }
+
+
+def _unspoiled(cuts, first, length):
+    """Which of the spans that begin at frames `first` `[N]` and end `length` frames later have no cut: bool `[N]`."""
+    cuts = np.array(cuts, int)
+    return ~((cuts > first[:, None]) & (cuts <= first[:, None] + length)).any(1)
+
+
 def summarize_motion(series: MotionSeries, first_chunk: int, chunk: int) -> dict[str, float]:
     """A video's motion in single numbers (see `adastate_jax.evaluation.measure.METRICS` for what each one is).
 
-    Chunk lengths in video frames. Pairs across a shot cut have no flow and are left out, except where VBench's rule or
-    formula counts them and in the seam ratios; `cuts` says how many. NaN stands for what cannot be measured.
+    Chunk lengths in video frames. What lies across a shot cut is left out, except in `dynamic_rule` and
+    `flicker_vbench`, as VBench counts it, and in the seam ratios, for a cut at a border is a seam; `cuts` says how many
+    there are. NaN stands for what cannot be measured.
     """
     pairs = series.pairs
-    within = np.ones(len(pairs["motion"]), bool)
-    within[np.array(series.cuts, int) - 1] = False
-    changes = within & np.append(True, within[:-1])
-    mean = {name: mean_or_nan(values[within]) for name, values in pairs.items()}
+    mean = {name: mean_or_nan(values) for name, values in within_shots(series).items()}
+    interval = sampling_interval(series.fps)
+    radii = series.radii[_unspoiled(series.cuts, interval * np.arange(len(series.radii)), interval)]
+    interpolation = series.interpolation[_unspoiled(series.cuts, 2 * np.arange(len(series.interpolation)), 2)]
     moves = moves_by_vbench_rule(series.radii, series.sampled_frames, series.fps)
     return {
         "motion": mean["motion"],
-        "dynamic_radius": mean_or_nan(series.radii),
+        "dynamic_radius": mean_or_nan(radii),
         "dynamic_rule": math.nan if moves is None else float(moves),
         **{name: mean[name] for name in ("pan_x", "pan_y", "pan_speed", "zoom", "roll")},
         "camera_support": mean["support"],
         "object_motion": mean["object_motion"],
         "flicker_vbench": (255.0 - float(pairs["difference"].mean())) / 255.0,
         "flicker_warped": mean["warped_difference"],
-        "acceleration_ratio": mean_or_nan(pairs["flow_change"][changes]) / max(mean["motion"], FLOOR_MOTION),
-        "interpolation_error": mean_or_nan(series.interpolation),
+        "acceleration_ratio": mean["flow_change"] / max(mean["motion"], FLOOR_MOTION),
+        "interpolation_error": mean_or_nan(interpolation),
         "seam_ratio": seam_ratio(pairs["difference"], first_chunk, chunk, FLOOR_LEVELS),
         "seam_ratio_warped": seam_ratio(pairs["warped_difference"], first_chunk, chunk, FLOOR_LEVELS),
         "seam_ratio_flow": seam_ratio(pairs["flow_change"], first_chunk, chunk, FLOOR_MOTION),

@@ -20,6 +20,7 @@ from adastate_jax.evaluation import plots
 from adastate_jax.evaluation.measure import METRICS, Measurement, Settings
 
 _BOOTSTRAP = 2000
+_FEWEST = 8  # videos, of which a bootstrap tells an interval: of five, its 95 % would be 84 %
 _STRIPS = 8  # contact sheets per group
 # Columns of the two tables by heading. Motion comes first in both, for it puts all the others into perspective.
 _LOOK = {
@@ -46,14 +47,19 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A number over the videos of a group: mean, 95 % bootstrap interval of the mean (NaN for one video), median, and
-    how many videos have it."""
+    """A number over the videos of a group.
+
+    Mean, 95 % bootstrap interval of the mean (NaN for fewer than 8 videos), median, mean magnitude (of signed numbers
+    that cancel out), and how many of how many videos have it.
+    """
 
     mean: float
     low: float
     high: float
     median: float
+    magnitude: float
     count: int
+    videos: int
 
 
 def summarize_group(values: Sequence[float]) -> Summary:
@@ -63,12 +69,13 @@ def summarize_group(values: Sequence[float]) -> Summary:
     """
     finite = np.array([value for value in values if math.isfinite(value)])
     if not len(finite):
-        return Summary(*[math.nan] * 4, 0)
+        return Summary(*[math.nan] * 5, 0, len(values))
     low = high = math.nan
-    if len(finite) > 1:
+    if len(finite) >= _FEWEST:
         drawn = np.random.default_rng(0).integers(len(finite), size=(_BOOTSTRAP, len(finite)))
         low, high = np.percentile(finite[drawn].mean(1), [2.5, 97.5])
-    return Summary(float(finite.mean()), float(low), float(high), float(np.median(finite)), len(finite))
+    middle, magnitude = float(np.median(finite)), float(np.abs(finite).mean())
+    return Summary(float(finite.mean()), float(low), float(high), middle, magnitude, len(finite), len(values))
 
 
 def by_group(videos: Sequence[Video]) -> dict[str, list[Video]]:
@@ -259,7 +266,8 @@ def _page(videos, summaries, skipped, settings, pictures):
         "<p>Read motion and drift together: a frozen video has no drift, no flicker and a perfect lock, and one that"
         f' falls apart moves a lot. <span class="key">Marked</span> values miss the usual aims ({limits}).</p>',
         "<h2>Groups</h2>",
-        '<p class="grey">Means over videos, with 95 % bootstrap intervals of the mean.</p>',
+        f'<p class="grey">Means over videos, with 95 % bootstrap intervals of the mean from {_FEWEST} videos on. '
+        "Marked by mean magnitude, |…|: drifts up and down do not cancel out.</p>",
         *[_table(("group", "videos"), columns, group_rows, _summary_cell) for columns in (_LOOK, _MOVEMENT)],
         "<h2>Over time</h2>",
         f'<p class="grey">{_lines_legend(groups)}</p>',
@@ -330,15 +338,27 @@ def _table(titles, columns, rows, cell):
     )
 
 
-def _value_cell(name, value, is_start, below=""):
-    classes = [kind for kind, holds in (("start", is_start), ("beyond", METRICS[name].is_beyond(value))) if holds]
-    attribute = f' class="{" ".join(classes)}"' if classes else ""
-    return f"<td{attribute}>{_number(name, value)}{below}</td>"
+def _value_cell(name, value, is_start):
+    return _table_cell(_number(name, value), is_start, METRICS[name].is_beyond(value))
 
 
 def _summary_cell(name, summary, is_start):
-    interval = f"<small>{_number(name, summary.low)} … {_number(name, summary.high)}</small>"
-    return _value_cell(name, summary.mean, is_start, interval if math.isfinite(summary.low) else "")
+    below = []
+    is_beyond = METRICS[name].is_beyond(summary.magnitude)
+    if is_beyond and not METRICS[name].is_beyond(summary.mean):
+        below.append(f"|…| {summary.magnitude:.1f}")
+    if math.isfinite(summary.low):
+        below.append(f"{_number(name, summary.low)} … {_number(name, summary.high)}")
+    if 0 < summary.count < summary.videos:
+        below.append(f"{summary.count} of {summary.videos}")
+    text = _number(name, summary.mean) + "".join(f"<small>{line}</small>" for line in below)
+    return _table_cell(text, is_start, is_beyond)
+
+
+def _table_cell(content, is_start, is_beyond):
+    classes = [kind for kind, holds in (("start", is_start), ("beyond", is_beyond)) if holds]
+    attribute = f' class="{" ".join(classes)}"' if classes else ""
+    return f"<td{attribute}>{content}</td>"
 
 
 def _number(name, value):

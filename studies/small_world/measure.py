@@ -85,7 +85,7 @@ def measure(folder: Path, jobs: int, results: Path) -> None:
     shares = spawn.Queue()
     for share in share_cores(jobs):
         shares.put(share)
-    with ProcessPoolExecutor(jobs, spawn, _take_cores, (shares,)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, _begin_worker, (shares, folder / "compilations")) as pool:
         for future in [pool.submit(_measure_run, folder, *run) for run in missing]:
             print(f"{future.result()}: measured", flush=True)
     results.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,8 @@ def _load_student(folder: Path, arm: str, seed: int) -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
 
 
-def _take_cores(shares) -> None:
+def _begin_worker(shares, compilations: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(compilations))  # training seeds share their programs
     share = shares.get()
     if share:
         os.sched_setaffinity(0, share)

@@ -8,6 +8,7 @@ import pytest
 from evaluation.clips import brightened, moving, still, waves
 
 from adastate_jax.data.worlds import WorldConfig, render_world
+from adastate_jax.evaluation.measure import Settings, measure_frames
 from adastate_jax.evaluation.motion import (
     MotionMeter,
     chunk_borders,
@@ -15,6 +16,7 @@ from adastate_jax.evaluation.motion import (
     moves_by_vbench_rule,
     seam_ratio,
     summarize_motion,
+    within_shots,
 )
 
 HEIGHT, WIDTH, FRAMES = 192, 256, 7
@@ -199,6 +201,35 @@ def test_a_shot_cut_is_found_and_is_no_motion():
     measured = measure_motion(np.concatenate(shots))
     assert measured["cuts"] == 1
     assert measured["motion"] == pytest.approx(1600 / 96, rel=0.05)
+
+
+def test_nothing_of_a_cut_between_still_shots_counts_but_by_vbench_s_formula():
+    shots = [still(96, 128, 9, seed=seed) for seed in (1, 2)]
+    measured = measure_frames(np.concatenate(shots), settings=Settings(9, 12)).metrics
+    assert measured["cuts"] == 1
+    for name in ("motion", "dynamic_radius", "interpolation_error", "luma_jitter", "acceleration_ratio"):
+        assert measured[name] == pytest.approx(0, abs=1e-6), name
+    assert measured["flicker_vbench"] < 0.999
+    assert measured["seam_ratio"] > 5  # it is at a border
+
+
+def test_the_change_of_velocity_after_a_cut_is_unknown():
+    meter = MotionMeter(16)
+    for number, frame in enumerate(np.concatenate([moving(96, 128, 5, pan=(1.0, 0.0), seed=seed) for seed in (1, 2)])):
+        meter.add(number / 16, frame)
+    pairs = within_shots(meter.result())
+    assert list(np.flatnonzero(np.isnan(pairs["motion"]))) == [4]
+    assert list(np.flatnonzero(np.isnan(pairs["flow_change"]))) == [0, 4, 5]  # the first has none before it
+
+
+def test_without_a_camera_nothing_is_taken_for_an_object():
+    """Too little texture to fit a camera to: what moves may be the camera or an object."""
+    frames = np.full((4, 96, 128, 3), 90, np.uint8)
+    for number, frame in enumerate(frames):
+        frame[40:44, 30 + number : 34 + number] = 200
+    measured = measure_motion(frames)
+    assert math.isnan(measured["pan_x"])
+    assert math.isnan(measured["object_motion"])
 
 
 @pytest.mark.parametrize("size", [32, 48])

@@ -13,7 +13,7 @@ import pytest
 from evaluation.clips import moving, still
 
 from adastate_jax.evaluation.measure import METRICS, Settings, measure_frames
-from adastate_jax.evaluation.report import Summary, Video, by_group, summarize_group, write_report
+from adastate_jax.evaluation.report import Video, _summary_cell, by_group, summarize_group, write_report
 
 SETTINGS = Settings(3, 4)
 FILES = {
@@ -158,14 +158,25 @@ def test_a_report_replaces_an_older_one_and_tells_what_it_leaves_out(videos, tmp
 
 
 def test_a_summary_leaves_out_what_is_unknown():
-    summary = summarize_group([1.0, math.nan, 3.0])
-    assert (summary.mean, summary.median, summary.count) == (2.0, 2.0, 2)
-    assert 1.0 <= summary.low <= 2.0 <= summary.high <= 3.0
-    assert summarize_group([1.0, math.nan, 3.0]) == summary
-    alone = summarize_group([5.0])
-    assert (alone.mean, alone.count) == (5.0, 1)
-    assert math.isnan(alone.low)
+    values = [1.0, math.nan, 3.0, *[-2.0, 2.0] * 3]
+    summary = summarize_group(values)
+    assert (summary.mean, summary.median, summary.magnitude) == (0.5, 1.5, 2.0)
+    assert (summary.count, summary.videos) == (8, 9)
+    assert -2.0 < summary.low < 0.5 < summary.high < 3.0
+    assert summarize_group(values) == summary
+    few = summarize_group([5.0] * 7)
+    assert (few.mean, few.count) == (5.0, 7)
+    assert math.isnan(few.low)  # a bootstrap of so few is too sure
     nothing = summarize_group([math.nan])
-    assert nothing.count == 0
-    assert all(math.isnan(value) for value in dataclasses.astuple(nothing)[:-1])
-    assert [field.name for field in dataclasses.fields(Summary)] == ["mean", "low", "high", "median", "count"]
+    assert dataclasses.astuple(nothing)[-2:] == (0, 1)
+    assert all(math.isnan(value) for value in dataclasses.astuple(nothing)[:-2])
+
+
+def test_drifts_that_cancel_out_are_marked_and_missing_numbers_counted():
+    def cell(name, values):
+        return _summary_cell(name, summarize_group(values), False)
+
+    assert cell("luma_drift", [30.0, -30.0]) == '<td class="beyond">0.00<small>|…| 30.0</small></td>'
+    assert cell("luma_drift", [4.0, -4.0]) == "<td>0.00</td>"
+    assert cell("motion_kept", [90.0, *[math.nan] * 9]) == "<td>90.0<small>1 of 10</small></td>"
+    assert cell("motion_kept", [60.0]) == '<td class="beyond">60.0</td>'
