@@ -408,7 +408,7 @@ def test_an_anchor_need_not_be_among_what_is_measured(config, truth, tmp_path, m
 
 
 def test_the_tables_are_of_the_rows_beside_them(tmp_path):
-    for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz", "attention.csv.gz"):
+    for name in ("videos.csv.gz", "swaps.csv.gz", "contents.csv.gz", "attention.csv.gz", "first"):
         (tmp_path / name).symlink_to(ROOT / "docs/small_world" / name)
     report(tmp_path)
     tables = (ROOT / "docs/small_world/tables.md").read_text()

@@ -35,6 +35,7 @@ MEASURES = {
     "variety": "share of the caption's other videos whose first subject has another colour / truth",
 }
 OVERVIEW = ("pan", "hue", "reversed", "saturation", "contrast", "seen", "memory", "variety")  # of tables and figures
+FIRST = "first"  # the folder of the rows of the same arms when they were trained before, from the teacher on
 BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 # Not to be compared with the truth's mean: they are so by what they are.
@@ -144,17 +145,9 @@ def report(results: Path) -> None:
     """
     if not (results / "videos.csv.gz").exists():
         raise UserError(f"{results}/videos.csv.gz: no such file; run `measure` first, or name another --results")
-    columns = compared_with_truth(read_columns(results / "videos.csv.gz"))
-    gone = collapsed(columns)
-    columns = _without(columns, gone)
+    columns, gone = _read_videos(results)
+    summary = _summarize_all(columns)
     names = list(dict.fromkeys(columns["arm"]))
-    summary = {
-        (measure_name, arm, horizon): _summary_of(columns, measure_name, here)
-        for arm in names
-        for horizon in HORIZONS
-        for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
-        for measure_name in MEASURES
-    }
     left_out = "; ".join(f"{arm}-{seed} ({why})" for (arm, seed), why in gone.items()) or "none"
     lines = [f"Collapsed and left out: {left_out}."]
     for horizon in HORIZONS:
@@ -163,6 +156,12 @@ def report(results: Path) -> None:
         lines += ["", *_difference_table(columns, names, horizon)]
     for measure_name in MEASURES:
         lines += ["", *_measure_table(columns, summary, names, measure_name)]
+    if (results / FIRST / "videos.csv.gz").exists():
+        first = _summarize_all(_read_videos(results / FIRST)[0])
+        lines += ["", *_apart_table(summary, first)]
+        for horizon in HORIZONS:
+            of_both = [arm for arm in names if (OVERVIEW[0], arm, horizon) in first]
+            lines += ["", *_overview_table(first, of_both, horizon, "The first time, at")]
     for kind, table in (("swaps", _swap_table), ("contents", _contents_table), ("attention", _attention_table)):
         columns = read_columns(results / f"{kind}.csv.gz")
         if columns:  # an arm with an anchor, or any student, was measured
@@ -174,8 +173,46 @@ def report(results: Path) -> None:
             path.replace(results / path.name)
 
 
-def _overview_table(summary: dict, names: list[str], horizon: float) -> list[str]:
-    lines = [f"**At {horizon:g}×: mean ± standard error over training seeds**", "", _row("arm", *OVERVIEW)]
+def _read_videos(results: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, int], str]]:
+    """Compared columns of the videos without those of collapsed runs, and these."""
+    columns = compared_with_truth(read_columns(results / "videos.csv.gz"))
+    gone = collapsed(columns)
+    return _without(columns, gone), gone
+
+
+def _summarize_all(columns: dict[str, np.ndarray]) -> dict[tuple[str, str, float], tuple[float, float, float, float]]:
+    """`summarize` of every measure, arm and horizon."""
+    return {
+        (measure_name, arm, horizon): _summary_of(columns, measure_name, here)
+        for arm in dict.fromkeys(columns["arm"])
+        for horizon in HORIZONS
+        for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
+        for measure_name in MEASURES
+    }
+
+
+def _apart_table(summary: dict, first: dict) -> list[str]:
+    lines = [
+        "**How far the distilled arms are from the first time's: in the mean over arms, and at most**",
+        "",
+        _row("at", *OVERVIEW),
+        _row(*["---"] * (1 + len(OVERVIEW))),
+    ]
+    for horizon in HORIZONS:
+        cells = []
+        for name in OVERVIEW:
+            both = [key for key in first if key in summary and key[0::2] == (name, horizon) and _distilled(key[1])]
+            apart = {arm: abs(summary[key][0] - first[key][0]) for key in both for arm in [key[1]]}
+            told = {arm: value for arm, value in apart.items() if np.isfinite(value)}
+            farthest = max(told, key=told.get, default=None)
+            mean = np.mean(list(told.values())) if told else np.nan
+            cells.append(f"{mean:.2f}, {told[farthest]:.2f} ({farthest})" if told else "")
+        lines.append(_row(f"{horizon:g}×", *cells))
+    return lines
+
+
+def _overview_table(summary: dict, names: list[str], horizon: float, at: str = "At") -> list[str]:
+    lines = [f"**{at} {horizon:g}×: mean ± standard error over training seeds**", "", _row("arm", *OVERVIEW)]
     lines.append(_row(*["---"] * (1 + len(OVERVIEW))))
     for arm in names:
         cells = [_cell(*summary[measure_name, arm, horizon][:2]) for measure_name in OVERVIEW]
