@@ -5,8 +5,7 @@ python -m adastate_jax.train --config=configs/small_world.py:ARM --config.seed=0
 
 The first trains the teacher and the student that the arms start from, which anchors on the first frame; the second
 distils one arm. `unanchored` is a student that is initialised without an anchor, with a window of a whole training
-video: what anchors do to it, they do without training. `recurrent` is one that is initialised with the hidden state,
-through its recurrence. Some arms start from these.
+video. `recurrent` is one that is initialised with the hidden state, through its recurrence. Some arms start from these.
 
 A camera pans over clay and past balls of one colour, one every sixteen frames and out of sight for eleven, while the
 landscape's hue turns. The caption says which way it pans and which way the hue turns, but not the colour of the balls.
@@ -31,8 +30,8 @@ ARMS = {
     "normalized": {"distill.horizon_normalize": True},
     "straight_through": {"distill.cache_gradient": "straight_through"},
 }
-# What the study's budget does not pay for: three times the training, a start that knows the state, and one that knows
-# no anchor, distilled with its window of a whole training video (as Self-Forcing is), with a static anchor, or a state.
+# Beside the study's one factor at a time: three times the training, a start that knows the state, and one that knows no
+# anchor, distilled with its window of a whole training video (as Self-Forcing is), with a static anchor, or a state.
 FURTHER = {
     "longer": {"distill.steps": 1350},
     "longer_straight_through": {"distill.steps": 1350, "distill.cache_gradient": "straight_through"},

@@ -36,7 +36,7 @@ _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
 def arms() -> tuple[list[str], list[str]]:
-    """The arms that the configuration knows: those of the study, and those that its budget does not pay for."""
+    """The arms that the configuration knows: those of the study, and those beside it."""
     spec = importlib.util.spec_from_file_location("small_world_config", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
