@@ -68,7 +68,7 @@ def test_some_students_are_measured_with_the_streams_of_other_anchors(tmp_path):
 
 def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(training, "_train_one", lambda folder, name, seed, cores: trained.append((name, seed)))
+    monkeypatch.setattr(training, "_train_one", lambda folder, name, seed: trained.append((name, seed)))
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
     training.train(tmp_path, ["none", "recurrent_start"], [0, 1, 1], jobs=1)
     assert trained == [

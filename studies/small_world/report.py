@@ -193,7 +193,8 @@ def _summarize_all(columns: dict[str, np.ndarray]) -> dict[tuple[str, str, float
 
 def _apart_table(summary: dict, first: dict) -> list[str]:
     lines = [
-        "**How far the distilled arms are from the first time's: in the mean over arms, and at most**",
+        "**How far the distilled arms are from the first time's: in the mean over arms, at most, and how many arms within "
+        "two standard errors of the difference**",
         "",
         _row("at", *OVERVIEW),
         _row(*["---"] * (1 + len(OVERVIEW))),
@@ -202,11 +203,16 @@ def _apart_table(summary: dict, first: dict) -> list[str]:
         cells = []
         for name in OVERVIEW:
             both = [key for key in first if key in summary and key[0::2] == (name, horizon) and _distilled(key[1])]
-            apart = {arm: abs(summary[key][0] - first[key][0]) for key in both for arm in [key[1]]}
-            told = {arm: value for arm, value in apart.items() if np.isfinite(value)}
-            farthest = max(told, key=told.get, default=None)
-            mean = np.mean(list(told.values())) if told else np.nan
-            cells.append(f"{mean:.2f}, {told[farthest]:.2f} ({farthest})" if told else "")
+            apart = {key[1]: abs(summary[key][0] - first[key][0]) for key in both}
+            errors = {key[1]: np.hypot(summary[key][1], first[key][1]) for key in both}
+            told = {arm: value for arm, value in apart.items() if np.isfinite(value) and np.isfinite(errors[arm])}
+            if not told:
+                cells.append("")
+                continue
+            farthest = max(told, key=told.get)
+            near = sum(value <= 2 * errors[arm] for arm, value in told.items())
+            mean = np.mean(list(told.values()))
+            cells.append(f"{mean:.3f}, {told[farthest]:.2f} ({farthest}), {near} of {len(told)}")
         lines.append(_row(f"{horizon:g}×", *cells))
     return lines
 

@@ -26,13 +26,15 @@ def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for start in dict.fromkeys(["teacher", *map(_start_of, names)]):
-        _train_one(folder, start, 0, None)
+        _train_one(folder, start, 0)
         check_teacher(folder)
     waiting = iter(dict.fromkeys([("unanchored", 0), *((name, seed) for seed in seeds for name in names)]))
 
-    def work(share):
+    def work(cores):
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread, and of the processes that it starts
         for name, seed in waiting:  # a list's iterator may be shared between threads
-            _train_one(folder, name, seed, share)
+            _train_one(folder, name, seed)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, share_cores(jobs)))
@@ -42,7 +44,7 @@ def _start_of(arm: str) -> str:
     return Path(parse_config([f"--config={CONFIG}:{arm}"]).start_from).name
 
 
-def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> None:
+def _train_one(folder: Path, name: str, seed: int) -> None:
     workdir = folder / (STARTS.get(name, name) if once(name) else f"{name}-{seed}")
     done = folder / f"{workdir.name}.seconds"
     if done.exists():
@@ -58,12 +60,7 @@ def _train_one(folder: Path, name: str, seed: int, cores: list[int] | None) -> N
     }
     start = time.monotonic()
     with (folder / f"{workdir.name}.log").open("ab") as log:
-        code = subprocess.run(
-            command,
-            stderr=log,
-            env=environment,
-            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
-        ).returncode
+        code = subprocess.run(command, stderr=log, env=environment).returncode
     if code not in (0, _INTERRUPTED):
         raise UserError(f"{workdir}: training failed; the end of {log.name} says why")
     seconds = time.monotonic() - start
