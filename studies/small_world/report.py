@@ -193,8 +193,8 @@ def _summarize_all(columns: dict[str, np.ndarray]) -> dict[tuple[str, str, float
 
 def _apart_table(summary: dict, first: dict) -> list[str]:
     lines = [
-        "**How far the distilled arms are from the first time's: in the mean over arms, at most, and how many arms within "
-        "two standard errors of the difference**",
+        "**How far distilled arms are from the first time's: in the mean over arms, at most, and how many within two "
+        "standard errors of the difference**",
         "",
         _row("at", *OVERVIEW),
         _row(*["---"] * (1 + len(OVERVIEW))),
