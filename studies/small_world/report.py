@@ -392,6 +392,6 @@ def _draw(summary: dict, names: list[str], results: Path) -> None:
             panel.set_title(textwrap.fill(f"{measure_name}: {MEASURES[measure_name]}", 50), fontsize=8)
             panel.grid(alpha=0.3)
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
         figure.savefig(results / f"{file}.png", dpi=90)
         pyplot.close(figure)
