@@ -24,7 +24,8 @@ from adastate_jax.video_stream import stream
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _EXAMPLE = """examples:
-  python -m adastate_jax.evaluate runs/adaptive/samples runs/static/samples --output=runs/comparison
+  python -m adastate_jax.evaluate runs/tiny/samples/adaptive runs/tiny/samples/static \\
+      --first-chunk=3 --chunk=3 --output=report
   python -m adastate_jax.evaluate export --help"""
 _EXPORT_EXAMPLE = """examples:
   python -m adastate_jax.evaluate export --vbench=vbench/adaptive --prompts=all_dimension.txt \\
@@ -264,7 +265,8 @@ def _fill(options, slots, config, bar):
     def generate(text, seed):
         return stream(model, text, options.seconds, seed, options.anchor)
 
-    checkpoint = str(options.checkpoint.resolve())
+    # A model that ships with the package is no folder, and is the same from wherever it is named.
+    checkpoint = str(options.checkpoint.resolve() if options.checkpoint.exists() else options.checkpoint)
     source = {"checkpoint": checkpoint, "seconds": options.seconds, "anchor": options.anchor}
     vbench.export_generated(options.vbench, slots, config, generate, source, bar.update)
 

@@ -70,7 +70,9 @@ class VideoWriter:
 
     def _compress(self, frames: np.ndarray) -> None:
         if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "16"})
+            # With its macroblock tree, x264 reads memory that it did not set: the same frames make other files.
+            options = {"crf": "16", "x264-params": "mbtree=0"}
+            self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
             self._stream.height, self._stream.width = frames.shape[1:3]
             self._stream.pix_fmt = "yuv420p"
         for frame in frames:

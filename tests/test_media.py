@@ -1,11 +1,18 @@
 """Files appear whole or not at all."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
 
 from adastate_jax.errors import UserError
 from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
+
+ROOT = Path(__file__).parents[1]
 
 
 def ramp(frames=5, size=16):
@@ -21,6 +28,25 @@ def test_video_round_trip(tmp_path):
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
         assert video.streams.video[0].average_rate == 16
     assert [round(frame.mean() / 40) for frame in frames] == [0, 1, 0, 1, 2]
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    """Whatever is in memory that the encoder was given but did not fill."""
+    program = """
+import sys
+from adastate_jax.data.worlds import WorldConfig, render_world
+from adastate_jax.media import VideoWriter
+video = render_world(WorldConfig(height=240, width=240, num_frames=64), 1, 0).video
+with VideoWriter(sys.argv[1]) as writer:
+    writer.write(video)
+"""
+    files = []
+    for fill in ("0", "200"):
+        path = tmp_path / f"{fill}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", program, path], env=environment, cwd=ROOT, check=True)
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
 
 
 def test_an_interrupted_video_leaves_nothing(tmp_path):

@@ -28,6 +28,7 @@ from adastate_jax.media import contact_sheet
 _THUMBNAILS = 8
 _THUMBNAIL_SIDE = 176  # pixels of the longer side, at most
 _SMALL_SIDE = 96  # pixels, to which smaller thumbnails are enlarged
+_WEAK_SUPPORT = 0.3  # share of the followed places
 _VERY_FAST = 8.0  # % of the shorter side per frame, where DIS begins to lose what it follows
 
 
@@ -271,12 +272,17 @@ def _measure(frames: Iterable[tuple[float, np.ndarray]], fps: float, settings: S
 def _notes(metrics, moved, times, shape):
     notes = []
     if metrics["contrast_first"] < 2.0 and abs(metrics["contrast_drift"]) < 2.0:
-        notes.append("blank: the frames show next to nothing, so only their brightness and colour are measured")
+        notes.append("blank: the frames show next to nothing, so read no more than their brightness and colour")
     elif metrics["motion"] < FLOOR_MOTION:
         notes.append("nearly still: its low drift and flicker and its lock are what a photograph would get")
     untracked = float(np.isnan(moved.pairs["zoom"]).mean())
     if untracked > 0.5:
         notes.append(f"nothing to follow in {untracked:.0%} of the frames, so the camera is unknown there")
+    elif metrics["camera_support"] < _WEAK_SUPPORT:
+        notes.append(
+            f"only {metrics['camera_support']:.0%} of what is followed agrees on a camera: do not trust its move, nor "
+            "what is left for objects"
+        )
     if moved.cuts:
         listed = ", ".join(f"{times[cut]:.1f}" for cut in moved.cuts[:6])
         more = f" and {len(moved.cuts) - 6} more" if len(moved.cuts) > 6 else ""

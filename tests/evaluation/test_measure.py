@@ -94,7 +94,10 @@ def test_one_frame_and_no_file_are_unusable(tmp_path):
 
 @pytest.mark.parametrize(
     ("write", "name", "reason"),
-    [(write_video, "pan.mp4", "cannot be decoded"), (write_motion_jpeg, "pan.avi", "it ends after 5 of the 12 frames")],
+    [
+        (write_video, "pan.mp4", r"it ends after \d of the 12"),
+        (write_motion_jpeg, "pan.avi", "it ends after 5 of the 12"),
+    ],
 )
 def test_a_file_that_was_cut_off_is_unusable(tmp_path, pan, write, name, reason):
     path = write(tmp_path / name, pan)
