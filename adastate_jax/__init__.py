@@ -9,8 +9,8 @@ uint8 (1, 32, 32, 3)
 """
 
 from adastate_jax.errors import UserError
-from adastate_jax.generate import Model, load, make_sampler
+from adastate_jax.generation.loading import Model, load, make_sampler
+from adastate_jax.generation.video_stream import load_stream, save_stream, stream
 from adastate_jax.streaming.prompts import Cue
-from adastate_jax.video_stream import load_stream, save_stream, stream
 
 __all__ = ["Cue", "Model", "UserError", "load", "load_stream", "make_sampler", "save_stream", "stream"]

@@ -18,11 +18,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from adastate_jax.benchmarking import machine, measure
 from adastate_jax.benchmarking.measure import Measurement, Subject
-from adastate_jax.config import Config, parse_config, to_dict
-from adastate_jax.errors import CommandParser, UserError, run_command
+from adastate_jax.config.files import parse_config
+from adastate_jax.config.run import Config
+from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.fields import to_dict
 from adastate_jax.models.attention import resolve_backend
 from adastate_jax.sharding import make_mesh
-from adastate_jax.training.loop import progress
 
 # In the order they run: what starts a process of its own must come before this one holds the device.
 STREAMING = ("ready", "pass", "chunk", "decode", "end_to_end", "first_image", "prompt_switch")

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from adastate_jax.checkpoint import latest_step
-from adastate_jax.config import Config, to_dict
-from adastate_jax.errors import CommandParser, UserError, run_command
-from adastate_jax.generate import Trained, load_run
+from adastate_jax.config.run import Config
+from adastate_jax.console import CommandParser, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.fields import to_dict
+from adastate_jax.generation.loading import Trained, load_run
 from adastate_jax.sharding import make_mesh
-from adastate_jax.weights import leaves, write_safetensors
+from adastate_jax.weights.safetensors_file import write_safetensors
+from adastate_jax.weights.slots import leaves
 
 _EXAMPLE = """example:
   python -m adastate_jax.bundle --run=runs/tiny --output=tiny.safetensors

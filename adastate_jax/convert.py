@@ -14,16 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from adastate_jax import generate
-from adastate_jax.config import STAGES, to_dict
-from adastate_jax.converted import is_converted, open_converted, write_converted
-from adastate_jax.errors import CommandParser, UserError, run_command
-from adastate_jax.kinds import KINDS, Network, identify
-from adastate_jax.lora import merge_lora
-from adastate_jax.sources import HEADER_KEY, open_source
-from adastate_jax.tensors import ArrayTensor, finite_blocks
-from adastate_jax.training.loop import progress
-from adastate_jax.weights import leaves, write_safetensors
+from adastate_jax.config.run import STAGES
+from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.fields import to_dict
+from adastate_jax.generation import loading as generate
+from adastate_jax.weights.converted import is_converted, open_converted, write_converted
+from adastate_jax.weights.identify import Network, identify
+from adastate_jax.weights.kinds import KINDS
+from adastate_jax.weights.lora import merge_lora
+from adastate_jax.weights.safetensors_file import write_safetensors
+from adastate_jax.weights.slots import leaves
+from adastate_jax.weights.sources import HEADER_KEY, open_source
+from adastate_jax.weights.tensors import ArrayTensor, finite_blocks
 
 _EXAMPLE = """examples:
   python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher

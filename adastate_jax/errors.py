@@ -1,44 +1,12 @@
-"""Errors that a user caused and can fix, and how commands report them."""
+"""Errors that a user caused and can fix."""
 
-import argparse
-import logging
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 
 class UserError(Exception):
     """Bad input: the message is one line that names the culprit (a file, a field) and the fix."""
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s, one line each; options are not to be abbreviated."""
-
-    def __init__(self, **arguments):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
-
-
-def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's `main(argv)` and exits: its return code (None is 0), or 2 with one line for a `UserError`.
-
-    SIGTERM interrupts as Ctrl-C does, so that what is half-written gets removed; the exit code is then 130. What the
-    package logs (which attention backend serves, for one) goes to stderr.
-    """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger(__package__).setLevel(logging.INFO)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = main(sys.argv[1:] if argv is None else list(argv))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    sys.exit(code or 0)
+def shortlist(names: Sequence[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

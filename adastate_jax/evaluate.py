@@ -13,14 +13,14 @@ from pathlib import Path
 import av
 import cv2
 
-from adastate_jax.errors import CommandParser, UserError, run_command
+from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.errors import UserError
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video, read_header
 from adastate_jax.evaluation.report import Video, by_group, summarize_group, write_report
-from adastate_jax.generate import load
+from adastate_jax.generation.loading import load
+from adastate_jax.generation.video_stream import stream
 from adastate_jax.streaming.presets import STREAM_NAMES
-from adastate_jax.training.loop import progress
-from adastate_jax.video_stream import stream
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 _EXAMPLE = """examples:

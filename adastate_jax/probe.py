@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from adastate_jax.errors import CommandParser, UserError, run_command
+from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.errors import UserError
 from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, probe_stream
 from adastate_jax.evaluation.plots import attention_shares
-from adastate_jax.generate import Model, load, stream_config
+from adastate_jax.generation.loading import Model, load, stream_config
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.rollout import StreamConfig, initial_carry, seed_keys
-from adastate_jax.training.loop import progress
 
 _EXAMPLE = """example:
   python -m adastate_jax.probe --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from adastate_jax.config import parse_config
-from adastate_jax.errors import CommandParser, UserError, run_command
-from adastate_jax.generate import Model, load, num_given_frames
+from adastate_jax.config.files import parse_config
+from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.generation.loading import Model, load, num_given_frames
+from adastate_jax.generation.video_stream import stream
 from adastate_jax.media import FPS, VideoWriter, read_image, read_last_frames
 from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.prompts import TRANSITIONS, read_schedule
-from adastate_jax.training.loop import progress
-from adastate_jax.video_stream import stream
 
 _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\

@@ -13,12 +13,22 @@ from typing import Any
 import jax
 
 from adastate_jax.checkpoint import flatten
-from adastate_jax.config import Config, load_config, parse_config, save_config, to_dict
-from adastate_jax.errors import CommandParser, UserError, run_command
-from adastate_jax.generate import embed_prompts
+from adastate_jax.config.files import load_config, parse_config, save_config
+from adastate_jax.config.run import Config
+from adastate_jax.console import CommandParser, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.fields import to_dict
+from adastate_jax.generation.samples import sample
 from adastate_jax.sharding import make_mesh
-from adastate_jax.stages import STAGES, Run, make_frozen, open_clips, open_prompts
+from adastate_jax.training.frozen import embed_prompts
 from adastate_jax.training.loop import Metrics, Stopped, StopRequest
+from adastate_jax.training.stages.distill import distill
+from adastate_jax.training.stages.initialize import initialize
+from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
+from adastate_jax.training.stages.pretrain import pretrain
+from adastate_jax.training.stages.run import Run
+
+_STAGES = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
 
 # Fields in which a run and the one that it starts from must be alike.
 _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "data")
@@ -59,7 +69,7 @@ def _train(config: Config, workdir: Path) -> None:
             run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir), stop)
             for stage in config.stages:
                 if not run.is_finished(stage):
-                    STAGES[stage](run)
+                    _STAGES[stage](run)
                 stop.check()
 
 

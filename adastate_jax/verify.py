@@ -16,9 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adastate_jax.errors import CommandParser, UserError, run_command
-from adastate_jax.fixtures import losses, names, networks, streams, videos
-from adastate_jax.fixtures.record import (
+from adastate_jax.console import CommandParser, run_command
+from adastate_jax.errors import UserError
+from adastate_jax.models.attention import BACKENDS
+from adastate_jax.verification import losses, names, networks, streams, videos
+from adastate_jax.verification.record import (
     ARITHMETIC_TOLERANCE,
     BFLOAT16_CODEC_TOLERANCE,
     BFLOAT16_TOLERANCE,
@@ -30,7 +32,6 @@ from adastate_jax.fixtures.record import (
     Records,
     Settings,
 )
-from adastate_jax.models.attention import BACKENDS
 
 # How a fixture of this stem is checked.
 FIXTURES: dict[str, Callable[[Fixture], Records]] = {

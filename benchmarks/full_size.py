@@ -24,10 +24,10 @@ TOLERANCE = 1e-4  # float32 sums in another order, through thirty blocks
 
 def write(folder: Path) -> None:
     """Random bfloat16 weights of plausible sizes under official names."""
-    from adastate_jax.kinds import KINDS
     from adastate_jax.models.dit import DiTConfig
-    from adastate_jax.tensors import BFLOAT16
-    from adastate_jax.weights import write_safetensors
+    from adastate_jax.weights.kinds import KINDS
+    from adastate_jax.weights.safetensors_file import write_safetensors
+    from adastate_jax.weights.tensors import BFLOAT16
 
     slots = KINDS["transformer"].slots(DiTConfig())
     rng = np.random.default_rng(0)
@@ -77,8 +77,8 @@ def ours(folder: Path) -> None:
     """Clean estimate of a stream's first chunk after one step."""
     import jax
 
-    from adastate_jax.converted import load_converted
     from adastate_jax.streaming import rollout
+    from adastate_jax.weights.converted import load_converted
 
     jax.config.update("jax_default_matmul_precision", "highest")
     latents, text = inputs()

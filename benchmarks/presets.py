@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adastate_jax.config import parse_config
+from adastate_jax.config.files import parse_config
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream, stream_step

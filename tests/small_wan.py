@@ -9,13 +9,13 @@ from safetensors.numpy import save_file
 from tokenizers import models, pre_tokenizers, processors
 
 from adastate_jax import convert
-from adastate_jax.config import Config, DataConfig
+from adastate_jax.config.run import Config, DataConfig
 from adastate_jax.data.videos import ClipConfig
-from adastate_jax.kinds import KINDS
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
+from adastate_jax.weights.kinds import KINDS
 
 WORDS = ("a", "red", "fox", "runs", "through", "snow", "&", "café")
 CONFIG = Config(

@@ -12,16 +12,18 @@ from conftest import make_dit
 from flax import nnx
 
 import adastate_jax as ada
-from adastate_jax import bundle, generate
+from adastate_jax import bundle
 from adastate_jax.bundle import write_bundle
 from adastate_jax.checkpoint import save_tree
-from adastate_jax.config import parse_config, save_config
+from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
-from adastate_jax.generate import Frozen, Trained
+from adastate_jax.generation import loading as generate
+from adastate_jax.generation.loading import Trained
+from adastate_jax.generation.video_stream import stream_batch
 from adastate_jax.models.patch_codec import PatchCodec
 from adastate_jax.models.text import TextEncoder
 from adastate_jax.sharding import make_mesh
-from adastate_jax.video_stream import stream_batch
+from adastate_jax.training.frozen import Frozen
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "adastate_jax" / "bundled"

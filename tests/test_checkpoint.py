@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree, save_tree
+from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.errors import UserError
 from adastate_jax.sharding import make_mesh
-from adastate_jax.training.state import OptimizerConfig, create_state
+from adastate_jax.training.state import create_state
 
 
 def same(a, b) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from adastate_jax import generate
-from adastate_jax.config import Config, default_config, from_config_dict, load_config, parse_config, save_config
+from adastate_jax.config.files import default_config, from_config_dict, load_config, parse_config, save_config
+from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
-from adastate_jax.kinds import KINDS
+from adastate_jax.generation import loading as generate
 from adastate_jax.streaming.anchors import StaticAnchor
+from adastate_jax.weights.kinds import KINDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GOLDEN = CONFIGS.parents[1] / "shared" / "golden"

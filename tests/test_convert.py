@@ -11,21 +11,27 @@ import pytest
 import torch_files
 from safetensors.numpy import save_file
 
-from adastate_jax import convert, converted, generate, weights
+from adastate_jax import convert
 from adastate_jax.checkpoint import flatten, save_tree
-from adastate_jax.config import default_config, from_config_dict, save_config
+from adastate_jax.config.files import default_config, from_config_dict, save_config
 from adastate_jax.convert import main
-from adastate_jax.converted import load_converted, open_converted
 from adastate_jax.errors import UserError
-from adastate_jax.kinds import KINDS, identify
+from adastate_jax.generation import loading as generate
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.sharding import make_mesh, tree_shardings
-from adastate_jax.sources import Source, open_source
-from adastate_jax.tensors import StoredTensor
-from adastate_jax.weights import SafeTensors
+from adastate_jax.weights import converted
+from adastate_jax.weights.converted import load_converted, open_converted
+from adastate_jax.weights.dit import dit_name_to_diffusers
+from adastate_jax.weights.identify import identify
+from adastate_jax.weights.kinds import KINDS
+from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.slots import load_official
+from adastate_jax.weights.sources import Source, open_source
+from adastate_jax.weights.tensors import StoredTensor
+from adastate_jax.weights.text import text_name_to_transformers
 
 DIT = DiTConfig(dim=128, ffn_dim=48, num_heads=1, num_layers=3, in_channels=4, out_channels=4, text_dim=16, freq_dim=8)
 CONFIGS = {
@@ -52,7 +58,7 @@ def random_tensors(kind, dtype=np.float32, config=None):
 def filled(kind, tensors, config=None):
     """The network of these weights, by the way that the fixtures verify."""
     config = CONFIGS[kind] if config is None else config
-    return weights.load(KINDS[kind].abstract(config), KINDS[kind].table(config), tensors, "tensors")
+    return load_official(KINDS[kind].abstract(config), KINDS[kind].table(config), tensors, "tensors")
 
 
 def equal(one, other):
@@ -156,7 +162,7 @@ def test_small_blocks_and_a_mesh_change_nothing(tmp_path, run, monkeypatch):
     config = dataclasses.replace(DIT, dim=256, num_heads=2, num_layers=3, ffn_dim=64)
     source = random_tensors("transformer", config=config)
     save_file(source, tmp_path / "source.safetensors")
-    monkeypatch.setattr("adastate_jax.tensors._BLOCK_BYTES", 5000)
+    monkeypatch.setattr("adastate_jax.weights.tensors._BLOCK_BYTES", 5000)
     largest = []
     original = StoredTensor.rows
     monkeypatch.setattr(
@@ -207,7 +213,7 @@ def test_loaded_weights_outlive_their_file(tmp_path, run):
 
 def test_folders_of_many_files(tmp_path, run):
     """The layout of diffusers' large models: shards and an index."""
-    source = {weights.dit_name_to_diffusers(name): tensor for name, tensor in random_tensors("transformer").items()}
+    source = {dit_name_to_diffusers(name): tensor for name, tensor in random_tensors("transformer").items()}
     folder = tmp_path / "transformer"
     folder.mkdir()
     files = [f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors" for i in range(3)]
@@ -260,7 +266,7 @@ def test_flat_files_and_transposed_tensors(tmp_path, run):
 
 def test_whole_umt5_with_a_tied_table(tmp_path, run, refusal):
     tensors = random_tensors("text_encoder")
-    named = {weights.text_name_to_transformers(name): tensor for name, tensor in tensors.items()}
+    named = {text_name_to_transformers(name): tensor for name, tensor in tensors.items()}
     extra = {
         "encoder.embed_tokens.weight": named["shared.weight"],
         "decoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((2, 2), np.float32),
@@ -340,7 +346,7 @@ MODULES = ("blocks.0.self_attn.q", "blocks.2.ffn.0", "time_projection.1")
 
 
 def diffusers_module(module):
-    return weights.dit_name_to_diffusers(f"{module}.weight").removesuffix(".weight")
+    return dit_name_to_diffusers(f"{module}.weight").removesuffix(".weight")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from adastate_jax.errors import CommandParser, UserError, run_command
+from adastate_jax.console import CommandParser, run_command
+from adastate_jax.errors import UserError
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])

@@ -15,8 +15,8 @@ import pytest
 import small_wan
 
 from adastate_jax import sample
-from adastate_jax.config import to_dict
 from adastate_jax.errors import UserError
+from adastate_jax.fields import to_dict
 from adastate_jax.media import VideoWriter, read_image, read_last_frames
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from adastate_jax.config import parse_config, save_config
+from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
-from adastate_jax.generate import load
+from adastate_jax.generation.loading import load
 from studies.small_world import arms, memory, read_columns, write_rows
 from studies.small_world import measure as measuring
 from studies.small_world import report as reporting

@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from adastate_jax import verify
-from adastate_jax.errors import UserError, run_command
-from adastate_jax.fixtures.record import ARITHMETIC_TOLERANCE, NETWORK_TOLERANCE, Check
-from adastate_jax.weights import SafeTensors
+from adastate_jax.console import run_command
+from adastate_jax.errors import UserError
+from adastate_jax.verification.record import ARITHMETIC_TOLERANCE, NETWORK_TOLERANCE, Check
+from adastate_jax.weights.safetensors_file import SafeTensors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")

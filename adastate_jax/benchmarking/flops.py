@@ -7,13 +7,12 @@ makes of it: padding and the recomputation inside flash attention are nobody's m
 import math
 from typing import Any, NamedTuple
 
+from adastate_jax.config.stages import num_chunks, stream_of_clips
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig, decoder_levels
 from adastate_jax.streaming.rollout import StreamConfig, layout_of, phase_of
-from adastate_jax.training.dmd import num_chunks
-from adastate_jax.training.initialize import stream_of_clips
 
 _MEMORY_BLOCKS = 3  # of each level of the tiny decoder
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adastate_jax import video_stream
 from adastate_jax.benchmarking import flops
 from adastate_jax.benchmarking.machine import peak_mebibytes, timed
-from adastate_jax.config import Config
-from adastate_jax.generate import Model, decode_frames
+from adastate_jax.config.run import Config
+from adastate_jax.config.stages import OptimizerConfig
+from adastate_jax.generation import video_stream
+from adastate_jax.generation.loading import Model, decode_frames
 from adastate_jax.media import FPS, VideoWriter
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT
@@ -43,7 +44,7 @@ from adastate_jax.streaming.rollout import (
 from adastate_jax.training.dmd import critic_step, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step
-from adastate_jax.training.state import OptimizerConfig, TrainState, create_state
+from adastate_jax.training.state import TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True)

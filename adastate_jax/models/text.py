@@ -317,3 +317,9 @@ class PieceTokenizer:
         token_ids = np.array([text.ids for text in encoded], np.int32).reshape(-1, self.text_length)
         mask = np.array([text.attention_mask for text in encoded], np.bool_).reshape(-1, self.text_length)
         return token_ids, mask
+
+
+@jax.jit
+def encode_tokens(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """`TextEncoder.encode`, compiled."""
+    return encoder.encode(token_ids, mask)

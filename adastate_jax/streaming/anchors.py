@@ -11,12 +11,13 @@ and a name in `ANCHORS` if configurations are to name it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from adastate_jax.fields import Named
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.rope import MAX_POSITION, Rotation, rotate, rotation
 
@@ -71,7 +72,7 @@ class Commit:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoAnchor:
+class NoAnchor(Named):
     """A plain sliding window (Self-Forcing, Causal-Forcing), and the base of all strategies.
 
     Attributes:
@@ -88,6 +89,15 @@ class NoAnchor:
     whole_chunks = False
     restarts = False
     joint = False
+    default_kind = "adaptive"
+
+    @classmethod
+    def kinds(cls) -> Mapping[str, type]:
+        return ANCHORS
+
+    @classmethod
+    def from_settings(cls, name: str, **settings: Any) -> "NoAnchor":
+        return make_anchor(name, **settings)
 
     def check(self, chunk_frames: int, past_frames: int) -> None:
         """Raises ValueError if the strategy cannot work with chunks and a window of so many frames."""

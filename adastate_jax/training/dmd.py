@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.config.stages import DistillConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiT
@@ -33,61 +34,7 @@ from adastate_jax.streaming.rollout import (
     split_live,
 )
 from adastate_jax.training.pretrain import flow_loss
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
-
-CACHE_GRADIENTS = ("stop", "straight_through")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """Distillation; the defaults are AdaState's, and Self-Forcing's where the paper gives none.
-
-    Attributes:
-        steps: iterations, each one critic update.
-        batch_size: prompts per iteration.
-        rollout_frames: content frames N of a training rollout, a whole number of chunks.
-        horizon_alpha: slope α of the weight 1 + α i / (N − 1) of frame i.
-        horizon_normalize: divides that weight by its mean.
-        guidance_scale: w of the teacher's cond + w (cond − uncond).
-        critic_ratio: critic updates per student update.
-        student, critic: their optimizers.
-        ema_decay: of the student's weights, from iteration `ema_start` on.
-        shift: warp of the score's noise level.
-        min_timestep, max_timestep: range that the score's timestep is clipped to.
-        cache_gradient: whether a chunk's loss reaches the keys and values of earlier chunks: `stop`, or
-            `straight_through` (evaluated at their clean values), as the released PyTorch trainers appear to do.
-    """
-
-    steps: int = 1000
-    batch_size: int = 4
-    rollout_frames: int = 21
-    horizon_alpha: float = 2.0
-    horizon_normalize: bool = False
-    guidance_scale: float = 3.0
-    critic_ratio: int = 5
-    student: OptimizerConfig = OptimizerConfig()
-    critic: OptimizerConfig = OptimizerConfig(learning_rate=4e-7)
-    ema_decay: float = 0.99
-    ema_start: int = 200
-    shift: float = 5.0
-    min_timestep: float = 20.0
-    max_timestep: float = 980.0
-    cache_gradient: str = "stop"
-
-    def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
-        require_decay(self)
-        if self.horizon_alpha < 0 or self.ema_start < 0:
-            raise ValueError("horizon_alpha and ema_start must not be negative")
-        if self.cache_gradient not in CACHE_GRADIENTS:
-            raise ValueError(f"cache_gradient must be one of {', '.join(CACHE_GRADIENTS)}, got {self.cache_gradient!r}")
-        if not 0 <= self.min_timestep <= self.max_timestep <= MAX_TIMESTEP:
-            raise ValueError(f"0 <= min_timestep <= max_timestep <= 1000, got {self.min_timestep}, {self.max_timestep}")
-
-    def updates_student(self, iteration: int) -> bool:
-        """Whether this iteration (from 0) updates the student before the critic."""
-        return iteration % self.critic_ratio == 0
-
+from adastate_jax.training.state import TrainState, apply_gradients
 
 # --- losses ---------------------------------------------------------------------------------------------------------
 
@@ -162,17 +109,6 @@ class Rollout:
     steady: GeneratedChunk | None
     anchors: Any
     exit_step: jax.Array
-
-
-def num_chunks(frames: int, stream: StreamConfig) -> int:
-    """Chunks of a rollout of `frames` content frames; raises ValueError if there is no such rollout to train on."""
-    if stream.anchor.joint or stream.first_denoising_steps:
-        raise ValueError("distillation rolls out chunk by chunk with one step list; choose another stream")
-    if stream.anchor.restarts and frames > stream.num_fill_chunks * stream.chunk_frames:
-        raise ValueError("a rollout of this stream ends where it restarts; shorten distill.rollout_frames")
-    if frames < 1 or frames % stream.chunk_frames:
-        raise ValueError(f"{frames} rollout frames are no whole number of chunks of {stream.chunk_frames} frames")
-    return frames // stream.chunk_frames
 
 
 def self_rollout(

@@ -1,9 +1,7 @@
 """Initialisation of the causal student: regression on the teacher's ODE trajectories, all chunks in one pass under the
 block-causal mask, or chunk after chunk against a stream's cache."""
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import einops
@@ -11,70 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
+from adastate_jax.config.stages import InitializeConfig, stream_of_clips
+from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean
 from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.rollout import denoise, read_context
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
-
-CONTEXTS = ("noisy", "clean", "stream", "state")
-
-
-@dataclasses.dataclass(frozen=True)
-class InitializeConfig:
-    """ODE regression.
-
-    Attributes:
-        steps, batch_size: of the stage.
-        optimizer: of the student.
-        ema_decay: of the weights that distillation starts from.
-        trajectories: how many trajectories the teacher draws before the first step.
-        ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
-        guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
-        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
-            their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
-            anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
-            anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
-            each of its levels, with gradient through all chunks before: several times the work of a step.
-    """
-
-    steps: int = 1000
-    batch_size: int = 64
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
-    ema_decay: float = 0.99
-    trajectories: int = 16000
-    ode_steps: int = 48
-    guidance_scale: float = 5.0
-    context: str = "noisy"
-
-    def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
-        require_decay(self)
-        if self.context not in CONTEXTS:
-            raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
-
-
-def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
-    """Noise levels [ode_steps + 1] from 1 to 0 on which the student's own levels lie exactly.
-
-    Between two of the student's raw steps the raw grid is uniform; the warp is the student's.
-
-    Raises:
-        ValueError: `ode_steps` is no multiple of the number of denoising steps, or the first step is not 1000.
-    """
-    steps = config.denoising_steps
-    if ode_steps % len(steps) or ode_steps < len(steps):
-        raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
-    if steps[0] != MAX_TIMESTEP:
-        raise ValueError(f"trajectories start from pure noise, so denoising_steps must start at 1000, not {steps[0]}")
-    per_step = ode_steps // len(steps)
-    knots = np.array([*steps, 0.0]) / MAX_TIMESTEP
-    raw = np.concatenate([np.linspace(a, b, per_step, endpoint=False) for a, b in itertools.pairwise(knots)])
-    return np.append(warp(raw, config.shift), 0.0)
+from adastate_jax.training.state import TrainState, apply_gradients
 
 
 def sample_trajectory(
@@ -153,22 +96,6 @@ def block_causal_pass(
         positions = np.tile(positions, 2)
     flow, _ = model(latents, MAX_TIMESTEP * sigma, model.text_keys_values(text), positions, attend)
     return flow[:, -frames:]
-
-
-def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
-    """The stream that `context` shows: with `stream`, a static anchor takes the place of a hidden state.
-
-    Raises:
-        ValueError: its cache is not filled chunk after chunk, or it has no hidden state for `state`.
-    """
-    anchor = stream.anchor
-    if anchor.joint or anchor.restarts:
-        raise ValueError(f"initialize.context {context} needs a cache that is filled chunk after chunk, not {anchor}'s")
-    if context == "state":
-        if not anchor.state_frames:
-            raise ValueError(f"initialize.context state needs a hidden state, which {anchor} has not; choose stream")
-        return stream
-    return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames)) if anchor.state_frames else stream
 
 
 def _twice(keys_values: KeyValues | None) -> KeyValues | None:

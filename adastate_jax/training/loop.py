@@ -9,7 +9,6 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import jax
 import tensorboardX
-import tqdm
 
 from adastate_jax.checkpoint import Checkpoints
+from adastate_jax.console import progress
 from adastate_jax.errors import UserError
 
 
@@ -88,26 +87,6 @@ class Metrics:
                 for name, value in scalars.items():
                     self._boards[stage].add_scalar(name, value, step)
         self._boards[stage].flush()
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int, initial: int = 0, unit: str = "step") -> Iterator[tqdm.tqdm]:
-    """A progress bar on stderr whose clock goes on while the program waits, for a compilation say."""
-    with tqdm.tqdm(total=total, initial=initial, unit=unit, file=sys.stderr, dynamic_ncols=True) as bar:
-        bar.set_description(description)
-        finished = threading.Event()
-
-        def tick():
-            while not finished.wait(1.0):
-                bar.refresh()
-
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield bar
-        finally:
-            finished.set()
-            clock.join()
 
 
 def run_stage(

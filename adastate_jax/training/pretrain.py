@@ -1,48 +1,14 @@
 """Pretraining of the bidirectional teacher: flow matching on clips, with caption dropout."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.config.stages import PretrainConfig
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, training_weight, warp
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
-from adastate_jax.training.state import OptimizerConfig, TrainState, apply_gradients, require_decay, require_positive
-
-WEIGHTINGS = ("uniform", "bell", "clean")
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Flow matching on video clips.
-
-    Attributes:
-        steps, batch_size: of the stage.
-        optimizer: of the network.
-        ema_decay: of the weights that later stages use as the teacher.
-        caption_dropout: share of captions replaced by the empty one, for guidance.
-        shift: warp of the uniformly drawn noise level.
-        weighting: loss weight per noise level: `uniform`; `bell`, Wan's; or `clean`, min(1, (σ / 0.3)²), which suits a
-            network that predicts clean latents.
-    """
-
-    steps: int = 10000
-    batch_size: int = 64
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999))
-    ema_decay: float = 0.999
-    caption_dropout: float = 0.1
-    shift: float = 5.0
-    weighting: str = "uniform"
-
-    def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "shift")
-        require_decay(self)
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+from adastate_jax.training.state import TrainState, apply_gradients
 
 
 def flow_loss(

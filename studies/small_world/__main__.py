@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import studies.small_world
-from adastate_jax.errors import CommandParser, UserError, run_command
+from adastate_jax.console import CommandParser, run_command
+from adastate_jax.errors import UserError
 from studies.small_world import RESULTS, arms
 from studies.small_world.measure import measure
 from studies.small_world.report import report

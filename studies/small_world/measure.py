@@ -12,27 +12,21 @@ import jax
 import numpy as np
 
 from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config import Config, load_config, parse_config
+from adastate_jax.config.files import load_config, parse_config
+from adastate_jax.config.run import Config
+from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.data.worlds import World, WorldConfig, render_world
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation import small_world
-from adastate_jax.generate import (
-    Frozen,
-    Model,
-    abstract_dit,
-    abstract_frozen,
-    decode_frames,
-    embed_prompts,
-    load,
-    with_shardings,
-)
+from adastate_jax.generation.loading import Model, decode_frames, load
+from adastate_jax.generation.video_stream import stream_batch
 from adastate_jax.media import contact_sheet, write_image
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.rollout import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.training.initialize import ode_sigmas, sample_trajectory
-from adastate_jax.video_stream import stream_batch
+from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
+from adastate_jax.training.initialize import sample_trajectory
 from studies.small_world import (
     ABSENCE,
     ANCHORS,

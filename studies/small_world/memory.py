@@ -9,7 +9,7 @@ import numpy as np
 from adastate_jax.data.worlds import World
 from adastate_jax.evaluation import small_world
 from adastate_jax.evaluation.attention_probe import probe_stream
-from adastate_jax.generate import Model, decode_frames
+from adastate_jax.generation.loading import Model, decode_frames
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys, stream_step

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adastate_jax.checkpoint import latest_step
-from adastate_jax.config import load_config, parse_config
+from adastate_jax.config.files import load_config, parse_config
 from adastate_jax.errors import UserError
 from studies.small_world import CONFIG, ROOT, STARTS, once, share_cores
 from studies.small_world.measure import check_teacher

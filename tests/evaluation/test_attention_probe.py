@@ -13,7 +13,7 @@ from conftest import LATENT_SHAPE, SMALL
 from adastate_jax import probe
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.attention_probe import context_shares, frame_masses, probe_chunk, probe_stream
-from adastate_jax.generate import load
+from adastate_jax.generation.loading import load
 from adastate_jax.models.attention import attend_all
 from adastate_jax.models.rope import rotate
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor

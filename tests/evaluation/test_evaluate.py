@@ -7,7 +7,8 @@ import pytest
 from evaluation.clips import moving, still, write_video
 
 from adastate_jax import evaluate
-from adastate_jax.errors import UserError, run_command
+from adastate_jax.console import run_command
+from adastate_jax.errors import UserError
 from adastate_jax.evaluation.measure import Measurement, Settings, Unusable
 
 

@@ -11,7 +11,6 @@ import pytest
 import small_wan
 from flax import nnx
 
-from adastate_jax import weights
 from adastate_jax.errors import UserError
 from adastate_jax.models.text import (
     END,
@@ -23,6 +22,10 @@ from adastate_jax.models.text import (
     clean_prompt,
     relative_buckets,
 )
+from adastate_jax.sharding import path_name
+from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.slots import load_official
+from adastate_jax.weights.text import text_name_from_transformers, text_table
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
@@ -49,7 +52,7 @@ def random_network(build, seed=0):
 
 @pytest.fixture(scope="module")
 def golden():
-    return weights.SafeTensors(GOLDEN / "umt5.safetensors")
+    return SafeTensors(GOLDEN / "umt5.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def official(golden):
     )
     tensors = {name.removeprefix("w."): golden[name] for name in golden if name.startswith("w.")}
     abstract = jax.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
-    return weights.load(abstract, weights.text_table(config), tensors, "umt5.safetensors")
+    return load_official(abstract, text_table(config), tensors, "umt5.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +107,11 @@ def test_every_official_and_transformers_name_is_mapped():
     manifest = json.loads((GOLDEN / "manifest_umt5_xxl.json").read_text())
     abstract = jax.eval_shape(lambda: TextEncoder(TextConfig(), rngs=nnx.Rngs(0)))
     leaves = {
-        weights.path_name(path).removesuffix("/value"): leaf.shape
+        path_name(path).removesuffix("/value"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
     shapes = {}
-    for entry in weights.text_table(TextConfig()):
+    for entry in text_table(TextConfig()):
         shape = leaves.pop(entry.path)
         stacked = "{layer}" in entry.official
         layer_shape = shape[1:] if stacked else shape
@@ -120,7 +123,7 @@ def test_every_official_and_transformers_name_is_mapped():
     assert shapes == manifest["official"]
 
     for names in (manifest["transformers_to_official"], json.loads((GOLDEN / "umt5_names.json").read_text())):
-        assert {name: weights.text_name_from_transformers(name) for name in names} == names
+        assert {name: text_name_from_transformers(name) for name in names} == names
 
 
 def test_a_text_does_not_see_its_padding(tiny):

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adastate_jax import weights
 from adastate_jax.models import tiny_vae, vae
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from adastate_jax.sharding import path_name
+from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.slots import load_official
+from adastate_jax.weights.tiny_vae import tiny_vae_table, tiny_vae_tensors
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
@@ -44,7 +47,7 @@ def official_tensors(golden):
 
 @pytest.fixture(scope="module")
 def golden():
-    return weights.SafeTensors(GOLDEN / "taehv.safetensors")
+    return SafeTensors(GOLDEN / "taehv.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def official(golden):
     widths = tuple(sizes["widths"][name] for name in ("256", "128", "64"))
     config = TinyVAEConfig(latent_channels=sizes["latent_channels"], widths=widths)
     abstract = jax.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0), parts=["decoder"]))
-    tensors = weights.tiny_vae_tensors(config, official_tensors(golden))
-    return weights.load(abstract, weights.tiny_vae_table(config), tensors, "taehv.safetensors")
+    tensors = tiny_vae_tensors(config, official_tensors(golden))
+    return load_official(abstract, tiny_vae_table(config), tensors, "taehv.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +95,13 @@ def test_every_official_name_is_mapped():
     manifest = json.loads((GOLDEN / "manifest_taew2_1.json").read_text())
     abstract = jax.eval_shape(lambda: TinyVAE(TinyVAEConfig(), rngs=nnx.Rngs(0)))
     leaves = {
-        weights.path_name(path).removesuffix("/value"): leaf.shape
+        path_name(path).removesuffix("/value"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
     # a broadcast scalar has the shape and costs no memory
     shapes = {
         entry.official: list(entry.to_official(np.broadcast_to(np.int8(0), leaves.pop(entry.path))).shape)
-        for entry in weights.tiny_vae_table(TinyVAEConfig())
+        for entry in tiny_vae_table(TinyVAEConfig())
     }
     assert not leaves
     assert shapes == manifest["official"]
@@ -109,7 +112,7 @@ def test_surplus_rows_of_a_growing_layer_are_dropped(golden, official):
     tensors = official_tensors(golden)
     exact = tensors["decoder.7.conv.weight"]
     tensors["decoder.7.conv.weight"] = np.concatenate([np.ones_like(exact), exact])
-    trimmed = weights.tiny_vae_tensors(official.config, tensors)
+    trimmed = tiny_vae_tensors(official.config, tensors)
     np.testing.assert_array_equal(trimmed["decoder.7.conv.weight"], exact)
     assert trimmed.keys() == tensors.keys()
 

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adastate_jax import weights
 from adastate_jax.models import vae
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.sharding import path_name
+from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.slots import load_official
+from adastate_jax.weights.vae import vae_name_from_diffusers, vae_table
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")
@@ -61,20 +64,20 @@ def load(golden, part):
     )
     tensors = {name.removeprefix("w."): golden[name] for name in golden if name.startswith("w.")}
     abstract = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0), parts=[part]))
-    return weights.load(abstract, weights.vae_table(config), tensors, str(golden.path))
+    return load_official(abstract, vae_table(config), tensors, str(golden.path))
 
 
 @pytest.fixture(scope="module")
 def decoding():
     """The fixture with the decoder, and the decoder."""
-    golden = weights.SafeTensors(GOLDEN / "wan_vae_decode.safetensors")
+    golden = SafeTensors(GOLDEN / "wan_vae_decode.safetensors")
     return golden, load(golden, "decoder")
 
 
 @pytest.fixture(scope="module")
 def encoding():
     """The fixture with the encoder, and the encoder."""
-    golden = weights.SafeTensors(GOLDEN / "wan_vae_encode.safetensors")
+    golden = SafeTensors(GOLDEN / "wan_vae_encode.safetensors")
     return golden, load(golden, "encoder")
 
 
@@ -120,10 +123,10 @@ def test_every_official_and_diffusers_name_is_mapped():
     manifest = json.loads((GOLDEN / "manifest_wan_vae.json").read_text())
     abstract = jax.eval_shape(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0)))
     leaves = {
-        weights.path_name(path).removesuffix("/value"): leaf.shape
+        path_name(path).removesuffix("/value"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    table = weights.vae_table(VAEConfig())
+    table = vae_table(VAEConfig())
     # a broadcast scalar has the shape and costs no memory
     shapes = {
         entry.official: list(entry.to_official(np.broadcast_to(np.int8(0), leaves.pop(entry.path))).shape)
@@ -133,9 +136,9 @@ def test_every_official_and_diffusers_name_is_mapped():
     assert shapes == manifest["official"]
 
     names = manifest["diffusers_to_official"]
-    assert {name: weights.vae_name_from_diffusers(name) for name in names} == names
+    assert {name: vae_name_from_diffusers(name) for name in names} == names
     names = json.loads((GOLDEN / "wan_vae_names.json").read_text())
-    assert {name: weights.vae_name_from_diffusers(name, num_res_blocks=1) for name in names} == names
+    assert {name: vae_name_from_diffusers(name, num_res_blocks=1) for name in names} == names
 
 
 def test_the_default_statistics_are_the_official_ones():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from adastate_jax.convert import main
-from adastate_jax.converted import load_converted
 from adastate_jax.errors import UserError
-from adastate_jax.kinds import identify
 from adastate_jax.models.vae import decode_clip, encode_clip
-from adastate_jax.sources import open_source
-from adastate_jax.torch_file import load_torch_file
+from adastate_jax.weights.converted import load_converted
+from adastate_jax.weights.identify import identify
+from adastate_jax.weights.sources import open_source
+from adastate_jax.weights.torch_file import load_torch_file
 
 REASON = "the peers are not installed; see requirements-dev.txt"
 torch = pytest.importorskip("torch", reason=REASON)

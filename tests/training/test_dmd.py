@@ -10,6 +10,7 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 from small_rollouts import CHUNKS, KEYS, STREAMS, record_of
 
+from adastate_jax.config.stages import DistillConfig, OptimizerConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise
 from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
@@ -27,18 +28,16 @@ from adastate_jax.streaming.rollout import (
     split_live,
 )
 from adastate_jax.training.dmd import (
-    DistillConfig,
     dmd_gradient,
     dmd_loss,
     gradient_pass,
     horizon_weights,
-    num_chunks,
     rollout_latents,
     score_sigma,
     self_rollout,
     student_step,
 )
-from adastate_jax.training.state import OptimizerConfig, create_state
+from adastate_jax.training.state import create_state
 
 
 def naive_latents(student, text, exit_step, stream, cache_gradient="stop"):

@@ -9,6 +9,7 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 from small_rollouts import CHUNKS, KEYS, STREAMS, record_of
 
+from adastate_jax.config.stages import InitializeConfig
 from adastate_jax.diffusion import flow_to_clean
 from adastate_jax.streaming.anchors import EMAAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.rollout import (
@@ -21,13 +22,7 @@ from adastate_jax.streaming.rollout import (
     rollout_step,
 )
 from adastate_jax.training.dmd import rollout_latents
-from adastate_jax.training.initialize import (
-    InitializeConfig,
-    block_causal_pass,
-    initialize_step,
-    recurrent_pass,
-    teacher_forced_pass,
-)
+from adastate_jax.training.initialize import block_causal_pass, initialize_step, recurrent_pass, teacher_forced_pass
 from adastate_jax.training.state import create_state
 
 

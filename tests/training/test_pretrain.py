@@ -7,11 +7,12 @@ import optax
 import pytest
 from conftest import LATENT_SHAPE
 
+from adastate_jax.config.stages import InitializeConfig, OptimizerConfig, PretrainConfig, ode_sigmas
 from adastate_jax.diffusion import add_noise, clean_to_flow, denoising_sigmas, draw_normal, flow_to_clean
 from adastate_jax.streaming.rollout import StreamConfig
-from adastate_jax.training.initialize import InitializeConfig, ode_sigmas, sample_trajectory
-from adastate_jax.training.pretrain import PretrainConfig, pretrain_step
-from adastate_jax.training.state import OptimizerConfig, apply_gradients, create_state
+from adastate_jax.training.initialize import sample_trajectory
+from adastate_jax.training.pretrain import pretrain_step
+from adastate_jax.training.state import apply_gradients, create_state
 
 STEP = jax.jit(pretrain_step, static_argnames="config")
 

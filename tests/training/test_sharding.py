@@ -11,6 +11,7 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 from flax import nnx
 
+from adastate_jax.config.stages import DistillConfig, InitializeConfig, OptimizerConfig, PretrainConfig
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.text import TextConfig, TextEncoder
 from adastate_jax.models.vae import VAE, VAEConfig
@@ -24,12 +25,12 @@ from adastate_jax.sharding import (
     shard_batch,
     tree_shardings,
 )
-from adastate_jax.stages import _compile_step
 from adastate_jax.streaming.rollout import StreamConfig, draw_noise, generate_chunk, initial_carry, phase_of, seed_keys
-from adastate_jax.training.dmd import DistillConfig, critic_step, student_step
-from adastate_jax.training.initialize import InitializeConfig, initialize_step
-from adastate_jax.training.pretrain import PretrainConfig, pretrain_step
-from adastate_jax.training.state import OptimizerConfig, create_state
+from adastate_jax.training.dmd import critic_step, student_step
+from adastate_jax.training.initialize import initialize_step
+from adastate_jax.training.pretrain import pretrain_step
+from adastate_jax.training.stages.run import compile_step
+from adastate_jax.training.state import create_state
 
 STREAM = StreamConfig(denoising_steps=(1000.0, 500.0))
 # Keeps both of Adam's moments, and so shows gradients as they are: the first updates are but their signs.
@@ -89,7 +90,7 @@ def test_pretrain_step(student, batch, meshes):
                 place(jax.tree.map(jnp.copy, create_state(student, OPTIMIZER, True)), mesh),
                 shard_batch(batch, mesh),
             )
-            step = _compile_step(types.SimpleNamespace(mesh=mesh), function, state)
+            step = compile_step(types.SimpleNamespace(mesh=mesh), function, state)
             held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
             assert step.lower(state, sharded).compile().memory_analysis().alias_size_in_bytes == held
             state, scalars = step(state, sharded)

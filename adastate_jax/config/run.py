@@ -1,0 +1,223 @@
+"""Everything that determines a run, as one tree of frozen dataclasses."""
+
+import dataclasses
+
+from adastate_jax.config.stages import (
+    DistillConfig,
+    InitializeConfig,
+    PretrainConfig,
+    num_chunks,
+    ode_sigmas,
+    require_positive,
+    stream_of_clips,
+)
+from adastate_jax.data.videos import ClipConfig
+from adastate_jax.data.worlds import WorldConfig
+from adastate_jax.models.dit import DiTConfig
+from adastate_jax.models.patch_codec import PatchCodecConfig
+from adastate_jax.models.text import ByteTokenizer, TextConfig
+from adastate_jax.models.tiny_vae import TinyVAEConfig
+from adastate_jax.models.vae import VAEConfig
+from adastate_jax.streaming.presets import STREAM_NAMES
+from adastate_jax.streaming.rollout import StreamConfig
+
+STAGES = ("pretrain", "initialize", "distill", "sample")
+
+
+DECODERS = ("patch", "wan", "tiny")
+
+
+# What Wan2.1's teacher is guided away from. Source: wan/configs/shared_config.py sample_neg_prompt; Self-Forcing's
+# configs/self_forcing_dmd.yaml negative_prompt is the same.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"  # noqa: RUF001
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The video clips, and the prompts of distillation.
+
+    Attributes:
+        kind: `worlds`, procedural clips; `videos`, a folder of files; or `none`, for networks that come trained: then
+            `clips` says the size of the videos that they make.
+        worlds: what the procedural clips show, and `num_worlds`, how many there are.
+        folder, clips: the folder of video files, and how clips are cut from them.
+        prompts: text file with one prompt per line for distillation; empty uses the clips' captions.
+    """
+
+    kind: str = "worlds"
+    worlds: WorldConfig = WorldConfig()
+    num_worlds: int = 2048
+    folder: str = ""
+    clips: ClipConfig = ClipConfig(height=32, width=32, num_frames=15)
+    prompts: str = ""
+
+    def __post_init__(self):
+        if self.kind not in ("worlds", "videos", "none"):
+            raise ValueError(f"kind must be worlds, videos or none, got {self.kind!r}")
+        if self.kind == "videos" and not self.folder:
+            raise ValueError("folder is not set; name a folder of video files with --config.data.folder=DIR")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a video in pixels."""
+        clips = self.worlds if self.kind == "worlds" else self.clips
+        return clips.height, clips.width
+
+    @property
+    def num_frames(self) -> int:
+        """Video frames of a clip."""
+        return self.worlds.num_frames if self.kind == "worlds" else self.clips.num_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The videos that a training run ends with.
+
+    Attributes:
+        anchors: strategies, side by side in each video.
+        horizon: length of the videos in training horizons.
+        prompts: what they show; empty takes captions of the data.
+        count: how many captions are taken then.
+        seed: of the noise, the same for every anchor.
+        scale: enlargement of the pixels.
+    """
+
+    anchors: tuple[str, ...] = ("adaptive", "static", "none")
+    horizon: int = 3
+    prompts: tuple[str, ...] = ()
+    count: int = 4
+    seed: int = 0
+    scale: int = 4
+
+    def __post_init__(self):
+        unknown = [name for name in self.anchors if name not in STREAM_NAMES]
+        if unknown or not self.anchors:
+            raise ValueError(f"anchors must be some of {', '.join(STREAM_NAMES)}, got {self.anchors}")
+        if self.horizon < 1 or self.scale < 1 or self.count < 1:
+            raise ValueError("horizon, scale and count must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; `data` and `fsdp` split the batch, `fsdp` and `model` the weights."""
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        require_positive(self, "data", "fsdp", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """How often a run reports and saves.
+
+    Attributes:
+        log_every: steps between metrics lines; losses are also checked for NaN then, and before every save.
+        save_every: steps between checkpoints.
+        keep: newest checkpoints kept per stage.
+    """
+
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self):
+        if min(self.log_every, self.save_every, self.keep) < 1:
+            raise ValueError("log_every, save_every and keep must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run.
+
+    Attributes:
+        start_from: work directory of another run with the same networks and data: its clips, its frozen parts and the
+            networks of its stages are taken over, so that several runs can start from one teacher.
+        negative_prompt: what the teacher is guided away from.
+        decoder: between latents and video: `patch`, a linear codec that training fits to its data; `wan`, Wan2.1's
+            autoencoder; `tiny`, its fast stand-in TAEW2.1.
+        codec, vae, tiny_vae: of the three.
+        model: the transformer, teacher, critic and student alike.
+    """
+
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    start_from: str = ""
+    negative_prompt: str = ""
+    text: TextConfig = TextConfig()
+    decoder: str = "patch"
+    codec: PatchCodecConfig = PatchCodecConfig()
+    vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
+    tiny_vae: TinyVAEConfig = dataclasses.field(default_factory=TinyVAEConfig)
+    model: DiTConfig = DiTConfig()
+    stream: StreamConfig = StreamConfig()
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    initialize: InitializeConfig = InitializeConfig()
+    distill: DistillConfig = DistillConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self):
+        unknown = [name for name in self.stages if name not in STAGES]
+        if unknown or list(self.stages) != sorted(set(self.stages), key=STAGES.index):
+            raise ValueError(f"stages must be some of {', '.join(STAGES)}, in this order, got {self.stages}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        if self.stages and self.data.kind == "none":
+            raise ValueError("stages need clips, and data.kind is none; set stages to () or data.kind to videos")
+        frames = [("distill.rollout_frames", self.distill.rollout_frames)]
+        if self.data.kind != "none":
+            frames.append(("data clip frames", self.data.num_frames))
+        for name, value in frames:
+            if value < 1 or value % self.stream.chunk_frames:
+                raise ValueError(f"{name} {value} is no whole number of chunks of {self.stream.chunk_frames} frames")
+        if self.stages and self.text.vocab_size < ByteTokenizer(self.text.text_length).vocab_size:
+            raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
+        if "initialize" in self.stages:
+            ode_sigmas(self.stream, self.initialize.ode_steps)
+            if self.initialize.context in ("stream", "state"):
+                stream_of_clips(self.stream, self.initialize.context)
+        if "distill" in self.stages:
+            num_chunks(self.distill.rollout_frames, self.stream)
+        if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:
+            raise ValueError(
+                f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
+                f"{self.text.dim} and text.text_length {self.text.text_length}"
+            )
+        height, width, channels = self.latent_shape
+        if self.model.in_channels != channels or self.model.out_channels != channels:
+            raise ValueError(
+                f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
+                f"the {channels} channels of the {self.decoder} decoder's latents"
+            )
+        self.model.frame_tokens(height, width)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a latent frame; raises ValueError if latents do not tile the video's frames."""
+        side, channels = self._latent[0], self._latent[2]
+        height, width = self.data.size
+        if height % side or width % side:
+            raise ValueError(f"video of {height}x{width} is not tiled by latents of {side}x{side} pixels")
+        return height // side, width // side, channels
+
+    @property
+    def time_factor(self) -> int:
+        """Video frames per latent frame; with more than one, a video's first latent frame is one frame."""
+        return self._latent[1]
+
+    @property
+    def _latent(self) -> tuple[int, int, int]:
+        """Pixels along a side of a latent, frames per latent frame, and channels."""
+        if self.decoder == "patch":
+            return self.codec.patch, 1, self.codec.channels
+        network = self.vae if self.decoder == "wan" else self.tiny_vae
+        return network.space_factor, network.time_factor, network.latent_channels

@@ -1,0 +1,222 @@
+"""Settings of the training stages; the defaults are the paper's, and Self-Forcing's where the paper gives none."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from adastate_jax.diffusion import MAX_TIMESTEP, warp
+from adastate_jax.streaming.anchors import StaticAnchor
+from adastate_jax.streaming.schedule import StreamConfig
+
+
+def require_positive(config, *fields: str) -> None:
+    """Raises ValueError naming the first of these fields that is not above zero."""
+    for field in fields:
+        if getattr(config, field) <= 0:
+            raise ValueError(f"{field} must be positive, got {getattr(config, field)}")
+
+
+def require_decay(config) -> None:
+    """Raises ValueError if the field `ema_decay` is none."""
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {config.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping; the defaults are Self-Forcing's for the student.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        betas: of AdamW.
+        weight_decay: decoupled.
+        max_gradient_norm: global norm that gradients are clipped to.
+        warmup_steps: of linear warm-up from zero.
+        decay_steps: total steps of a cosine decay to zero, warm-up included; 0 keeps the rate constant.
+    """
+
+    learning_rate: float = 2e-6
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 10.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+
+    def __post_init__(self):
+        require_positive(self, "learning_rate", "max_gradient_norm")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if min(self.weight_decay, self.warmup_steps, self.decay_steps) < 0:
+            raise ValueError("weight_decay, warmup_steps and decay_steps must not be negative")
+
+
+WEIGHTINGS = ("uniform", "bell", "clean")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Flow matching on video clips.
+
+    Attributes:
+        steps, batch_size: of the stage.
+        optimizer: of the network.
+        ema_decay: of the weights that later stages use as the teacher.
+        caption_dropout: share of captions replaced by the empty one, for guidance.
+        shift: warp of the uniformly drawn noise level.
+        weighting: loss weight per noise level: `uniform`; `bell`, Wan's; or `clean`, min(1, (σ / 0.3)²), which suits a
+            network that predicts clean latents.
+    """
+
+    steps: int = 10000
+    batch_size: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999))
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    shift: float = 5.0
+    weighting: str = "uniform"
+
+    def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "shift")
+        require_decay(self)
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+
+
+CONTEXTS = ("noisy", "clean", "stream", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitializeConfig:
+    """ODE regression.
+
+    Attributes:
+        steps, batch_size: of the stage.
+        optimizer: of the student.
+        ema_decay: of the weights that distillation starts from.
+        trajectories: how many trajectories the teacher draws before the first step.
+        ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
+        guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
+        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
+            their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
+            anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
+            anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
+            each of its levels, with gradient through all chunks before: several times the work of a step.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
+    ema_decay: float = 0.99
+    trajectories: int = 16000
+    ode_steps: int = 48
+    guidance_scale: float = 5.0
+    context: str = "noisy"
+
+    def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
+        require_decay(self)
+        if self.context not in CONTEXTS:
+            raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
+
+
+def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
+    """Noise levels [ode_steps + 1] from 1 to 0 on which the student's own levels lie exactly.
+
+    Between two of the student's raw steps the raw grid is uniform; the warp is the student's.
+
+    Raises:
+        ValueError: `ode_steps` is no multiple of the number of denoising steps, or the first step is not 1000.
+    """
+    steps = config.denoising_steps
+    if ode_steps % len(steps) or ode_steps < len(steps):
+        raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
+    if steps[0] != MAX_TIMESTEP:
+        raise ValueError(f"trajectories start from pure noise, so denoising_steps must start at 1000, not {steps[0]}")
+    per_step = ode_steps // len(steps)
+    knots = np.array([*steps, 0.0]) / MAX_TIMESTEP
+    raw = np.concatenate([np.linspace(a, b, per_step, endpoint=False) for a, b in itertools.pairwise(knots)])
+    return np.append(warp(raw, config.shift), 0.0)
+
+
+def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
+    """The stream that `context` shows: with `stream`, a static anchor takes the place of a hidden state.
+
+    Raises:
+        ValueError: its cache is not filled chunk after chunk, or it has no hidden state for `state`.
+    """
+    anchor = stream.anchor
+    if anchor.joint or anchor.restarts:
+        raise ValueError(f"initialize.context {context} needs a cache that is filled chunk after chunk, not {anchor}'s")
+    if context == "state":
+        if not anchor.state_frames:
+            raise ValueError(f"initialize.context state needs a hidden state, which {anchor} has not; choose stream")
+        return stream
+    return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames)) if anchor.state_frames else stream
+
+
+CACHE_GRADIENTS = ("stop", "straight_through")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Distillation; the defaults are AdaState's, and Self-Forcing's where the paper gives none.
+
+    Attributes:
+        steps: iterations, each one critic update.
+        batch_size: prompts per iteration.
+        rollout_frames: content frames N of a training rollout, a whole number of chunks.
+        horizon_alpha: slope α of the weight 1 + α i / (N − 1) of frame i.
+        horizon_normalize: divides that weight by its mean.
+        guidance_scale: w of the teacher's cond + w (cond − uncond).
+        critic_ratio: critic updates per student update.
+        student, critic: their optimizers.
+        ema_decay: of the student's weights, from iteration `ema_start` on.
+        shift: warp of the score's noise level.
+        min_timestep, max_timestep: range that the score's timestep is clipped to.
+        cache_gradient: whether a chunk's loss reaches the keys and values of earlier chunks: `stop`, or
+            `straight_through` (evaluated at their clean values), as the released PyTorch trainers appear to do.
+    """
+
+    steps: int = 1000
+    batch_size: int = 4
+    rollout_frames: int = 21
+    horizon_alpha: float = 2.0
+    horizon_normalize: bool = False
+    guidance_scale: float = 3.0
+    critic_ratio: int = 5
+    student: OptimizerConfig = OptimizerConfig()
+    critic: OptimizerConfig = OptimizerConfig(learning_rate=4e-7)
+    ema_decay: float = 0.99
+    ema_start: int = 200
+    shift: float = 5.0
+    min_timestep: float = 20.0
+    max_timestep: float = 980.0
+    cache_gradient: str = "stop"
+
+    def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
+        require_decay(self)
+        if self.horizon_alpha < 0 or self.ema_start < 0:
+            raise ValueError("horizon_alpha and ema_start must not be negative")
+        if self.cache_gradient not in CACHE_GRADIENTS:
+            raise ValueError(f"cache_gradient must be one of {', '.join(CACHE_GRADIENTS)}, got {self.cache_gradient!r}")
+        if not 0 <= self.min_timestep <= self.max_timestep <= MAX_TIMESTEP:
+            raise ValueError(f"0 <= min_timestep <= max_timestep <= 1000, got {self.min_timestep}, {self.max_timestep}")
+
+    def updates_student(self, iteration: int) -> bool:
+        """Whether this iteration (from 0) updates the student before the critic."""
+        return iteration % self.critic_ratio == 0
+
+
+def num_chunks(frames: int, stream: StreamConfig) -> int:
+    """Chunks of a rollout of `frames` content frames; raises ValueError if there is no such rollout to train on."""
+    if stream.anchor.joint or stream.first_denoising_steps:
+        raise ValueError("distillation rolls out chunk by chunk with one step list; choose another stream")
+    if stream.anchor.restarts and frames > stream.num_fill_chunks * stream.chunk_frames:
+        raise ValueError("a rollout of this stream ends where it restarts; shorten distill.rollout_frames")
+    if frames < 1 or frames % stream.chunk_frames:
+        raise ValueError(f"{frames} rollout frames are no whole number of chunks of {stream.chunk_frames} frames")
+    return frames // stream.chunk_frames

@@ -1,0 +1,110 @@
+"""Files that are whole or not there: written beside their place under a name of nobody else's, then put into it.
+
+A temporary file is created exclusively, so that two processes never share one and a planted link is never followed. Its
+owner holds a lock on it while it lives; a temporary file without one is the leftover of a process that died, and the
+next writer of the same file removes it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+_NAME_BYTES = 255  # of a file name, on every common file system
+_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; afterwards it takes the place of `path`, or goes if an exception came.
+
+    A symbolic link is written through: its target is replaced, the link stays.
+
+    Args:
+        path: the file to make; its folder is made if need be.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary, lock = _create(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all; raises OSError as `whole_file` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, whole or not at all; raises OSError as `whole_file` does."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody has: hidden, with its ending before the last dot, and not too long."""
+    mark = f".{secrets.token_hex(4)}{_SUFFIX}"
+    return path.with_name(_stem(path, len(mark) + len(path.suffix.encode())) + mark + path.suffix)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes temporary files of `path` whose owners are dead."""
+    with contextlib.suppress(OSError):
+        for other in _temporaries(path):
+            with contextlib.suppress(OSError):
+                lock = os.open(other, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    other.unlink()
+                finally:
+                    os.close(lock)
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """A new temporary file of `path`, and the descriptor that holds its lock."""
+    while True:
+        temporary = temporary_name(path)
+        try:
+            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process takes it for a leftover: it came between the two calls
+            os.close(lock)
+            continue
+        except OSError:  # a file system without locks: its leftovers stay
+            return temporary, lock
+        if os.fstat(lock).st_nlink:
+            return temporary, lock
+        os.close(lock)
+
+
+def _stem(path: Path, room: int) -> str:
+    """`.NAME` without its ending, cut so that `room` more bytes fit into a file name."""
+    stem = path.name.removesuffix(path.suffix).encode()[: _NAME_BYTES - 1 - room]
+    return "." + stem.decode(errors="ignore")
+
+
+def _temporaries(path: Path) -> list[Path]:
+    """The temporary files of `path` that are there, anybody's."""
+    mark = len(f".{secrets.token_hex(4)}{_SUFFIX}")
+    start, end = _stem(path, mark + len(path.suffix.encode())), f"{_SUFFIX}{path.suffix}"
+    length = len(start) + mark + len(path.suffix)
+    names = os.listdir(path.parent)
+    return [
+        path.parent / name for name in names if name.startswith(start) and name.endswith(end) and len(name) == length
+    ]

@@ -1,0 +1,136 @@
+"""Prompts → text embeddings: by UMT5 on the host, with what it has encoded kept on disk; or at random, for dry runs."""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from adastate_jax.errors import UserError
+from adastate_jax.models.text import ByteTokenizer, PieceTokenizer, TextConfig, TextEncoder, clean_prompt, encode_tokens
+from adastate_jax.sharding import make_mesh
+from adastate_jax.weights import parts
+from adastate_jax.weights.safetensors_file import SafeTensors
+
+# B texts → embeddings [B, T, text_dim], zero past each text.
+Embed = Callable[[Sequence[str]], jax.Array]
+
+# Nothing attends to padding, so a prompt is padded to a multiple of this only: most of 512 tokens would be for nothing.
+_GRANULE = 64
+
+
+class StoredTextEncoder:
+    """UMT5 from a converted folder, and its tokenizer; an `Embed`.
+
+    The encoder is loaded when the first prompt comes that is not on disk: eleven gigabytes in bfloat16. It runs on
+    the host's processor unless it is given devices, so that the accelerator's memory and time are the video's.
+
+    Args:
+        folder: the model's, with `text_encoder` and `tokenizer.json`.
+        config: sizes to expect and the dtype to compute in.
+        cache: folder that keeps embeddings, made when needed; None keeps nothing. A prompt's file is named by the hash
+            of all that its embedding depends on: prompt, weights, tokenizer, dtype and length.
+        mesh: devices that the weights are split over.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not belong to the others.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TextConfig,
+        cache: Path | None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        file = folder / "tokenizer.json"
+        self._tokenizer = PieceTokenizer(file, config.text_length)
+        if self._tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"{file}: has {self._tokenizer.vocab_size} pieces, which is more than config.text.vocab_size "
+                f"{config.vocab_size}; copy the one that belongs to the text encoder"
+            )
+        self._folder, self._config, self._cache, self._mesh = folder, config, cache, mesh
+        self._identity = [
+            parts.fingerprint(folder, "text_encoder"),
+            self._tokenizer.digest,
+            (config.param_dtype, config.dtype, config.text_length),
+        ]
+
+    def fits(self, prompt: str) -> bool:
+        """Whether nothing of a prompt is cut off."""
+        return self._tokenizer.fits(prompt)
+
+    def __call__(self, prompts: Sequence[str]) -> jax.Array:
+        """B texts → embeddings [B, T, text_dim] in the config's dtype."""
+        config = self._config
+        embeddings = np.zeros((len(prompts), config.text_length, config.dim), jnp.dtype(config.dtype))
+        for row, prompt in zip(embeddings, prompts, strict=True):
+            found = self._embedding(clean_prompt(prompt))
+            row[: len(found)] = found
+        return jnp.asarray(embeddings)
+
+    def _embedding(self, prompt: str) -> np.ndarray:
+        """Of a cleaned prompt, [tokens, text_dim]; from disk if it is there."""
+        key = hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()
+        path = self._cache and self._cache / f"{key}.safetensors"
+        if path and path.is_file():
+            try:
+                return SafeTensors(path)["embedding"]
+            except UserError as error:
+                print(f"note: {error}; encoding the prompt again", file=sys.stderr)
+        embedding = self._encode(prompt)
+        if path:
+            _save(path, embedding, prompt)
+        return embedding
+
+    def _encode(self, prompt: str) -> np.ndarray:
+        token_ids, is_token = self._tokenizer.tokenize([prompt])
+        tokens = int(is_token.sum())
+        length = min(-(-tokens // _GRANULE) * _GRANULE, self._config.text_length)
+        mesh, encoder = self._encoder
+        with jax.set_mesh(mesh):  # not the caller's, whose devices may be others
+            embeddings = encode_tokens(encoder, token_ids[:, :length], is_token[:, :length])
+        return np.asarray(embeddings)[0, :tokens]
+
+    @functools.cached_property
+    def _encoder(self) -> tuple[jax.sharding.Mesh, TextEncoder]:
+        mesh = self._mesh or _host_mesh()
+        return mesh, parts.load_part(self._folder, "text_encoder", self._config, mesh)
+
+
+def _host_mesh() -> jax.sharding.Mesh:
+    try:
+        return make_mesh(devices=jax.devices("cpu"))
+    except RuntimeError:
+        raise UserError("JAX_PLATFORMS: leaves out the host, which encodes prompts; append ,cpu to it") from None
+
+
+def _save(path: Path, embedding: np.ndarray, prompt: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file({"embedding": embedding}, partial, {"prompt": prompt})
+        partial.replace(path)
+    except OSError as error:  # it saves time, no more: a folder that is read-only stops nothing
+        print(f"note: {path.parent}: embeddings are not kept ({error.strerror or error})", file=sys.stderr)
+
+
+def random_embed(config: TextConfig) -> Embed:
+    """Embeddings of no encoder: normal numbers drawn from a prompt's hash, one row per byte of it, zero past it."""
+    tokenizer = ByteTokenizer(config.text_length)
+
+    def embed(prompts: Sequence[str]) -> jax.Array:
+        _, mask = tokenizer.tokenize(prompts)
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode(errors="replace")).digest()) for prompt in prompts]
+        rows = [np.random.default_rng(seed).standard_normal((config.text_length, config.dim)) for seed in seeds]
+        return jnp.asarray(np.where(mask[..., None], np.stack(rows), 0), config.dtype)
+
+    return embed

@@ -1,0 +1,319 @@
+"""Models to generate with: loading them, and what lies between prompts, latents and frames."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adastate_jax.checkpoint import latest_step, load_tree
+from adastate_jax.config.files import load_config, parse_config
+from adastate_jax.config.run import WAN_NEGATIVE_PROMPT, Config, DataConfig
+from adastate_jax.data.videos import ClipConfig
+from adastate_jax.errors import UserError, shortlist
+from adastate_jax.fields import build
+from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.patch_codec import PatchCodec
+from adastate_jax.models.text import ByteTokenizer, TextConfig
+from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.sharding import init_sharded, make_mesh
+from adastate_jax.streaming.continuation import max_given_frames
+from adastate_jax.streaming.presets import named_stream
+from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout
+from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
+from adastate_jax.weights.parts import has_part, load_part
+from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.slots import leaf_name, leaves
+
+# Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
+_STUDENTS = (("distill", "student/ema"), ("initialize", "ema"))
+
+# Models that ship with the package, a file each, see `bundle`.
+_BUNDLED = Path(__file__).parents[1] / "bundled"
+
+# What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
+_WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
+_HALF = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run leaves behind to generate with: the causal student, and what no stage trains."""
+
+    student: DiT
+    frozen: Frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """All that stands between a prompt and a video.
+
+    Attributes:
+        config: sizes and settings.
+        student: the causal transformer.
+        codec: between latents and video.
+        embed: texts → embeddings [B, T, text_dim], zero past each text.
+        fits: whether nothing of a text is cut off.
+        mesh: devices that the weights are split over.
+    """
+
+    config: Config
+    student: DiT
+    codec: PatchCodec | WanCodec
+    embed: Embed
+    fits: Callable[[str], bool]
+    mesh: jax.sharding.Mesh
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path | None = None,
+    config: Config | str | Path | None = None,
+    *,
+    decoder: str | None = None,
+    random_weights: bool = False,
+    text_cache: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    text_mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """Loads a model to generate with.
+
+    Args:
+        path: a folder that `train` wrote: its distilled student, or the initialised one before that. Or a file that
+            `bundle` made of such a folder; `tiny`, where no folder has that name, is the one that ships with this
+            package. Or a folder of networks that `convert` wrote: `transformer`, `text_encoder`, `vae` or `tiny_vae`,
+            and a `tokenizer.json`.
+        config: of converted networks: a configuration or a file of one, which the networks must match. None takes
+            what the networks say, at 480×832 with AdaState's stream. What was trained here brings its own.
+        decoder: `wan` or `tiny` instead of the configuration's.
+        random_weights: makes a model of `config` alone, with random networks and, instead of a text encoder, random
+            embeddings of each prompt: it runs as the real one does, and shows noise.
+        text_cache: folder that keeps the embeddings of prompts; None is `text_cache` in `path`.
+        mesh: devices that the weights are split over; None is what `config` says, or one device.
+        text_mesh: devices that a converted text encoder is split over; None is the host's processor, which encodes
+            while the accelerator generates.
+
+    Raises:
+        UserError: a file or folder is missing or damaged, or does not match the others.
+
+    >>> load("tiny").config.data.kind
+    'worlds'
+    >>> model = load(config="configs/tiny.py", random_weights=True)
+    >>> model.config.latent_shape  # a frame is one latent of 48 channels
+    (1, 1, 48)
+    >>> load("nowhere")
+    Traceback (most recent call last):
+    adastate_jax.errors.UserError: nowhere: no such folder; name one that train or convert wrote, or tiny
+    """
+    if isinstance(config, str | Path):
+        config = parse_config([f"--config={config}"])
+    if config is not None and decoder is not None:
+        try:
+            config = dataclasses.replace(config, decoder=decoder)
+        except ValueError as error:
+            raise UserError(f"decoder {decoder}: {error}") from None
+    if random_weights:
+        if path is not None or config is None:
+            raise UserError("random_weights: needs a configuration, and no folder")
+        return _random_model(config, mesh or _mesh(config))
+    if path is None:
+        raise UserError("name a folder that train or convert wrote, or tiny")
+    path = _shipped(Path(path))
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; name one that train or convert wrote, or tiny")
+    if has_part(path, "transformer"):
+        text_cache = Path(text_cache) if text_cache else path / "text_cache"
+        return _load_parts(path, config, decoder, text_cache, mesh or _mesh(config), text_mesh)
+    if config or decoder:
+        raise UserError(f"{path}: what was trained here has its own configuration and decoder; name no others")
+    mesh = mesh or _mesh(config)
+    config, trained = _load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
+    embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
+    return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh)
+
+
+def _shipped(path: Path) -> Path:
+    """The bundle that ships with the package under this name, unless the name is somebody's own folder or file."""
+    bundle = _BUNDLED / f"{path}.safetensors"
+    return bundle if len(path.parts) == 1 and bundle.is_file() and not path.exists() else path
+
+
+def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
+    """Configuration and student of a folder that `train` wrote.
+
+    Raises:
+        UserError: the folder is no such one or damaged, or no student has been trained yet.
+    """
+    config = load_config(path / "config.json")
+    for stage, part in _STUDENTS:
+        step = latest_step(path / stage)
+        if step is not None:
+            student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
+            return config, Trained(student, load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh)))
+    raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
+
+
+def _load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
+    """What `bundle` wrote, in the configuration's dtype."""
+    stored = SafeTensors(path)
+    try:
+        fields = json.loads(stored.metadata["config"])
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote") from None
+    config = build(Config, fields, str(path))
+    like = with_shardings(Trained(abstract_dit(config), abstract_frozen(config)), mesh)
+    wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
+    found = {name: tensor.shape for name, tensor in stored.stored().items()}
+    if wanted != found:
+        unlike = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        raise UserError(f"{path}: its tensors are not those of its configuration: {shortlist(unlike)}; make it again")
+
+    def place(path, leaf):
+        return jax.device_put(stored[leaf_name(path)].astype(leaf.dtype), leaf.sharding)
+
+    return config, jax.tree_util.tree_map_with_path(place, like)
+
+
+def _load_parts(
+    folder: Path,
+    config: Config | None,
+    decoder: str | None,
+    text_cache: Path,
+    mesh: jax.sharding.Mesh,
+    text_mesh: jax.sharding.Mesh | None,
+) -> Model:
+    """The model of a folder of converted networks."""
+    if config is None:
+        student = load_part(folder, "transformer", DiTConfig(**_HALF), mesh, sizes=False)
+        config = _wan_config(student.config, decoder or ("wan" if has_part(folder, "vae") else "tiny"))
+    elif config.decoder == "patch":
+        raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
+    else:
+        student = load_part(folder, "transformer", config.model, mesh)
+    vae = config.decoder == "wan" or has_part(folder, "vae")  # the other decoder wants it for its encoder alone
+    encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
+    decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
+    embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
+    return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh)
+
+
+def _wan_config(model: DiTConfig, decoder: str) -> Config:
+    """What `configs/wan_1_3b.py` says, for another transformer."""
+    try:
+        return Config(
+            stages=(),
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+            text=TextConfig(**_HALF),
+            decoder=decoder,
+            vae=VAEConfig(**_HALF),
+            tiny_vae=TinyVAEConfig(**_HALF),
+            model=model,
+            data=DataConfig(kind="none", clips=_WAN_SIZE),
+        )
+    except ValueError as error:
+        raise UserError(f"these networks need a configuration: {error}") from None
+
+
+def _mesh(config: Config | None) -> jax.sharding.Mesh:
+    try:
+        return make_mesh(**dataclasses.asdict(config.mesh)) if config else make_mesh()
+    except ValueError as error:
+        raise UserError(f"config.mesh: {error}") from None
+
+
+def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
+    def network(build, part: int):
+        key = jax.random.fold_in(jax.random.key(config.seed), part)
+        return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
+
+    student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
+    embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
+    return Model(config, student, _random_codec(config, network), embed, fits, mesh)
+
+
+def _random_codec(config: Config, network) -> PatchCodec | WanCodec:
+    if config.decoder == "patch":
+        size, channels = 3 * config.codec.patch**2, config.codec.channels
+        basis, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, channels)))
+        return PatchCodec(jnp.zeros(size), jnp.asarray(basis, jnp.float32), jnp.ones(channels))
+    encoder = network(lambda rngs: VAE(config.vae, rngs=rngs), 1)
+    decoder = encoder
+    if config.decoder == "tiny":
+        decoder = network(lambda rngs: TinyVAE(config.tiny_vae, rngs=rngs, parts=("decoder",)), 2)
+    return WanCodec(decoder, encoder)
+
+
+# --- prompts, pictures and frames -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
+def decode_frames(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
+    """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache.
+
+    The cache is donated: Wan2.1's takes 1.9 GB at 480×832 in bfloat16.
+    """
+    video, cache = codec.decode(latents, cache, first)
+    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache
+
+
+@jax.jit
+def encode_frames(codec: PatchCodec | WanCodec, frames: jax.Array) -> jax.Array:
+    """Frames [B, 1 + t k, height, width, 3] uint8 → latents [B, 1 + k, H, W, C]."""
+    return codec.encode(frames.astype(jnp.float32) / 127.5 - 1.0)
+
+
+def num_given_frames(config: Config, available: int, anchor: str | None = None) -> int:
+    """How many of a clip's last frames a stream can start from: whole latents, all within the chunks that fill it."""
+    latents = min((available - 1) // config.time_factor + 1, max_given_frames(stream_config(config.stream, anchor)))
+    return max(1 + config.time_factor * (latents - 1), 0)
+
+
+# --- generating -------------------------------------------------------------------------------------------------------
+
+
+def stream_config(config: StreamConfig, anchor: str | None) -> StreamConfig:
+    """The stream of a preset, or with another anchor strategy, see `named_stream`; None keeps the configured one.
+
+    Raises:
+        UserError: the name is unknown, or does not go with the configured chunks and window.
+    """
+    try:
+        return config if anchor is None else named_stream(anchor, config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_sampler(config: Config):
+    """A jitted pure function (student, text, keys, num_chunks) → (latents, carry) for whole rollouts.
+
+    `text` is `student.text_keys_values(embeddings)`, `keys` [B] random keys, `num_chunks` static; latents
+    [B, num_chunks · F, H, W, C].
+
+    >>> model = load(config="configs/tiny.py", random_weights=True)
+    >>> text = model.student.text_keys_values(model.embed(["a camera pans left", "a red ball"]))
+    >>> latents, carry = make_sampler(model.config)(model.student, text, jax.random.split(jax.random.key(0)), 4)
+    >>> latents.shape, int(carry.chunk)
+    ((2, 12, 1, 1, 48), 4)
+    """
+    latent_shape = config.latent_shape
+
+    @functools.partial(jax.jit, static_argnames="num_chunks")
+    def sample(student: DiT, text: KeyValues, keys: jax.Array, num_chunks: int) -> tuple[jax.Array, RolloutCarry]:
+        carry = initial_carry(student.config, config.stream, keys, *latent_shape[:2])
+        carry, latents = rollout(student, carry, text, config.stream, latent_shape, num_chunks)
+        return latents, carry
+
+    return sample

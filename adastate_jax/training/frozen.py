@@ -1,0 +1,52 @@
+"""What no stage trains, and the shapes of what a run leaves behind."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adastate_jax.config.run import Config
+from adastate_jax.models.dit import DiT
+from adastate_jax.models.patch_codec import PatchCodec
+from adastate_jax.models.text import ByteTokenizer, TextEncoder, encode_tokens
+from adastate_jax.sharding import tree_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What no stage trains: the codec between video and latents, and the text encoder."""
+
+    codec: PatchCodec
+    text_encoder: TextEncoder
+
+
+def abstract_dit(config: Config) -> DiT:
+    """The transformer's shapes, without weights."""
+    return jax.eval_shape(lambda: DiT(config.model, rngs=nnx.Rngs(0)))
+
+
+def abstract_frozen(config: Config) -> Frozen:
+    """The frozen parts' shapes, without weights."""
+    size, channels = 3 * config.codec.patch**2, config.codec.channels
+    codec = PatchCodec(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((size,), (size, channels), (channels,)))
+    )
+    return Frozen(codec, jax.eval_shape(lambda: TextEncoder(config.text, rngs=nnx.Rngs(0))))
+
+
+def with_shardings(abstract, mesh):
+    """Shapes with the sharding that each leaf has on a mesh, ready to be loaded into."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        tree_shardings(abstract, mesh),
+    )
+
+
+def embed_prompts(frozen: Frozen, prompts: Sequence[str]) -> jax.Array:
+    """Text embeddings of prompts [B, T, text_dim], zero past each prompt."""
+    tokenizer = ByteTokenizer(frozen.text_encoder.config.text_length)
+    return encode_tokens(frozen.text_encoder, *map(jnp.asarray, tokenizer.tokenize(list(prompts))))

@@ -1,0 +1,46 @@
+"""Stage `initialize`: the causal student learns to land on the teacher's ODE trajectories."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adastate_jax.sharding import tree_shardings
+from adastate_jax.training.frozen import Frozen
+from adastate_jax.training.initialize import initialize_step
+from adastate_jax.training.stages.inputs import Texts
+from adastate_jax.training.stages.run import Run, abstract_states, compile_step, copy_tree, first_call, trained
+from adastate_jax.training.stages.trajectories import make_trajectories
+from adastate_jax.training.state import TrainState, create_state
+
+
+def initialize(run: Run) -> None:
+    """Trains the causal student to land on the teacher's ODE trajectories."""
+    config, stream, key = run.config.initialize, run.config.stream, run.key("initialize")
+    captions = Texts(run.clips, "caption")
+    abstract = abstract_states(run.config)["initialize"]
+    trajectories = make_trajectories(run, captions)
+
+    def create() -> TrainState:
+        return jax.jit(
+            lambda params: create_state(copy_tree(params), config.optimizer, True),
+            out_shardings=tree_shardings(abstract, run.mesh),
+        )(trained(run, "pretrain", "ema"))
+
+    def step_function(state: TrainState, frozen: Frozen, batch, step):
+        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
+        return initialize_step(state, batch["trajectory"], text, jax.random.fold_in(key, step), config, stream)
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        chosen = run.indices("initialize", step, config.batch_size, config.trajectories)
+        token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in chosen])
+        return {"trajectory": trajectories(chosen), "token_ids": token_ids, "mask": mask}
+
+    compiled = compile_step(run, step_function, abstract)
+    run.run_stage(
+        "initialize",
+        create,
+        lambda state, batch, step: compiled(state, run.frozen, batch, jnp.int32(step)),
+        read,
+        config.steps,
+        first_call(),
+    )

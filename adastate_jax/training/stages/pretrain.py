@@ -1,0 +1,43 @@
+"""Stage `pretrain`: the bidirectional teacher, on clips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adastate_jax.models.dit import DiT
+from adastate_jax.sharding import init_sharded
+from adastate_jax.training.frozen import Frozen
+from adastate_jax.training.pretrain import pretrain_step
+from adastate_jax.training.stages.inputs import read_clips
+from adastate_jax.training.stages.run import Run, abstract_states, compile_step, first_call
+from adastate_jax.training.state import TrainState, create_state
+
+
+def pretrain(run: Run) -> None:
+    """Trains the bidirectional teacher on clips."""
+    config, key = run.config.pretrain, run.key("pretrain")
+
+    def create() -> TrainState:
+        return init_sharded(
+            lambda key: create_state(DiT(run.config.model, rngs=nnx.Rngs(key)), config.optimizer, True),
+            run.mesh,
+            run.key("weights"),
+        )
+
+    def step_function(state: TrainState, frozen: Frozen, empty_text, batch, step):
+        latents = frozen.codec.encode(batch["video"].astype(jnp.float32) / 127.5 - 1)
+        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
+        return pretrain_step(state, latents, text, empty_text, jax.random.fold_in(key, step), config)
+
+    compiled = compile_step(run, step_function, abstract_states(run.config)["pretrain"])
+    read = functools.partial(read_clips, run, "pretrain", config.batch_size)
+    run.run_stage(
+        "pretrain",
+        create,
+        lambda state, batch, step: compiled(state, run.frozen, run.empty_text, batch, jnp.int32(step)),
+        read,
+        config.steps,
+        first_call(),
+    )

@@ -1,0 +1,162 @@
+"""What all stages of a run share: its settings, its work directory, and what earlier stages left there."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree
+from adastate_jax.config.files import load_config
+from adastate_jax.config.run import Config
+from adastate_jax.data.batches import example_indices, prefetch
+from adastate_jax.errors import UserError
+from adastate_jax.models.dit import DiT
+from adastate_jax.models.text import ByteTokenizer
+from adastate_jax.sharding import replicated, shard_batch, tree_shardings
+from adastate_jax.training.frozen import Frozen, with_shardings
+from adastate_jax.training.loop import Metrics, StopRequest, run_stage
+from adastate_jax.training.state import create_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        clips: random-access source of clips with captions.
+        prompts: random-access texts that distillation draws from.
+        frozen: codec and text encoder.
+        empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
+    """
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    clips: Any
+    prompts: Sequence[str]
+    frozen: Frozen
+    empty_text: jax.Array
+    negative_text: jax.Array
+    metrics: Metrics
+    stop: StopRequest
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.frozen.codec.latent_shape(*self.config.data.size)
+
+    def key(self, stage: str) -> jax.Array:
+        """The random key of a stage; step s uses fold_in(key, s)."""
+        return key_of(self.config, stage)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has made its last checkpoint."""
+        steps = getattr(getattr(self.config, stage), "steps", None)
+        return steps is not None and (latest_step(self.workdir / stage) or 0) >= steps
+
+    def indices(self, stage: str, step: int, batch_size: int, num_examples: int) -> np.ndarray:
+        """The examples of this process at a step of a stage."""
+        salt = ("pretrain", "initialize", "distill").index(stage)
+        seed = self.config.seed * 3 + salt
+        return example_indices(step, batch_size, num_examples, seed, jax.process_index(), jax.process_count())
+
+    def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask [B, T]."""
+        return ByteTokenizer(self.config.text.text_length).tokenize(list(texts))
+
+    def batches(self, read: Callable[[int], Any]) -> Callable[[int], Iterator[tuple[int, Any]]]:
+        """First step → prefetched (step, sharded global batch)."""
+        return lambda first: prefetch(lambda step: shard_batch(read(step), self.mesh), first)
+
+    def run_stage(
+        self,
+        name: str,
+        create: Callable[[], Any],
+        step_function,
+        read: Callable[[int], Any],
+        steps: int,
+        compiling: Callable[[int], bool],
+    ) -> Any:
+        """`loop.run_stage` with this run's settings."""
+        logging = self.config.logging
+        with Checkpoints(self.workdir / name, logging.keep) as checkpoints:
+            return run_stage(
+                name,
+                with_shardings(abstract_states(self.config)[name], self.mesh),
+                create,
+                step_function,
+                self.batches(read),
+                steps,
+                checkpoints,
+                self.metrics,
+                self.stop,
+                logging.log_every,
+                logging.save_every,
+                compiling,
+            )
+
+
+KEYS = ("frozen", "pretrain", "trajectories", "initialize", "distill", "weights")
+
+
+def key_of(config: Config, name: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), KEYS.index(name))
+
+
+def start_of(config: Config) -> tuple[Config, Path]:
+    """The run that this one starts from."""
+    folder = Path(config.start_from)
+    return load_config(folder / "config.json"), folder
+
+
+def first_call() -> Callable[[int], bool]:
+    """A `compiling` of a stage whose one program is compiled at its first step, whichever that is."""
+    calls = itertools.count()
+    return lambda step: next(calls) == 0
+
+
+def compile_step(run: Run, function, state: Any):
+    """Jits a training step (state, …) → (state, scalars): the state keeps its shardings and is donated.
+
+    state: its shapes.
+    """
+    shardings = tree_shardings(state, run.mesh)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, replicated(run.mesh)))
+
+
+def abstract_states(config: Config) -> dict[str, Any]:
+    """Shapes of what each stage trains, under the names of the stages."""
+
+    def model():
+        return DiT(config.model, rngs=nnx.Rngs(0))
+
+    def state(optimizer, ema):
+        return jax.eval_shape(lambda: create_state(model(), optimizer, ema))
+
+    return {
+        "pretrain": state(config.pretrain.optimizer, True),
+        "initialize": state(config.initialize.optimizer, True),
+        "distill": {"student": state(config.distill.student, True), "critic": state(config.distill.critic, False)},
+    }
+
+
+def trained(run: Run, stage: str, part: str) -> Any:
+    """Weights that an earlier stage left behind."""
+    config, workdir = run.config, run.workdir
+    while latest_step(workdir / stage) is None:
+        if not config.start_from:
+            raise UserError(f"{workdir}: stage {stage} has not run; put it into config.stages before the later ones")
+        config, workdir = start_of(config)
+    like = abstract_states(config)[stage]
+    for name in part.split("/"):
+        like = like[name] if isinstance(like, dict) else getattr(like, name)
+    return load_tree(workdir / stage / str(latest_step(workdir / stage)), with_shardings(like, run.mesh), part)
+
+
+def copy_tree(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

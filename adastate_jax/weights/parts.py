@@ -1,0 +1,70 @@
+"""A folder of converted networks that make one model: `transformer`, `text_encoder`, `vae`, `tiny_vae`, as `convert`
+names them, and the text encoder's `tokenizer.json` between them.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adastate_jax.errors import UserError
+from adastate_jax.weights.converted import is_converted, load_converted
+
+# Kind of network → its field of the configuration, and the published file that it comes from.
+_PARTS = {
+    "transformer": ("model", "self_forcing_dmd.pt"),
+    "text_encoder": ("text", "models_t5_umt5-xxl-enc-bf16.pth"),
+    "vae": ("vae", "Wan2.1_VAE.pth"),
+    "tiny_vae": ("tiny_vae", "taew2_1.pth"),
+}
+# Fields that a configuration sets freely, whatever the weights are.
+_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "tile")
+
+
+def has_part(folder: Path, kind: str) -> bool:
+    """Whether the folder holds a network of this kind."""
+    return is_converted(folder / kind)
+
+
+def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | None, sizes: bool = True) -> Any:
+    """One network of the folder, with its weights split over the devices of a mesh.
+
+    Args:
+        folder: the folder of all.
+        kind: `transformer`, `text_encoder`, `vae` or `tiny_vae`.
+        config: dtypes and other settings to load it with.
+        mesh: None is one device.
+        sizes: whether the network must have the configuration's sizes too, or brings its own.
+
+    Raises:
+        UserError: it is missing or damaged, or it has other sizes.
+    """
+    path = _part_folder(folder, kind)
+    settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
+    network = load_converted(path, kind, mesh, **settings)
+    for own in dataclasses.fields(config) if sizes else ():
+        wanted, found = getattr(config, own.name), getattr(network.config, own.name)
+        if wanted != found:
+            raise UserError(f"{path}: its {own.name} is {found!r}, config.{_PARTS[kind][0]}.{own.name} is {wanted!r}")
+    return network
+
+
+def fingerprint(folder: Path, kind: str) -> str:
+    """Stands for a network's weights: the hash of its description, in which their checksum is.
+
+    Raises:
+        UserError: it is missing.
+    """
+    return hashlib.sha256((_part_folder(folder, kind) / "converted.json").read_bytes()).hexdigest()
+
+
+def _part_folder(folder: Path, kind: str) -> Path:
+    path = folder / kind
+    if not has_part(folder, kind):
+        raise UserError(
+            f"{path}: no such network; make it with python -m adastate_jax.convert --source={_PARTS[kind][1]} "
+            f"--output={path}"
+        )
+    return path

@@ -1,0 +1,77 @@
+"""Files that are whole or not there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from adastate_jax.files import remove_leftovers, temporary_name, whole_file, write_text
+
+
+def test_a_file_is_there_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "a.mp4"
+    with whole_file(path) as temporary:
+        temporary.write_text("all of it")
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".mp4"  # so that libraries which go by the ending write the right thing
+        assert not path.exists()
+    assert path.read_text() == "all of it"
+
+    def break_off() -> None:
+        with whole_file(path) as temporary:
+            temporary.write_text("half of i")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_off()
+    assert path.read_text() == "all of it"
+    assert os.listdir(path.parent) == ["a.mp4"]
+
+
+def test_two_writers_of_one_name_share_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as one:
+        one.write_text("one")
+        with whole_file(path) as other:
+            assert one != other
+            other.write_text("other")
+        assert path.read_text() == "other"
+        assert one.read_text() == "one"  # the second took nothing of the first, which lives, for a leftover
+    assert path.read_text() == "one"
+
+
+def test_what_a_dead_process_left_is_removed_and_what_others_named_alike_stays(tmp_path):
+    path = tmp_path / "a.mp4"
+    code = (
+        "import os, sys; from adastate_jax.files import whole_file\n"
+        "with whole_file(sys.argv[1]) as temporary:\n  temporary.write_text('half'); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    near = temporary_name(tmp_path / "a.b.mp4")
+    near.write_text("of another file")
+    remove_leftovers(path)
+    assert os.listdir(tmp_path) == [near.name]
+
+
+def test_a_link_is_written_through_and_a_planted_one_is_not_followed(tmp_path):
+    target = tmp_path / "target.txt"
+    target.write_text("old")
+    (tmp_path / "link.txt").symlink_to(target)
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "é" * 125 + ".mp4", "x" * 255])
+def test_any_name_that_the_file_system_takes_is_written(tmp_path, name):
+    write_text(tmp_path / name, "long")
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "long"
+
+
+def test_a_folder_in_the_way_is_an_error_and_stays(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError), whole_file(tmp_path / "a"):
+        pytest.fail("there is no file to write")
