@@ -20,27 +20,23 @@ compiles anything.
 
 import bisect
 import dataclasses
-import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from adastate_jax.errors import UserError
-from adastate_jax.models.attention import KeyValues, concatenate
-from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.anchors import AdaptiveAnchor, consecutive
-from adastate_jax.streaming.continuation import given_step, max_given_frames
-from adastate_jax.streaming.rollout import Chunk, Reencode, RolloutCarry, denoise, stream_step
+from adastate_jax.streaming.anchors import AdaptiveAnchor
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
 TRANSITIONS = ("switch", "recache", "flush", "cut", "blend", "keep_state", "reset_state")
+
+
 _FLUSH_KEEPS = 2  # frames
+
+
 _MOST_SECONDS = 10**9
 
 
@@ -161,9 +157,6 @@ def chunk_of(second: float, config: StreamConfig, time_factor: int, fps: int) ->
     return -(-latent // config.chunk_frames)
 
 
-# --- what happens when ------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a chunk is generated with; a function of its number, so that a stream may be resumed anywhere.
@@ -183,7 +176,7 @@ class Plan:
     reread: int = 0
 
 
-def _num_recent(config: StreamConfig) -> int:
+def num_recent(config: StreamConfig) -> int:
     """Frames that `recache` reads again. LongLive's are its whole buffer: sink, window and chunk."""
     return config.anchor.frames + config.past_frames + config.chunk_frames
 
@@ -209,7 +202,7 @@ class Schedule:
         if known < len(layout_of(phase, config).window):
             phase = dataclasses.replace(phase, window_frames=known)
         change = transition if transition in ("recache", "reset_state") and since == 0 else None
-        return Plan(index, blend, change, phase, min(_num_recent(config), known) if change == "recache" else 0)
+        return Plan(index, blend, change, phase, min(num_recent(config), known) if change == "recache" else 0)
 
 
 def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: int, name: str = "prompts") -> Schedule:
@@ -244,167 +237,3 @@ def _obstacle(transition: str, config: StreamConfig) -> str | None:
         except ValueError as error:
             return f"cannot be: {error}"
     return None
-
-
-# --- generating -------------------------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PromptedCarry:
-    """A stream that follows a schedule.
-
-    Attributes:
-        stream: the carry of the stream.
-        recent: clean latents of the stream's last frames, the newest last, [B, F_s + W_p + F, H, W, C], zeros before
-            the first; what `recache` reads again.
-    """
-
-    stream: RolloutCarry
-    recent: jax.Array
-
-
-def initial_prompted(stream: RolloutCarry, config: StreamConfig, latent_shape: tuple[int, int, int]) -> PromptedCarry:
-    """The carry before the first chunk; latent_shape is (H, W, C)."""
-    return PromptedCarry(stream, jnp.zeros((stream.keys.shape[0], _num_recent(config), *latent_shape)))
-
-
-@jax.jit
-def _text_between(model: DiT, before: jax.Array, after: jax.Array, weight) -> KeyValues:
-    """Text keys and values of embeddings [B, T, text_dim] between two prompts."""
-    between = (1.0 - weight) * before.astype(jnp.float32) + weight * after.astype(jnp.float32)
-    return model.text_keys_values(between.astype(after.dtype))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "phase", "reread"), donate_argnames="carry")
-def _recache(
-    model: DiT,
-    carry: RolloutCarry,
-    recent: jax.Array,
-    text: KeyValues,
-    config: StreamConfig,
-    phase: Phase,
-    reread: int,
-) -> RolloutCarry:
-    """Reads the last `reread` frames again, clean, under a new text, for those that the next chunk sees in the window.
-
-    While the stream fills, the window may show frames that are the anchor's: those keep the text that they had.
-    """
-    renewed = len(layout_of(phase, config).window)
-    if not phase.steady:
-        renewed = min(renewed, phase.first_frame - config.anchor.frames)
-    if renewed <= 0:
-        return carry
-    _, fresh = denoise(model, recent[:, -reread:], 0.0, text, consecutive(0, 0, 0, reread), None)
-    window, tokens = carry.cache.window, renewed * fresh.num_tokens // reread
-    fresh = fresh.tokens(fresh.num_tokens - tokens, tokens)
-    fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, window)
-    window = concatenate(window.tokens(0, window.num_tokens - tokens), fresh)
-    return dataclasses.replace(carry, cache=dataclasses.replace(carry.cache, window=window))
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="carry")
-def _reset_state(carry: RolloutCarry, config: StreamConfig) -> RolloutCarry:
-    """Makes the newest frames of the window the adaptive state."""
-    window = carry.cache.window
-    tokens = carry.cache.anchor.num_tokens
-    state = window.tokens(window.num_tokens - tokens, tokens)
-    return dataclasses.replace(carry, cache=dataclasses.replace(carry.cache, anchor=state))
-
-
-@jax.jit
-def _remember(recent: jax.Array, content: jax.Array) -> jax.Array:
-    return jnp.concatenate([recent, content], axis=1)[:, content.shape[1] :]
-
-
-def _call(function: Callable, *arguments) -> Any:
-    return function(*arguments)
-
-
-def _compile(function: Callable, *arguments) -> Any:
-    """Compiles a jitted function for these arguments, so that a call need not.
-
-    Returns:
-        The shapes of its result, which stand for the result as arguments of the next function.
-    """
-
-    def shape(x):
-        # Without a mesh arrays are bound to no device; the device that is named here would make them other arguments.
-        sharding = None if isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else x.sharding
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, function.lower(*arguments).compile().out_info)
-
-
-def prompted_stream(
-    model: DiT,
-    carry: PromptedCarry,
-    embeddings: Sequence[jax.Array],
-    schedule: Schedule,
-    config: StreamConfig,
-    latent_shape: tuple[int, int, int],
-    num_chunks: int | None = None,
-    given: jax.Array | None = None,
-    reencode: Reencode | None = None,
-) -> Iterator[tuple[PromptedCarry, Chunk]]:
-    """`stream` along a schedule of prompts; with one cue and nothing given, the same bits.
-
-    Every program that the chunks need is compiled before the first of them is generated.
-
-    Args:
-        model, config, latent_shape, num_chunks, reencode: as `stream`.
-        carry: it is donated when the next chunk is asked for.
-        embeddings: of each cue's prompt, [B, T, text_dim].
-        given: clean latents that take the place of the stream's first frames, [B, n, H, W, C], n ≤ `max_given_frames`.
-
-    Yields:
-        The carry after the chunk, and the chunk.
-
-    Raises:
-        ValueError: too many frames are given.
-    """
-    if given is not None and given.shape[1] > max_given_frames(config):
-        raise ValueError(f"at most {max_given_frames(config)} latent frames can be given, got {given.shape[1]}")
-    first_chunk = int(carry.stream.chunk)
-    last_chunk = None if num_chunks is None else first_chunk + num_chunks
-    starts = range(0, 0 if given is None else given.shape[1], config.chunk_frames)
-    parts = [given[:, start : start + config.chunk_frames] for start in starts]
-
-    def plan_of(chunk: int) -> Plan:
-        return schedule.plan(chunk, config, None if last_chunk is None else last_chunk - chunk)
-
-    def text_of(plan: Plan) -> KeyValues:
-        before, after = embeddings[max(plan.cue - 1, 0)], embeddings[plan.cue]
-        return _text_between(model, before, after, jnp.float32(plan.blend))
-
-    def step(run: Callable, carry: PromptedCarry, chunk: int, plan: Plan, text: KeyValues):
-        state = carry.stream
-        if plan.transition == "recache":
-            state = run(_recache, model, state, carry.recent, text, config, plan.phase, plan.reread)
-        elif plan.transition == "reset_state":
-            state = run(_reset_state, state, config)
-        if chunk < len(parts):
-            state, generated = run(given_step, model, state, text, parts[chunk], config, plan.phase)
-        else:
-            state, generated = run(stream_step, model, state, text, config, latent_shape, plan.phase, reencode)
-        return PromptedCarry(state, run(_remember, carry.recent, generated.content)), generated
-
-    settled = max(first_chunk, schedule.starts[-1]) + config.num_fill_chunks + len(config.cycle)
-    end = settled if last_chunk is None else last_chunk
-    ahead = [*range(first_chunk, min(settled, end)), *range(max(first_chunk, end - config.live_chunks), end)]
-    text, shapes, compiled = text_of(plan_of(first_chunk)), carry, set()
-    for chunk in ahead:
-        plan = plan_of(chunk)
-        # The carry to begin with may be laid over the devices otherwise than those that chunks return.
-        program = plan.phase, plan.transition, plan.reread, min(chunk, len(parts)), chunk == first_chunk
-        if program not in compiled:
-            shapes, _ = step(_compile, shapes, chunk, plan, text)
-            compiled.add(program)
-
-    said = None
-    for chunk in itertools.count(first_chunk) if last_chunk is None else range(first_chunk, last_chunk):
-        plan = plan_of(chunk)
-        if said != (plan.cue, plan.blend):
-            text, said = text_of(plan), (plan.cue, plan.blend)
-        carry, generated = step(_call, carry, chunk, plan, text)
-        yield carry, generated

@@ -14,15 +14,8 @@ from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompts
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.presets import PRESETS
-from adastate_jax.streaming.prompts import (
-    Cue,
-    Schedule,
-    chunk_of,
-    initial_prompted,
-    parse_schedule,
-    prompted_stream,
-    schedule,
-)
+from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
+from adastate_jax.streaming.prompts import Cue, Schedule, chunk_of, parse_schedule, schedule
 from adastate_jax.streaming.rollout import initial_carry, rollout, seed_keys, stream
 from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of
 
