@@ -22,8 +22,6 @@ from adastate_jax.streaming.presets import STREAM_NAMES
 from adastate_jax.streaming.rollout import StreamConfig
 
 STAGES = ("pretrain", "initialize", "distill", "sample")
-
-
 DECODERS = ("patch", "wan", "tiny")
 
 

@@ -23,8 +23,6 @@ from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
 
 REMAT_POLICIES = ("none", "block", "attention")
-
-
 _SIZES = (
     "dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim", "text_length", "freq_dim",
 )  # fmt: skip

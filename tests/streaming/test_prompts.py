@@ -11,7 +11,7 @@ from conftest import LATENT_SHAPE, SMALL
 
 from adastate_jax.errors import UserError
 from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming import prompts
+from adastate_jax.streaming import prompted, prompts
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
@@ -194,7 +194,7 @@ def test_recache_is_one_clean_pass_over_all_that_is_held(student, embeddings, na
     assert frames.shape[1] == reread
     _, fresh = jax.jit(lambda: student(frames, jnp.zeros(frames.shape[:2]), text, range(reread)))()
     before = jax.tree.map(np.asarray, carry.stream.cache)
-    after = prompts._recache(student, carry.stream, carry.recent, text, config, plan.phase, plan.reread).cache
+    after = prompted._recache(student, carry.stream, carry.recent, text, config, plan.phase, plan.reread).cache
     tokens = renewed * SMALL.frame_tokens(*LATENT_SHAPE[:2])
     for ours, old, new in zip(*map(jax.tree.leaves, (after.window, before.window, fresh)), strict=True):
         kept = old.shape[2] - tokens
@@ -242,7 +242,7 @@ def test_a_cut_is_for_one_chunk():
 def test_reset_state_takes_the_newest_frame(student, embeddings):
     _, carry = follow(student, embeddings, scheduled(), 4)
     newest = np.asarray(carry.stream.cache.window.key)
-    reset = prompts._reset_state(carry.stream, CONFIG)
+    reset = prompted._reset_state(carry.stream, CONFIG)
     tokens = SMALL.frame_tokens(*LATENT_SHAPE[:2])
     np.testing.assert_array_equal(reset.cache.anchor.key, newest[:, :, -tokens:])
 
