@@ -20,9 +20,9 @@ from adastate_jax.fields import to_dict
 from adastate_jax.generation.loading import Model, decode_frames, encode_frames, num_given_frames, stream_config
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Cue, read_schedule, schedule
-from adastate_jax.streaming.rollout import initial_carry, seed_keys
 
 _DESCRIPTION = "stream.json"
 
