@@ -1,6 +1,11 @@
 """Errors that a user caused and can fix."""
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -32,3 +37,50 @@ def one_line(message: str) -> str:
     """
     text = " ".join(message.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+@contextlib.contextmanager
+def writing(where: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Makes what the system refuses within one `UserError`: `where` cannot be written, and why.
+
+    Args:
+        where: the file or folder.
+        kinds: what a library raises instead of an OSError.
+    """
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        fix = "free some space and do it again" if _is_full(error) else "name another place or make it writable"
+        raise UserError(f"{where}: cannot be written ({reason(error)}); {fix}") from error
+
+
+@contextlib.contextmanager
+def reading(where: str | Path, fix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Makes what the system refuses within one `UserError`: `where` cannot be read, why, and the fix; see `writing`."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        raise UserError(f"{where}: cannot be read ({reason(error)}); {fix}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, in the system's words where they are known."""
+    code = _code(error)
+    if code:
+        return os.strerror(code)
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _is_full(error: BaseException) -> bool:
+    return _code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's number for an error; libraries in C++ that lose it still quote its text, or their own mark of it."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore
+        return int(found[1])
+    quoted = (code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(code) in str(error))
+    return next(quoted, None)

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """As `whole_file`, for a folder: yields a path at which to make it, where nothing lies yet.
+
+    Raises:
+        OSError: something lies at `path` when it is done, or it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary, lock = _create(path, folder=True)
+    try:
+        yield temporary / path.name
+        (temporary / path.name).rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all; raises OSError as `whole_file` does."""
     write_bytes(path, text.encode())
@@ -61,26 +81,34 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes temporary files of `path` whose owners are dead."""
+    """Removes temporary files and folders of `path` whose owners are dead."""
     with contextlib.suppress(OSError):
         for other in _temporaries(path):
             with contextlib.suppress(OSError):
-                lock = os.open(other, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                folder = other.is_dir() and not other.is_symlink()
+                lock = os.open(other, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    other.unlink()
+                    shutil.rmtree(other) if folder else other.unlink()
                 finally:
                     os.close(lock)
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """A new temporary file of `path`, and the descriptor that holds its lock."""
+def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file (or folder) of `path`, and the descriptor that holds its lock."""
     while True:
         temporary = temporary_name(path)
         try:
-            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            if folder:
+                temporary.mkdir()
+            flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            lock = os.open(temporary, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             continue
+        except FileNotFoundError:  # another process took the folder for a leftover before it was locked
+            if folder and path.parent.is_dir():
+                continue
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process takes it for a leftover: it came between the two calls

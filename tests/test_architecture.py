@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
     ("errors", "files"),
-    ("fields",),
-    ("diffusion", "sharding", "console"),
+    ("fields", "texts"),
+    ("diffusion", "sharding", "console", "seals"),
     ("models",),
     ("streaming", "data"),
     ("config", "checkpoint", "media", "weights"),
