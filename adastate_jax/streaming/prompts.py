@@ -138,9 +138,7 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
         if not isinstance(cue.transition, str) or cue.transition not in TRANSITIONS:
             raise UserError(f"{entry} has transition {shown(cue.transition)}; use one of {', '.join(TRANSITIONS)}")
         if type(cue.chunks) is not int or not 1 <= cue.chunks <= _MOST_CHUNKS:  # True is an int, too
-            raise UserError(
-                f"{entry} blends over {shown(cue.chunks)} chunks; give 1 to {_MOST_CHUNKS:,}"
-            )
+            raise UserError(f"{entry} blends over {shown(cue.chunks)} chunks; give 1 to {_MOST_CHUNKS:,}")
 
 
 def _is_number(value: Any) -> bool:

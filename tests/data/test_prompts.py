@@ -39,7 +39,11 @@ def test_json_lines_give_their_prompt_field(tmp_path):
         ("list.jsonl", b'["a"]\n', r'list\.jsonl: line 1 has no text under "prompt"'),
         ("blank.jsonl", b'{"prompt": " "}\n', r'blank\.jsonl: line 1 has no text under "prompt"'),
         ("half.jsonl", b'{"prompt": "\\ud800"}\n', r'half\.jsonl: line 1 has no text under "prompt"'),
-        ("twice.jsonl", b'{"prompt": "a", "prompt": "b"}\n', r"twice\.jsonl: line 1: is not JSON \(it names 'prompt' twice"),
+        (
+            "twice.jsonl",
+            b'{"prompt": "a", "prompt": "b"}\n',
+            r"twice\.jsonl: line 1: is not JSON \(it names 'prompt' twice",
+        ),
         ("deep.jsonl", b'{"prompt": ' + b"[" * 100_000, r"deep\.jsonl: line 1: is nested too deeply"),
         ("zeros.txt", b"a\0\n", r"zeros\.txt: holds zero bytes"),
     ],
