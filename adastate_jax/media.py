@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -169,17 +168,6 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], scale: int, columns: i
         row = np.concatenate(list(chosen), axis=1)
         sheet += [_label(label, row.shape[1]), row]
     return np.concatenate(sheet, axis=0)
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def loss_curves(records: Sequence[Mapping], path: str | Path) -> None:

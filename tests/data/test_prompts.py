@@ -42,7 +42,7 @@ def test_json_lines_give_their_prompt_field(tmp_path):
         (
             "twice.jsonl",
             b'{"prompt": "a", "prompt": "b"}\n',
-            r"twice\.jsonl: line 1: is not JSON \(it names 'prompt' twice",
+            r"line 1: is not JSON \(it names 'prompt' twice",
         ),
         ("deep.jsonl", b'{"prompt": ' + b"[" * 100_000, r"deep\.jsonl: line 1: is nested too deeply"),
         ("zeros.txt", b"a\0\n", r"zeros\.txt: holds zero bytes"),

@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from adastate_jax import seals
 from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.console import progress
 from adastate_jax.diffusion import draw_normal
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reading, writing
+from adastate_jax.files import whole_file
 from adastate_jax.sharding import batch_sharding, shard_batch
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.stages.run import Run, trained
@@ -20,9 +22,14 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     """Draws the teacher's trajectories into files, each whole or absent, and returns how to read them.
 
     Trajectory i is for caption i (modulo their number), from noise of key i: a missing file is made again, the same.
+    One that the folder's seal does not list counts as missing, so those of versions without a seal are drawn again.
 
     Returns:
-        Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32.
+        Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32; a file is checked against the seal when it
+        is first read.
+
+    Raises:
+        UserError: trajectories are not finite, or a file is damaged or cannot be written; the function that reads, too.
     """
     config, stream = run.config.initialize, run.config.stream
     try:
@@ -33,7 +40,6 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     shape = (run.config.data.num_frames, *run.latent_shape)
     key = run.key("trajectories")
     folder = run.workdir / "trajectories"
-    folder.mkdir(exist_ok=True)
     per_file = config.batch_size
     num_files = -(-config.trajectories // per_file)
 
@@ -46,12 +52,15 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     def file(index: int) -> Path:
         return folder / f"{index:06d}.npy"
 
-    missing = [i for i in range(num_files) if not file(i).is_file()]
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
+    missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
     if missing:
         teacher = trained(run, "pretrain", "ema")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
-                run.stop.check()
+                run.check()
                 numbers = np.arange(index * per_file, (index + 1) * per_file)
                 token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
                 batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
@@ -61,20 +70,31 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                partial = folder / ".partial.npy"
-                np.save(partial, drawn)
-                partial.replace(file(index))
+                with writing(file(index)):
+                    with whole_file(file(index)) as temporary:
+                        np.save(temporary, drawn)
+                        sealed[file(index).name] = seals.fingerprint(temporary)
+                    seals.write_seal(folder, sealed)
                 bar.set_description("trajectories")
                 bar.update(per_file)
+
+    @functools.cache
+    def checked(index: int) -> Path:
+        seals.verify_file(file(index), sealed[file(index).name], _fix(file(index)))
+        return file(index)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         rows = []
         for number in numbers:
             index, row = divmod(int(number), per_file)
-            try:
-                rows.append(np.load(file(index), mmap_mode="r")[row])
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file(index)}: damaged ({error}); remove it and run again") from None
+            with reading(file(index), _fix(file(index)), ValueError):
+                rows.append(np.load(checked(index), mmap_mode="r")[row])
+            if rows[-1].shape != (len(stream.sigmas) + 1, *shape):
+                raise UserError(f"{file(index)}: holds trajectories of another shape; {_fix(file(index))}")
         return np.stack(rows)
 
     return read
+
+
+def _fix(path: Path) -> str:
+    return f"remove {path} and run again, to draw it anew"
