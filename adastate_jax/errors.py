@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_QUOTED = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
 
 class UserError(Exception):
     """Bad input: the message is one line that names the culprit (a file, a field) and the fix."""
@@ -45,20 +48,32 @@ def writing(where: str | Path, *kinds: type[Exception]) -> Iterator[None]:
 
     Args:
         where: the file or folder.
-        kinds: what a library raises instead of an OSError.
+        kinds: what a library may raise instead of an OSError; those count that quote the system.
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, *kinds) as error:
-        fix = "free some space and do it again" if _is_full(error) else "name another place or make it writable"
+        code = _code(error)
+        if code is None and not isinstance(error, OSError):
+            raise
+        fix = "free some space and run again" if code in _FULL else "name another place or make it writable"
         raise UserError(f"{where}: cannot be written ({reason(error)}); {fix}") from error
 
 
 @contextlib.contextmanager
 def reading(where: str | Path, fix: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Makes what the system refuses within one `UserError`: `where` cannot be read, why, and the fix; see `writing`."""
+    """Makes what goes wrong within one `UserError`: `where` cannot be read, why, and the fix.
+
+    Args:
+        where: the file or folder.
+        kinds: what a library raises for a damaged file.
+    """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, *kinds) as error:
         raise UserError(f"{where}: cannot be read ({reason(error)}); {fix}") from error
 
@@ -72,15 +87,10 @@ def reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _is_full(error: BaseException) -> bool:
-    return _code(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def _code(error: BaseException) -> int | None:
     """The system's number for an error; libraries in C++ that lose it still quote its text, or their own mark of it."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore
         return int(found[1])
-    quoted = (code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(code) in str(error))
-    return next(quoted, None)
+    return next((code for code in _QUOTED if os.strerror(code) in str(error)), None)

@@ -56,7 +56,7 @@ class Run:
         return key_of(self.config, stage)
 
     def check(self) -> None:
-        """Between two pieces of work: raises `Stopped` if a signal has come, UserError if the work directory is gone."""
+        """Between two pieces of work: raises `Stopped` after a signal, UserError if the work directory is gone."""
         self.stop.check()
         if not (self.workdir / "config.json").is_file():
             raise UserError(f"{self.workdir}: was removed during the run; run again to begin anew")

@@ -87,7 +87,7 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
         rows = []
         for number in numbers:
             index, row = divmod(int(number), per_file)
-            with reading(file(index), _fix(file(index)), ValueError):
+            with reading(file(index), _fix(file(index)), ValueError, IndexError):
                 rows.append(np.load(checked(index), mmap_mode="r")[row])
             if rows[-1].shape != (len(stream.sigmas) + 1, *shape):
                 raise UserError(f"{file(index)}: holds trajectories of another shape; {_fix(file(index))}")
