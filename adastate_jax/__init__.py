@@ -10,7 +10,8 @@ uint8 (1, 32, 32, 3)
 
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import Model, load, make_sampler
-from adastate_jax.generation.video_stream import load_stream, save_stream, stream
+from adastate_jax.generation.saved_streams import load_stream, save_stream
+from adastate_jax.generation.video_stream import stream
 from adastate_jax.streaming.prompts import Cue
 
 __all__ = ["Cue", "Model", "UserError", "load", "load_stream", "make_sampler", "save_stream", "stream"]
