@@ -50,7 +50,7 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
         return sample_trajectory(teacher, noise, text, null_text, sigmas, config.guidance_scale, keep_every)
 
     def file(index: int) -> Path:
-        return folder / f"{index:06d}.npy"
+        return folder / _name(index)
 
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -70,31 +70,55 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                with writing(file(index)):
-                    with whole_file(file(index)) as temporary:
-                        np.save(temporary, drawn)
-                        sealed[file(index).name] = seals.fingerprint(temporary)
-                    seals.write_seal(folder, sealed)
+                write_trajectories(file(index), drawn, sealed)
                 bar.set_description("trajectories")
                 bar.update(per_file)
 
+    return read_trajectories(folder, per_file, (len(stream.sigmas) + 1, *shape))
+
+
+def write_trajectories(file: Path, drawn: np.ndarray, sealed: dict[str, seals.Fingerprint]) -> None:
+    """Writes trajectories into a file, and adds it to what its folder's seal lists; raises UserError if it cannot."""
+    with writing(file):
+        with whole_file(file) as temporary:
+            np.save(temporary, drawn)
+            sealed[file.name] = seals.fingerprint(temporary)
+        seals.write_seal(file.parent, sealed)
+
+
+def read_trajectories(folder: Path, per_file: int, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """How to read the trajectories of a folder, `per_file` of them in each of its files, each of a shape.
+
+    Raises:
+        UserError: the seal or (from the function that reads) a file is missing or damaged.
+    """
+    sealed = seals.read_seal(folder, _fix(folder))
+
     @functools.cache
     def checked(index: int) -> Path:
-        seals.verify_file(file(index), sealed[file(index).name], _fix(file(index)))
-        return file(index)
+        file = folder / _name(index)
+        if file.name not in sealed:
+            raise UserError(f"{file}: missing; {_fix(folder)}")
+        seals.verify_file(file, sealed[file.name], _fix(file))
+        return file
 
     def read(numbers: np.ndarray) -> np.ndarray:
         rows = []
         for number in numbers:
             index, row = divmod(int(number), per_file)
-            with reading(file(index), _fix(file(index)), ValueError, IndexError):
-                rows.append(np.load(checked(index), mmap_mode="r")[row])
-            if rows[-1].shape != (len(stream.sigmas) + 1, *shape):
-                raise UserError(f"{file(index)}: holds trajectories of another shape; {_fix(file(index))}")
+            file = checked(index)
+            with reading(file, _fix(file), ValueError, IndexError):
+                rows.append(np.load(file, mmap_mode="r")[row])
+            if rows[-1].shape != shape:
+                raise UserError(f"{file}: holds trajectories of another shape; {_fix(file)}")
         return np.stack(rows)
 
     return read
 
 
+def _name(index: int) -> str:
+    return f"{index:06d}.npy"
+
+
 def _fix(path: Path) -> str:
-    return f"remove {path} and run again, to draw it anew"
+    return f"remove {path} and run again, to draw anew"
