@@ -26,6 +26,11 @@ from adastate_jax.sharding import path_name
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+# What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
+_STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError)
+_UNLIKE = "its files match their seal: another program or version wrote them; make it again with this one"
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path name, `a/b/c`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -64,13 +69,13 @@ def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
     verify(path, fix)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like)
     wanted = {f"{prefix}/{name}" if prefix else name: leaf for name, leaf in flatten(like).items()}
-    with reading(path, fix, Exception):
+    with reading(path, _UNLIKE, *_STRANGE):
         saved = ocp.metadata(path).metadata
     _check_names(path, wanted, saved, partial=bool(prefix))
     _say_fall_back(path)
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(prefix)
-    with context, reading(path, fix, Exception):
+    with context, reading(path, _UNLIKE, *_STRANGE):
         loaded = ocp.load(path, wanted)
     found = {name.removeprefix(f"{prefix}/") if prefix else name: leaf for name, leaf in loaded.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], like)
