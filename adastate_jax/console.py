@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import tqdm
 
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     try:
         code = main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
