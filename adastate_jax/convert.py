@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from adastate_jax.weights.tensors import ArrayTensor, finite_blocks
 _EXAMPLE = """examples:
   python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher
   python -m adastate_jax.convert --source=self_forcing_dmd.pt --output=weights/student --dtype=bfloat16
-  python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --output=weights/longlive
+  python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --lora=style.pt:0.8 --output=weights/longlive
   python -m adastate_jax.convert --source=runs/small_world --to=safetensors --names=diffusers --output=student"""
 
 
@@ -112,6 +113,20 @@ def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def _parse_adapter(text: str) -> tuple[Path, float]:
+    """File and strength of `FILE[:STRENGTH]`; a file may have a colon in its name."""
+    name, colon, number = text.rpartition(":")
+    if os.path.exists(text) or not colon:
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(strength) < 1e9:
+        raise UserError(f"--lora={text}: its strength must be a finite number")
+    return Path(name), strength
+
+
 def _open(options: argparse.Namespace) -> Network:
     """The network that the options name."""
     path = options.source
@@ -125,8 +140,12 @@ def _open(options: argparse.Namespace) -> Network:
         network = identify(source, _parse_overrides(options.set))
         if source.part:
             print(f"{path}: its part {source.part}", file=sys.stderr)
-    if options.lora:
-        network = merge_lora(network, options.lora, options.lora_alpha)
+    for text in options.lora:
+        adapter, strength = _parse_adapter(text)
+        try:
+            network = merge_lora(network, adapter, options.lora_alpha, strength)
+        except UserError as error:
+            raise UserError(f"--lora={error}") from None
     dtype = options.dtype or network.config.param_dtype
     return dataclasses.replace(network, config=dataclasses.replace(network.config, param_dtype=dtype, dtype=dtype))
 
@@ -176,12 +195,18 @@ def _parser() -> CommandParser:
         choices=("official", "diffusers"),
         help="names to write with --to=safetensors (default official); of the text encoder, diffusers is transformers",
     )
-    parser.add_argument("--lora", type=Path, metavar="FILE|DIR", help="adapter to add to the weights, in float32")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|DIR[:STRENGTH]",
+        help="adapter to add to the weights, in float32, at this strength (default 1); may be given several times",
+    )
     parser.add_argument(
         "--lora-alpha",
         type=float,
         metavar="NUMBER",
-        help="adapter's alpha; its changes are scaled by alpha / rank (default: as its file says, else the rank)",
+        help="the adapters' alpha; changes are scaled by alpha / rank (default: as each file says, else the rank)",
     )
     parser.add_argument(
         "--part",

@@ -43,6 +43,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; a name that none can have, too long or with a NUL in it, is not (`Path` raises)."""
+    return os.path.isfile(path)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all; raises OSError as `whole_file` does."""
     write_bytes(path, text.encode())

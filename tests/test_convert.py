@@ -405,14 +405,25 @@ def test_adapters_of_every_spelling_are_merged_in_float32(tmp_path, run, spell, 
     [
         (lambda lora: lora.pop("blocks.0.self_attn.q.lora_B.weight"), "one factor without the other"),
         (lambda lora: lora.update({"blocks.9.ffn.0.lora_A.weight": np.zeros((2, 2), np.float32)}), "blocks.9.ffn.0"),
-        (lambda lora: lora.update({"blocks.0.ffn.0.diff": np.zeros(2, np.float32)}), "blocks.0.ffn.0.diff"),
+        (
+            lambda lora: lora.update({"blocks.0.ffn.0.diff": np.zeros(2, np.float32)}),
+            "the change of blocks.0.ffn.0's weight has shape [2], the base [48, 128]",
+        ),
+        (lambda lora: lora.update({"blocks.0.diff_b": np.zeros(2, np.float32)}), "blocks.0 has a change of its bias"),
+        (lambda lora: lora.update({"blocks.0.k_img.diff": np.zeros(2, np.float32)}), "made for another network"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.dora_scale": np.zeros(2, np.float32)}), "not of a plain LoRA"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.hada_w1_a": np.zeros(2, np.float32)}), "not of a plain LoRA"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.weight": np.zeros(2, np.float32)}), "no changes of an adapter"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.alpha": np.ones(1, np.float32)}), "an alpha, but no factors"),
+        (lambda lora: lora["blocks.0.self_attn.q.lora_A.weight"].fill(np.nan), "self_attn.q holds NaN or infinity"),
+        (lambda lora: lora.update({"head.head.diff_b": np.full(16, np.inf, np.float32)}), "bias holds NaN or infinity"),
         (
             lambda lora: lora.update({"blocks.0.self_attn.q.lora_B.weight": np.zeros((128, 3), np.float32)}),
             "[128, 3] and [2, 128]",
         ),
         (
             lambda lora: lora.update({"blocks.0.self_attn.q.lora_A.weight": np.zeros((2, 128), np.int32)}),
-            "dtypes float32 and int32",
+            "a factor of blocks.0.self_attn.q has dtype int32",
         ),
         (
             lambda lora: lora.update({f"model.{name}": tensor for name, tensor in [*lora.items()]}),
@@ -488,7 +499,9 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
         (["--part=generator"], "has no parts"),
         (["--names=diffusers"], "needs --to=safetensors"),
         (["--lora-alpha=2"], "needs --lora"),
-        (["--lora=missing.pt"], "missing.pt: no such file"),
+        (["--lora=missing.pt"], "--lora=missing.pt: no such file"),
+        (["--lora=missing.pt:0.5"], "--lora=missing.pt: no such file"),
+        (["--lora=missing.pt:nan"], "--lora=missing.pt:nan: its strength must be a finite number"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, refusal, options, culprit):
