@@ -122,9 +122,10 @@ class StoredTensor:
         extent = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         mapped = np.memmap(self.path, np.uint8, "r", self.offset, (extent * size,))
         # A hand-written file may place elements where no processor would; those are copied into order.
-        flat = (mapped if self.offset % size == 0 else np.array(mapped)).view(self.dtype)
-        strides = [stride * size for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+        held = mapped if self.offset % size == 0 else np.array(mapped)
+        held.flags.writeable = False
+        # Not as_strided, which does not know all of ml_dtypes.
+        return np.ndarray(self.shape, self.dtype, held, 0, [stride * size for stride in self.strides])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Part [stop − start, ...] of the leading axis, read-only, in the file's dtype."""
