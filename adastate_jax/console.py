@@ -2,16 +2,20 @@
 
 import argparse
 import contextlib
+import errno
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import tqdm
 
 from adastate_jax.errors import UserError
+from adastate_jax.files import claimed, numbered_name
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -22,6 +26,56 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
+
+
+def output_argument(parser: argparse.ArgumentParser, help: str, default: str | None = None, metavar: str = "FILE"):
+    """Adds `--output` and `--overwrite`, of which `claimed_output` makes a path; without a default, it is required."""
+    if default:
+        help += f" (default {default}, or {numbered_name(Path(default), 2)} where that exists, and so on)"
+    parser.add_argument("--output", type=Path, required=default is None, metavar=metavar, help=help)
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output names, if it exists")
+    parser.set_defaults(default_output=default and Path(default))
+
+
+@contextlib.contextmanager
+def claimed_output(options: argparse.Namespace, *, folder: bool = False, number: int = 1) -> Iterator[Path]:
+    """Where a command's `output_argument` says that its result goes, kept for this process while the context lasts.
+
+    A default name that is taken is numbered, so that nothing is lost; one that the user gave is refused instead. All
+    that can be known is found out here, before any work. Writing is the caller's.
+
+    Args:
+        folder: the result is a folder, which may exist if it is empty.
+        number: of the file, where a call writes several: OUTPUT, OUTPUT-2, …
+
+    Raises:
+        UserError: the path exists, is of the other kind, cannot be written, or another process is about to write it.
+    """
+    named = options.output is not None
+    path = options.output if named else options.default_output
+    with contextlib.ExitStack() as stack:
+        try:
+            if named:
+                path = numbered_name(path, number)
+                _refuse_existing(path, folder, options.overwrite)
+            path = stack.enter_context(claimed(path, numbered=not named and not options.overwrite))
+        except BlockingIOError:
+            raise UserError(f"--output={path}: another process is writing it; name another") from None
+        except OSError as error:
+            raise UserError(f"--output={path}: cannot be written ({error.strerror or error})") from None
+        yield path
+
+
+def _refuse_existing(path: Path, folder: bool, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if path.is_dir() != folder:
+        kinds = ("a file", "a folder")
+        raise UserError(f"--output={path}: is {kinds[not folder]}; name {kinds[folder]}")
+    if not overwrite and not (folder and not any(path.iterdir())):
+        raise UserError(f"--output={path}: exists; name another, or add --overwrite to replace it")
+    if folder and not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:

@@ -1,13 +1,15 @@
-"""Files that are whole or not there: written beside their place under a name of nobody else's, then put into it.
+"""Files that are whole or not there, and that take nobody's place: written beside it under a name of their own.
 
 A temporary file is created exclusively, so that two processes never share one and a planted link is never followed. Its
 owner holds a lock on it while it lives; a temporary file without one is the leftover of a process that died, and the
-next writer of the same file removes it.
+next writer of the same file removes it. A name can be claimed before there is anything to write; nobody else's claim
+then gets it.
 """
 
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 
 _NAME_BYTES = 255  # of a file name, on every common file system
 _SUFFIX = ".partial"
+_CLAIM = ".claim"
 
 
 @contextlib.contextmanager
@@ -52,6 +55,80 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file, whole or not at all; raises OSError as `whole_file` does."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def free_name(path: str | Path) -> Path:
+    """The path itself if nothing lies there, else the first of NAME-2, NAME-3, … (before its ending) that is free."""
+    names = (numbered_name(Path(path), number) for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def numbered_name(path: Path, number: int) -> Path:
+    """NAME-NUMBER before the ending, cut to what a file name can hold; the path itself for number 1."""
+    if number == 1:
+        return path
+    end = f"-{number}{path.suffix}"
+    stem = path.name.removesuffix(path.suffix).encode()[: _NAME_BYTES - len(end.encode())]
+    return path.with_name(stem.decode(errors="ignore") + end)
+
+
+@contextlib.contextmanager
+def claimed(path: str | Path, numbered: bool = False) -> Iterator[Path]:
+    """Keeps a name for this process while the context lasts, and finds out whether its folder can be written.
+
+    Nothing is written under the name. A folder that was made for it goes again if it stays empty.
+
+    Args:
+        numbered: takes the first of NAME, NAME-2, … at which nothing lies and which nobody else has claimed.
+
+    Raises:
+        BlockingIOError: somebody else has claimed it.
+        OSError: the name is too long, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            yield _claim_free(path, stack) if numbered else _claim(path, stack)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _claim_free(path: Path, stack: contextlib.ExitStack) -> Path:
+    for number in itertools.count(1):
+        name = numbered_name(path, number)
+        if not os.path.lexists(name):
+            with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as attempt:
+                _claim(name, attempt)
+                if not os.path.lexists(name):  # else its writer was done in between
+                    stack.push(attempt.pop_all())
+                    return name
+
+
+def _claim(path: Path, stack: contextlib.ExitStack) -> Path:
+    """Locks a hidden file beside what `path` stands for, until the stack is left."""
+    target = Path(os.path.realpath(path))
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # raises for a name that is too long, as the hidden file's is not
+    file = target.with_name(_stem(target, len(f"{_CLAIM}{target.suffix}".encode())) + _CLAIM + target.suffix)
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise
+        except OSError:  # a file system without locks: two processes may claim one name
+            pass
+        if os.fstat(lock).st_nlink:
+            break
+        os.close(lock)  # its owner was about to remove it
+    stack.callback(os.close, lock)
+    stack.callback(file.unlink, missing_ok=True)
+    return path
 
 
 def temporary_name(path: Path) -> Path:
