@@ -23,7 +23,8 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.video_coding import decode, decoder_cache
 from adastate_jax.streaming.anchors import AdaptiveAnchor, StaticAnchor
 from adastate_jax.streaming.prompts import schedule
 from adastate_jax.streaming.rollout import StreamConfig

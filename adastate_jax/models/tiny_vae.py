@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adastate_jax.models.vae import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
+from adastate_jax.models.video_layers import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
 from adastate_jax.sharding import constrain
 
 _BLOCKS_PER_LEVEL = 3

@@ -8,7 +8,7 @@ import pytest
 
 from adastate_jax.convert import main
 from adastate_jax.errors import UserError
-from adastate_jax.models.vae import decode_clip, encode_clip
+from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.weights.converted import load_converted
 from adastate_jax.weights.identify import identify
 from adastate_jax.weights.sources import open_source
