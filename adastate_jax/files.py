@@ -15,9 +15,13 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from adastate_jax.interrupts import at_forced_end
+
 _NAME_BYTES = 255  # of a file name, on every common file system
 _SUFFIX = ".partial"
 _CLAIM = ".claim"
+
+_own: set[Path] = set()  # the hidden files that this process will remove
 
 
 @contextlib.contextmanager
@@ -38,11 +42,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, lock = _create(path)
+    _own.add(temporary)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        _own.discard(temporary)
         os.close(lock)
 
 
@@ -126,7 +132,9 @@ def _claim(path: Path, stack: contextlib.ExitStack) -> Path:
         if os.fstat(lock).st_nlink:
             break
         os.close(lock)  # its owner was about to remove it
+    _own.add(file)
     stack.callback(os.close, lock)
+    stack.callback(_own.discard, file)
     stack.callback(file.unlink, missing_ok=True)
     return path
 
@@ -148,6 +156,16 @@ def remove_leftovers(path: Path) -> None:
                     other.unlink()
                 finally:
                     os.close(lock)
+
+
+def remove_own() -> None:
+    """Removes this process' temporary files: before it ends without leaving its contexts."""
+    for path in list(_own):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+at_forced_end(remove_own)
 
 
 def _create(path: Path) -> tuple[Path, int]:

@@ -32,7 +32,7 @@ class VideoWriter:
         UserError: the file cannot be written; said at once where it can be known, else by `write` or at the end.
     """
 
-    def __init__(self, path: str | Path, fps: int = FPS):
+    def __init__(self, path: str | Path, fps: int = FPS, metadata: Mapping[str, str] | None = None):
         self.path = Path(path)
         self._fps = fps
         self._stream = None
@@ -40,7 +40,8 @@ class VideoWriter:
         with self._naming_the_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.touch()  # the container opens it only when the first frame comes
-        self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
+        self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart+use_metadata_tags"})
+        self._container.metadata.update(metadata or {})
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
 
@@ -91,6 +92,28 @@ class VideoWriter:
                     self._container.mux(self._stream.encode())
             if complete:
                 self._partial.replace(self.path)
+
+
+def open_writer(path: str | Path, metadata: Mapping[str, str] | None = None) -> VideoWriter:
+    """A writer of frames for what the path's ending says, with texts that `read_metadata` finds in the file again.
+
+    Raises:
+        UserError: the ending is of no known format, or as `VideoWriter`.
+    """
+    if Path(path).suffix != ".mp4":
+        raise UserError(f"{path}: must end in .mp4")
+    return VideoWriter(path, metadata=metadata)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that a video file holds; raises UserError if it is missing, or no video."""
+    try:
+        with av.open(str(path)) as container:
+            return dict(container.metadata)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error})") from None
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
