@@ -18,9 +18,13 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from adastate_jax.interrupts import at_forced_end
+
 _NAME_BYTES = 255  # of a file name, on every common file system
 _SUFFIX = ".partial"
 _CLAIM = ".claim"
+
+_own: set[Path] = set()  # the hidden files that this process will remove
 
 
 @contextlib.contextmanager
@@ -41,11 +45,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, lock = _create(path)
+    _own.add(temporary)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        _own.discard(temporary)
         os.close(lock)
 
 
@@ -65,12 +71,14 @@ def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, lock = _create(path, folder=True)
+    _own.add(temporary)
     try:
         yield temporary
         _refuse_to_replace(path, replaces)
         _exchange(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _own.discard(temporary)
         os.close(lock)
 
 
@@ -196,7 +204,9 @@ def _claim(path: Path, stack: contextlib.ExitStack) -> Path:
         if os.fstat(lock).st_nlink:
             break
         os.close(lock)  # its owner was about to remove it
+    _own.add(file)
     stack.callback(os.close, lock)
+    stack.callback(_own.discard, file)
     stack.callback(file.unlink, missing_ok=True)
     return path
 
@@ -222,6 +232,19 @@ def remove_leftovers(path: Path) -> None:
                         other.unlink()
                 finally:
                     os.close(lock)
+
+
+def remove_own() -> None:
+    """Removes this process' temporary files and folders: before it ends without leaving its contexts."""
+    for path in list(_own):
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+at_forced_end(remove_own)
 
 
 def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
