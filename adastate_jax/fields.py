@@ -103,13 +103,20 @@ def build(kind: type, values: Any, where: str) -> Any:
         if not isinstance(name, str):
             raise UserError(f"{where}: a field's name must be a word, got {shown(name)}")
     try:
-        if issubclass(kind, Named):
-            return _build_named(kind, dict(values), where)
-        types_ = typing.get_type_hints(kind)
-        refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
-        return kind(**{name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()})
+        return (
+            _build_named(kind, dict(values), where)
+            if issubclass(kind, Named)
+            else kind(**fields_of(kind, values, where))
+        )
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def fields_of(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some fields of the dataclass `kind`, each of its type; raises UserError as `build` does, but for their ranges."""
+    types_ = typing.get_type_hints(kind)
+    refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
+    return {name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()}
 
 
 def _build_named(kind: type[Named], settings: dict[str, Any], where: str) -> Named:

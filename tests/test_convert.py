@@ -493,8 +493,16 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
         (["--set", "num_heads=0"], "num_heads must be at least 1"),
         (["--set", "num_heads=x"], "must be a number"),
         (["--set", "num_heads"], "must be NAME=VALUE"),
-        (["--set", "num_hads=2"], "did you mean num_heads?"),
-        (["--set", "dim=[1]"], "dim: must be of type int"),
+        (["--set", "num_heads=" + "9" * 5000], "--set num_heads=9999"),
+        (["--set", "num_heads=" + "[" * 100_000], "nested too deeply"),
+        (["--set", "eps=1e999"], "--set.eps: must be a finite number"),
+        (["--set", "eps=NaN"], "--set.eps: must be a finite number"),
+        (["--set", "eps=" + "9" * 400], "--set.eps: 9999"),
+        (["--set", "num_layers=100000000000"], "num_layers 100000000000: its 96 tensors cannot be those of so many"),
+        (["--set", "dim=128000000000"], "no Wan2.1 transformer has such sizes"),
+        (["--set", 'param_dtype="float77"'], "dtype"),
+        (["--set", "num_hads=2"], "--set.num_hads: unknown field; did you mean num_heads?"),
+        (["--set", "dim=[1]"], "--set.dim: must be of type int"),
         (["--set", "num_layers=2"], "belong to no known part: blocks.2"),
         (["--part=generator"], "has no parts"),
         (["--names=diffusers"], "needs --to=safetensors"),
@@ -563,7 +571,42 @@ def test_an_existing_output_is_not_touched(tmp_path, refusal):
     save_file(random_tensors("vae"), tmp_path / "source.safetensors")
     (tmp_path / "refused").mkdir()
     (tmp_path / "refused" / "precious.txt").write_text("mine")
-    assert "exists; name a new folder" in refusal(tmp_path / "source.safetensors")
+    assert "exists; name another, or add --overwrite" in refusal(tmp_path / "source.safetensors")
+    message = refusal(tmp_path / "source.safetensors", "--overwrite")
+    assert "it holds 'precious.txt', which is of another kind" in message
+    (tmp_path / "refused" / "precious.txt").unlink()
+    (tmp_path / "refused" / "converted.json").mkdir()
+    assert "which is of another kind" in refusal(tmp_path / "source.safetensors", "--overwrite")
+
+
+def test_an_earlier_output_is_replaced_when_told(tmp_path, run):
+    save_file(random_tensors("vae"), tmp_path / "source.safetensors")
+    folder = run(tmp_path / "source.safetensors")
+    changed = {name: tensor + 1 for name, tensor in random_tensors("vae").items()}
+    save_file(changed, tmp_path / "source.safetensors")
+    assert main([f"--source={tmp_path / 'source.safetensors'}", f"--output={folder}", "--overwrite"]) == 0
+    assert equal(load(folder), filled("vae", changed))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "source.safetensors"]
+
+
+def test_two_processes_never_mix_their_outputs(tmp_path, refusal, monkeypatch):
+    save_file(random_tensors("vae"), tmp_path / "source.safetensors")
+    options = [f"--source={tmp_path / 'source.safetensors'}", f"--output={tmp_path / 'out'}"]
+    original, refusals = convert.write_converted, []
+
+    def write(network, folder, advance):
+        monkeypatch.setattr(convert, "write_converted", original)
+        with pytest.raises(UserError) as caught:
+            main(options)
+        refusals.append(str(caught.value))
+        original(network, folder, advance)
+
+    monkeypatch.setattr(convert, "write_converted", write)
+    assert main(options) == 0
+    assert len(refusals) == 1
+    assert "another process is writing it" in refusals[0]
+    assert equal(load(tmp_path / "out"), filled("vae", random_tensors("vae")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source.safetensors"]
 
 
 def test_an_unwritable_output_is_named(tmp_path, monkeypatch, refusal):
@@ -575,6 +618,10 @@ def test_an_unwritable_output_is_named(tmp_path, monkeypatch, refusal):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    # Before the source is looked at: these come first, however long reading that would take.
+    for output in (tmp_path / "source.safetensors", Path("/proc/x"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="--output="):
+            main([f"--source={tmp_path / 'missing.safetensors'}", f"--output={output}"])
     monkeypatch.setattr(converted, "write_safetensors", no_space)
     assert "No space left" in refusal(tmp_path / "source.safetensors")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())

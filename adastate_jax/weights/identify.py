@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.fields import build
+from adastate_jax.fields import build, fields_of
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.weights.kinds import KINDS, Kind, Naming
@@ -117,7 +117,7 @@ def _config_of(source: Source, name: str, tensors: Mapping[str, Tensor], overrid
     fields = _told_fields(source, name) | kind.infer(Shapes(tensors, source.path))
     narrow = all(tensor.dtype in (BFLOAT16, *FLOAT8) for tensor in tensors.values())
     fields["param_dtype"] = fields["dtype"] = "bfloat16" if narrow else "float32"
-    fields |= overrides
+    fields |= fields_of(kind.config, overrides, "--set")
     if kind.config is DiTConfig and "num_heads" not in fields and isinstance(fields["dim"], int):
         if fields["dim"] % 128:
             raise UserError(
