@@ -500,7 +500,7 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
         (["--set", "eps=" + "9" * 400], "--set.eps: 9999"),
         (["--set", "num_layers=100000000000"], "num_layers 100000000000: its 96 tensors cannot be those of so many"),
         (["--set", "dim=128000000000"], "no Wan2.1 transformer has such sizes"),
-        (["--set", 'param_dtype="float77"'], "dtype"),
+        (["--set", 'param_dtype="float77"'], "param_dtype must be one of float32, bfloat16, got 'float77'"),
         (["--set", "num_hads=2"], "--set.num_hads: unknown field; did you mean num_heads?"),
         (["--set", "dim=[1]"], "--set.dim: must be of type int"),
         (["--set", "num_layers=2"], "belong to no known part: blocks.2"),
