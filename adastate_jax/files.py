@@ -12,7 +12,10 @@ import fcntl
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from adastate_jax.interrupts import at_forced_end
@@ -52,6 +55,58 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Yields a temporary folder to fill; afterwards it takes the place of `path`, or goes if an exception came.
+
+    Args:
+        path: the folder to make; it may be there if it is empty, or holds nothing but files of which `replaces` says by
+            their names that they are of the same kind, and may go.
+
+    Raises:
+        OSError: the folder cannot be made, or what lies there may not go.
+    """
+    path = Path(os.path.realpath(path))
+    _refuse_to_replace(path, replaces)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary, lock = _create(path, folder=True)
+    _own.add(temporary)
+    try:
+        yield temporary
+        _refuse_to_replace(path, replaces)
+        _exchange(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _own.discard(temporary)
+        os.close(lock)
+
+
+def _exchange(folder: Path, path: Path) -> None:
+    """Gives a folder the name `path`; what had it before goes."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = temporary_name(path)
+    path.rename(old)  # a folder that is not empty has to go before another one can have its name
+    try:
+        folder.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_to_replace(path: Path, replaces: Callable[[str], bool]) -> None:
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    foreign = sorted(entry.name for entry in entries if entry.is_dir() or not replaces(entry.name))
+    if foreign:
+        raise OSError(errno.ENOTEMPTY, f"it holds {foreign[0]!r}, which is of another kind")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all; raises OSError as `whole_file` does."""
     write_bytes(path, text.encode())
@@ -61,6 +116,23 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file, whole or not at all; raises OSError as `whole_file` does."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def existing_name(path: str | Path) -> Path:
+    """The path itself, or where nothing lies there, what its folder calls the same in another Unicode normal form.
+
+    macOS decomposes letters with accents in names and other systems do not, so that what somebody types need not be
+    what a copied folder holds.
+    """
+    path = Path(path)
+    if os.path.lexists(path) or not path.name:
+        return path
+    folder = existing_name(path.parent)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
+                return folder / name
+    return path
 
 
 def free_name(path: str | Path) -> Path:
@@ -150,30 +222,41 @@ def remove_leftovers(path: Path) -> None:
     with contextlib.suppress(OSError):
         for other in _temporaries(path):
             with contextlib.suppress(OSError):
-                lock = os.open(other, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                is_folder = stat.S_ISDIR(other.lstat().st_mode)
+                lock = os.open(other, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    other.unlink()
+                    if is_folder:
+                        shutil.rmtree(other)
+                    else:
+                        other.unlink()
                 finally:
                     os.close(lock)
 
 
 def remove_own() -> None:
-    """Removes this process' temporary files: before it ends without leaving its contexts."""
+    """Removes this process' temporary files and folders: before it ends without leaving its contexts."""
     for path in list(_own):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 at_forced_end(remove_own)
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """A new temporary file of `path`, and the descriptor that holds its lock."""
+def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file of `path`, or a folder, and the descriptor that holds its lock."""
     while True:
         temporary = temporary_name(path)
         try:
-            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            if folder:
+                temporary.mkdir()
+                lock = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            else:
+                lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             continue
         try:

@@ -12,8 +12,8 @@ import numpy as np
 
 from adastate_jax.console import CommandParser, progress, run_command
 from adastate_jax.errors import UserError
+from adastate_jax.evaluation.attention_plot import attention_shares
 from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, probe_stream
-from adastate_jax.evaluation.plots import attention_shares
 from adastate_jax.generation.loading import Model, load, stream_config
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming.rollout import StreamConfig, initial_carry, seed_keys
