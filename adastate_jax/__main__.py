@@ -1,4 +1,4 @@
-"""All commands by name: `python -m adastate_jax sample …` is `python -m adastate_jax.sample …`, and so is `adastate`."""
+"""All commands by name: `adastate sample …`, or `python -m adastate_jax sample …`, is `python -m adastate_jax.sample …`."""
 
 import importlib
 import sys

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from adastate_jax import bench
-from adastate_jax.benchmarking import flops, machine, measure
+from adastate_jax.benchmarking import flops, machine, measure, report
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
