@@ -1,9 +1,16 @@
-"""All commands by name: `adastate sample …`, or `python -m adastate_jax sample …`, is `python -m adastate_jax.sample …`."""
+"""All commands by name: `adastate sample …`, as a script or `python -m adastate_jax sample …`."""
+
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
 
 import importlib
-import sys
+from collections.abc import Sequence
 
-from adastate_jax import interrupts
+from adastate_jax import __version__
+from adastate_jax.console import run_command
+from adastate_jax.errors import UserError
 
 COMMANDS = {
     "sample": "streams a video from a prompt into a file",
@@ -22,23 +29,22 @@ def _list() -> str:
     return "\n".join(["usage: adastate COMMAND [--help] …", "", "commands:", *lines])
 
 
-def main() -> None:
-    """The console script: runs the command that the first argument names, or lists all."""
-    interrupts.install()
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def _dispatch(arguments: Sequence[str]) -> int | None:
+    name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_list())
     elif name == "--version":
-        from adastate_jax import __version__
-
         print(__version__)
     elif name not in COMMANDS:
-        print(f"error: {name!r} is no command; use one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{name}: no such command; use one of {', '.join(COMMANDS)}")
     else:
-        from adastate_jax.console import run_command
+        return importlib.import_module(f"adastate_jax.{name}").main(arguments[1:])
+    return 0
 
-        run_command(importlib.import_module(f"adastate_jax.{name}").main, sys.argv[2:])
+
+def main() -> None:
+    """The console script: runs the command that the first argument names, or lists all."""
+    run_command(_dispatch)
 
 
 if __name__ == "__main__":

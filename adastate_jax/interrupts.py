@@ -12,7 +12,6 @@ Python's own way, a KeyboardInterrupt in the main thread, does not; each of its 
 Whoever has something to save asks for `deferred` signals. A second Ctrl-C ends the process at once, always.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -239,4 +238,4 @@ def _watch(reading: int) -> None:
         if _state.dropped:
             _state.raised = _state.dropped = False
             last = now
-            _thread.interrupt_main(_state.received)
+            signal.pthread_kill(threading.main_thread().ident, _state.received)

@@ -153,7 +153,7 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
     for file in (options.image, options.video, options.prompts, options.like):
-        if file and not file.is_file():
+        if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
     if (options.random_weights and options.checkpoint is not None) or not (
         options.random_weights or options.checkpoint or options.like
