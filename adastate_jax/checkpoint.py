@@ -26,6 +26,8 @@ from adastate_jax.sharding import path_name
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+_INNER = "saving"  # where Orbax saves, within a temporary folder: it leaves files of its own beside, if it fails
+
 # What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
 _STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 _UNLIKE = "its files match their seal: another program or version wrote them; make it again with this one"
@@ -37,17 +39,26 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
-    """Saves a tree once, under a folder of its own; replaces what was there.
+    """Saves a tree once, under a folder of its own; what was there goes first.
 
     Raises:
-        UserError: it cannot be written; what was there stays.
+        UserError: it cannot be written.
     """
     path = Path(path).absolute()
-    with writing(path, Exception), whole_folder(path) as temporary:
-        ocp.save(temporary, flatten(tree))
-        seal(temporary)
+    with writing(path, Exception):
         if path.exists():
             shutil.rmtree(path)
+        with whole_folder(path) as temporary:
+            ocp.save(temporary / _INNER, flatten(tree))
+            _finish(temporary)
+
+
+def _finish(folder: Path) -> None:
+    """Makes what Orbax saved within a folder the folder's own content, and seals it."""
+    for path in (folder / _INNER).iterdir():
+        path.rename(folder / path.name)
+    (folder / _INNER).rmdir()
+    seal(folder)
 
 
 def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
@@ -154,14 +165,14 @@ class Checkpoints:
         self.wait()
         with self._refusing(), contextlib.ExitStack() as stack:
             temporary = stack.enter_context(whole_folder(self.folder / str(step)))
-            response = ocp.save_async(temporary, flatten(tree))
+            response = ocp.save_async(temporary / _INNER, flatten(tree))
             unfinished = stack.pop_all()
 
         def finish():
             try:
                 with unfinished:
                     response.result()
-                    seal(temporary)
+                    _finish(temporary)
                 finished = sorted(filter(is_finished, _numbered(self.folder)), key=lambda path: int(path.name))
                 for path in finished[: -self._keep]:
                     (path / SEAL).unlink()  # first, so that what a kill leaves of it is no checkpoint

@@ -32,13 +32,16 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def one_line(message: str) -> str:
+def one_line(message: str, limit: int = 2000) -> str:
     """A message as one line of a terminal: white space becomes single spaces, what is not to be seen is escaped.
 
     Names and values in it may be those of a hostile file, with control characters that move the cursor, colour what
-    follows or set the window's title, or that reverse the direction of writing.
+    follows or set the window's title, or that reverse the direction of writing; or a megabyte long: of more than
+    `limit` characters the middle is left out.
     """
     text = " ".join(message.split())
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

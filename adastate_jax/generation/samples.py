@@ -43,7 +43,7 @@ def sample(run: Run) -> None:
                     rows.setdefault((index, name), []).append(frames)
             bar.update(panels[0].shape[1])
             bar.set_description("sample")
-            run.check()
+            run.refuse_removed()
     sheet = [(f"{name}: {prompts[index]}", np.concatenate(parts)) for (index, name), parts in rows.items()]
     with writing(folder / "contact_sheet.png"):
         write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))

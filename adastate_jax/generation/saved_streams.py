@@ -1,6 +1,7 @@
 """Videos in the making, kept on disk half-way and taken up again: a folder of `stream.json`, the state, and a seal."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 import zlib
@@ -52,7 +53,6 @@ def save_stream(video: VideoStream | SingleVideo, path: str | Path) -> None:
         "model": _fingerprint(video.model),
     }
     with writing(path), whole_folder(path) as temporary:
-        temporary.mkdir()
         save_tree(temporary / "state", _stored(video.state))
         write_text(temporary / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
         seal(temporary)
@@ -116,6 +116,11 @@ def _stored(state: VideoState) -> VideoState:
         return None if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not leaf.size else leaf
 
     return jax.tree.map(stored, state)
+
+
+def fingerprint(model: Model) -> str:
+    """A short text that another model, or the same with one weight changed, has another of."""
+    return hashlib.sha256(json.dumps(_fingerprint(model), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fingerprint(model: Model) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
+from adastate_jax.fields import require_dtypes
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, KeyValues
 from adastate_jax.models.rope import rotation
@@ -65,6 +66,7 @@ class DiTConfig:
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_dtypes(self)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of num_heads {self.num_heads}")
         if self.patch_size[0] != 1 or min(self.patch_size) < 1:

@@ -22,6 +22,7 @@ from flax import nnx
 
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError
+from adastate_jax.fields import require_at_least, require_dtypes
 from adastate_jax.sharding import constrain
 
 
@@ -51,6 +52,10 @@ class TextConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        require_at_least(self, 1, "vocab_size", "dim", "dim_attention", "ffn_dim", "num_heads", "num_layers")
+        require_at_least(self, 1, "num_buckets", "max_distance", "text_length")
+        require_at_least(self, 0, "eps")
+        require_dtypes(self)
         if self.dim_attention % self.num_heads:
             raise ValueError(f"dim_attention {self.dim_attention} must be a multiple of num_heads {self.num_heads}")
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:

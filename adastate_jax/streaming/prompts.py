@@ -28,10 +28,10 @@ from typing import Any
 
 from adastate_jax.errors import UserError, shown
 from adastate_jax.streaming.anchors import AdaptiveAnchor
+from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.texts import is_text, parse_json, read_text
 
-TRANSITIONS = ("switch", "recache", "flush", "cut", "blend", "keep_state", "reset_state")
 _FLUSH_KEEPS = 2  # frames
 _MOST_SECONDS = 10**9
 _MOST_CHUNKS = 10**6

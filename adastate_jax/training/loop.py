@@ -6,48 +6,16 @@ on exactly as the run that was not interrupted.
 
 import contextlib
 import math
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from adastate_jax import interrupts
 from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
 from adastate_jax.training.metrics import Metrics
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what there was to save."""
-
-
-class StopRequest:
-    """A context in which SIGTERM and SIGINT do not interrupt, but are noted for the loop to act on."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number, _) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.requested = True
-        print(f"{signal.Signals(number).name}: stopping as soon as all is saved", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raises `Stopped` if a signal has come."""
-        if self.requested:
-            raise Stopped
 
 
 def run_stage(
@@ -59,7 +27,6 @@ def run_stage(
     steps: int,
     checkpoints: Checkpoints,
     metrics: Metrics,
-    stop: StopRequest,
     log_every: int,
     save_every: int,
     compiling: Callable[[int], bool],
@@ -79,7 +46,8 @@ def run_stage(
         The state after the last step, which is also the newest checkpoint.
 
     Raises:
-        Stopped: after a signal; the state is saved.
+        Stopped: after a signal; the state is saved. Before the first step is done there is nothing to save, and a
+            signal raises at once.
         UserError: a loss or gradient norm is not finite; the last good checkpoint stays.
     """
     first = checkpoints.latest or 0
@@ -103,7 +71,12 @@ def run_stage(
         metrics.write(name, records)
         return {key: value for _, scalars in records for key, value in scalars.items()}
 
-    with contextlib.closing(batches(first)) as stream, progress(name, steps, first) as bar:
+    with (
+        contextlib.closing(batches(first)) as stream,
+        progress(name, steps, first) as bar,
+        contextlib.ExitStack() as unsaved,
+    ):
+        stop = None
         for step, batch in stream:
             if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
@@ -112,8 +85,8 @@ def run_stage(
             if compiles:
                 jax.block_until_ready(scalars)
                 bar.set_description(name)
-                bar.start_t, bar.initial = time.time(), step + 1  # the rate shall not include the compilation
             bar.update(1)
+            stop = stop or unsaved.enter_context(interrupts.deferred("stopping as soon as all is saved"))
             done = step + 1
             if done % log_every == 0 or done == steps:
                 latest = flush()
@@ -122,10 +95,8 @@ def run_stage(
                 if pending:
                     flush()  # a state is saved only after every loss before it was seen to be finite
                 checkpoints.save(done, state)
-            if done == steps:
-                break
-            if stop.requested:
+            if done == steps or stop.requested:
                 checkpoints.wait()
-                raise Stopped
+                break  # leaving `unsaved` raises `Stopped` if that was asked for
     checkpoints.wait()
     return state
