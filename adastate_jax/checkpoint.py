@@ -5,7 +5,9 @@ gets its own. What is not sealed was cut short and is never loaded; what no long
 """
 
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -48,9 +50,34 @@ def save_tree(path: str | Path, tree: Any) -> None:
     with writing(path, Exception):
         if path.exists():
             shutil.rmtree(path)
-        with whole_folder(path) as temporary:
+        with whole_folder(path) as temporary, _without_stragglers():
+            _refuse_too_large(temporary, tree)
             ocp.save(temporary / _INNER, flatten(tree))
             _finish(temporary)
+
+
+def _refuse_too_large(folder: Path, tree: Any) -> None:
+    """Raises OSError where a disk has less room than a tree takes, before anything is written."""
+    if shutil.disk_usage(folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def _without_stragglers() -> Iterator[None]:
+    """Keeps quiet what TensorStore's threads print when a save has failed.
+
+    Orbax closes its event loop at the first write that fails; each of the others then finds it closed, and C++ hands
+    that to `sys.excepthook`. They may do so later, so after a failure the hook stays.
+    """
+    before = sys.excepthook
+
+    def report(kind, error, trace):
+        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+            before(kind, error, trace)
+
+    sys.excepthook = report
+    yield
+    sys.excepthook = before
 
 
 def _finish(folder: Path) -> None:
@@ -165,6 +192,8 @@ class Checkpoints:
         self.wait()
         with self._refusing(), contextlib.ExitStack() as stack:
             temporary = stack.enter_context(whole_folder(self.folder / str(step)))
+            _refuse_too_large(temporary, tree)
+            stack.enter_context(_without_stragglers())
             response = ocp.save_async(temporary / _INNER, flatten(tree))
             unfinished = stack.pop_all()
 

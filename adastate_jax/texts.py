@@ -19,7 +19,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: the file cannot be read, or is no such text; the message names the line.
     """
-    with reading(path, "name a text file"):
+    with reading(path, "name a text file", ValueError):  # a NUL in the name
         content = Path(path).read_bytes()
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
