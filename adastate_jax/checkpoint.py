@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 _INNER = "saving"  # where Orbax saves, within a temporary folder: it leaves files of its own beside, if it fails
+_PATIENCE = 2.0  # seconds, for writes that are under way when another one has failed
 
 # What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
 _STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -50,7 +52,7 @@ def save_tree(path: str | Path, tree: Any) -> None:
     with writing(path, Exception):
         if path.exists():
             shutil.rmtree(path)
-        with whole_folder(path) as temporary, _without_stragglers():
+        with whole_folder(path) as temporary, _without_stragglers(temporary):
             _refuse_too_large(temporary, tree)
             ocp.save(temporary / _INNER, flatten(tree))
             _finish(temporary)
@@ -63,11 +65,11 @@ def _refuse_too_large(folder: Path, tree: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_stragglers() -> Iterator[None]:
-    """Keeps quiet what TensorStore's threads print when a save has failed.
+def _without_stragglers(folder: Path) -> Iterator[None]:
+    """Keeps quiet TensorStore's threads when a save into a temporary folder has failed, and removes what they leave.
 
-    Orbax closes its event loop at the first write that fails; each of the others then finds it closed, and C++ hands
-    that to `sys.excepthook`. They may do so later, so after a failure the hook stays.
+    Orbax closes its event loop at the first write that fails. The other writes go on for a while; each then finds the
+    loop closed, and C++ hands that to `sys.excepthook`. It may do so later, so after a failure the hook stays.
     """
     before = sys.excepthook
 
@@ -76,7 +78,15 @@ def _without_stragglers() -> Iterator[None]:
             before(kind, error, trace)
 
     sys.excepthook = report
-    yield
+    try:
+        yield
+    except BaseException:
+        deadline = time.monotonic() + _PATIENCE
+        while any(folder.iterdir()) and time.monotonic() < deadline:
+            for path in folder.iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
+        raise
     sys.excepthook = before
 
 
@@ -193,7 +203,7 @@ class Checkpoints:
         with self._refusing(), contextlib.ExitStack() as stack:
             temporary = stack.enter_context(whole_folder(self.folder / str(step)))
             _refuse_too_large(temporary, tree)
-            stack.enter_context(_without_stragglers())
+            stack.enter_context(_without_stragglers(temporary))
             response = ocp.save_async(temporary / _INNER, flatten(tree))
             unfinished = stack.pop_all()
 
