@@ -16,7 +16,8 @@ from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, pr
 from adastate_jax.evaluation.plots import attention_shares
 from adastate_jax.generation.loading import Model, load, stream_config
 from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.rollout import StreamConfig, initial_carry, seed_keys
+from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.schedule import StreamConfig
 
 _EXAMPLE = """example:
   python -m adastate_jax.probe --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\

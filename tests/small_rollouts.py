@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from conftest import LATENT_SHAPE
 
 from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.dmd import self_rollout
 
 STREAMS = {

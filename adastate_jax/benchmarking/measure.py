@@ -30,17 +30,11 @@ from adastate_jax.models.tiny_vae import TinyVAE
 from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, replicated, tree_shardings
+from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
+from adastate_jax.streaming.denoising import denoise, read_context
 from adastate_jax.streaming.prompts import Cue
-from adastate_jax.streaming.rollout import (
-    RolloutCarry,
-    denoise,
-    initial_carry,
-    layout_of,
-    phase_of,
-    read_context,
-    seed_keys,
-    stream,
-)
+from adastate_jax.streaming.rollout import stream
+from adastate_jax.streaming.schedule import layout_of, phase_of
 from adastate_jax.training.dmd import critic_step, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step

@@ -213,8 +213,10 @@ class DistillConfig:
 
 def num_chunks(frames: int, stream: StreamConfig) -> int:
     """Chunks of a rollout of `frames` content frames; raises ValueError if there is no such rollout to train on."""
-    if stream.anchor.joint or stream.first_denoising_steps:
-        raise ValueError("distillation rolls out chunk by chunk with one step list; choose another stream")
+    if stream.anchor.joint or stream.first_denoising_steps or stream.timesteps:
+        raise ValueError(
+            "distillation rolls out chunk by chunk with one step list, its timesteps not stated; choose another stream"
+        )
     if stream.anchor.restarts and frames > stream.num_fill_chunks * stream.chunk_frames:
         raise ValueError("a rollout of this stream ends where it restarts; shorten distill.rollout_frames")
     if frames < 1 or frames % stream.chunk_frames:

@@ -19,20 +19,9 @@ from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.cache import Cache
-from adastate_jax.streaming.rollout import (
-    GeneratedChunk,
-    Phase,
-    RolloutCarry,
-    StreamConfig,
-    denoise,
-    draw_noise,
-    generate_chunk,
-    initial_carry,
-    layout_of,
-    phase_of,
-    read_context,
-    split_live,
-)
+from adastate_jax.streaming.carry import RolloutCarry, draw_noise, initial_carry
+from adastate_jax.streaming.denoising import GeneratedChunk, denoise, generate_chunk, read_context, split_live
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.training.pretrain import flow_loss
 from adastate_jax.training.state import TrainState, apply_gradients
 

@@ -26,30 +26,23 @@ from adastate_jax.streaming.anchors import (
     ANCHORS,
     AbsoluteAnchor,
     AdaptiveAnchor,
-    Commit,
     EMAAnchor,
     MemoryAnchor,
     NoAnchor,
     PingPongAnchor,
-    Receding,
     RestartAnchor,
     RollingAnchor,
     StaticAnchor,
     make_anchor,
 )
+from adastate_jax.streaming.carry import ChunkNoise, draw_noise, initial_carry, seed_keys
+from adastate_jax.streaming.denoising import generate_chunk
 from adastate_jax.streaming.presets import PRESETS, STREAM_NAMES, named_stream
-from adastate_jax.streaming.rollout import (
-    ChunkNoise,
-    draw_noise,
-    generate_chunk,
-    initial_carry,
-    rollout_step,
-    seed_keys,
-    stream,
-    stream_step,
-)
 from adastate_jax.streaming.rollout import rollout as traced_rollout
+from adastate_jax.streaming.rollout import rollout_step, stream, stream_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, clean_layout_of, layout_of, phase_of
+from adastate_jax.streaming.sinks import Receding
+from adastate_jax.streaming.strategy import Commit
 
 rollout = jax.jit(traced_rollout, static_argnames=("config", "latent_shape", "num_chunks", "first_chunk"))
 

@@ -16,17 +16,9 @@ from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.rollout import (
-    StreamConfig,
-    denoise,
-    draw_noise,
-    initial_carry,
-    layout_of,
-    live_noise,
-    phase_of,
-    read_context,
-    split_live,
-)
+from adastate_jax.streaming.carry import draw_noise, initial_carry
+from adastate_jax.streaming.denoising import denoise, live_noise, read_context, split_live
+from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 from adastate_jax.training.dmd import (
     dmd_gradient,
     dmd_loss,

@@ -25,7 +25,9 @@ from adastate_jax.sharding import (
     shard_batch,
     tree_shardings,
 )
-from adastate_jax.streaming.rollout import StreamConfig, draw_noise, generate_chunk, initial_carry, phase_of, seed_keys
+from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
+from adastate_jax.streaming.denoising import generate_chunk
+from adastate_jax.streaming.schedule import StreamConfig, phase_of
 from adastate_jax.training.dmd import critic_step, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step
