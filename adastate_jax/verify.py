@@ -19,7 +19,7 @@ import numpy as np
 from adastate_jax.console import CommandParser, run_command
 from adastate_jax.errors import UserError
 from adastate_jax.models.attention import BACKENDS
-from adastate_jax.verification import losses, names, networks, streams, videos
+from adastate_jax.verification import losses, names, networks, streams, training, videos
 from adastate_jax.verification.record import (
     ARITHMETIC_TOLERANCE,
     BFLOAT16_CODEC_TOLERANCE,
@@ -37,6 +37,7 @@ from adastate_jax.verification.record import (
 FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "scheduler": losses.scheduler,
     "dmd": losses.dmd,
+    "train_step": training.train_step,
     "wan_dit": networks.wan_dit,
     "wan_dit_nonorm": networks.wan_dit,
     "wan_dit_diffusers": networks.wan_dit_diffusers,

@@ -21,8 +21,8 @@ from adastate_jax.streaming.rollout import (
     phase_of,
     rollout_step,
 )
-from adastate_jax.training.dmd import rollout_latents
 from adastate_jax.training.initialize import block_causal_pass, initialize_step, recurrent_pass, teacher_forced_pass
+from adastate_jax.training.self_rollout import rollout_latents
 from adastate_jax.training.state import create_state
 
 
