@@ -73,6 +73,7 @@ tolerances, on the largest absolute error of a tensor:
   in bfloat16            {BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
                          text encoder and video autoencoders {BFLOAT16_CODEC_TOLERANCE:g} of it
   schedules and losses   {ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
+  training updates       as adastate_jax/verification/training.py states them; in float32 only
   positions and names    0
 The tolerance column shows the absolute number that results.
 

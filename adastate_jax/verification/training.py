@@ -157,15 +157,13 @@ def _given_draws(
 ) -> tuple[Draws, jax.Array]:
     """What the reference drew for an update, and our timestep of its whole-number draw."""
 
-    def chunks(name: str) -> np.ndarray:
+    def chunked(name: str) -> np.ndarray:
         """[..., B, N, C, H, W] → [K, ..., B, F, H, W, C]."""
         noise = channels_last(fixture[name].astype(np.float32), -3)
-        noise = noise.reshape(
-            *noise.shape[:-4], noise.shape[-4] // stream.chunk_frames, stream.chunk_frames, *noise.shape[-3:]
-        )
-        return np.moveaxis(noise, -5, 0)
+        chunks, frames = noise.shape[-4] // stream.chunk_frames, stream.chunk_frames
+        return np.moveaxis(noise.reshape(*noise.shape[:-4], chunks, frames, *noise.shape[-3:]), -5, 0)
 
-    start, again = chunks(f"in.{number}.noise")[:, None], chunks(f"in.{number}.renoise")
+    start, again = chunked(f"in.{number}.noise")[:, None], chunked(f"in.{number}.renoise")
     unused = np.zeros((len(start), len(stream.sigmas) - 1 - exit_step, *start.shape[2:]), np.float32)
     content = np.concatenate([start, again, unused], axis=1)
     raw = fixture[f"in.{number}.raw_timestep"].astype(np.float32)
