@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.linear import Linear
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
 
@@ -112,7 +113,7 @@ def _modulation(rngs: nnx.Rngs, rows: int, config: "DiTConfig") -> nnx.Param:
 
 def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
     dtype = config.dtype if dtype is None else dtype
-    return functools.partial(nnx.Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
+    return functools.partial(Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
 
 
 class Attention(nnx.Module):
