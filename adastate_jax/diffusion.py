@@ -24,8 +24,10 @@ def denoising_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     """Noise levels of a few-step sampler from its raw step list on the scale 0..1000 (1000, 750, 500, 250).
 
     Raises:
-        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease.
+        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease, or the shift is not positive.
     """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive, got {shift}")
     if not steps or not all(0 < step <= MAX_TIMESTEP for step in steps) or any(np.diff(steps) >= 0):
         raise ValueError(f"denoising_steps must strictly decrease within (0, 1000], got {tuple(steps)}")
     return tuple(float(warp(step / MAX_TIMESTEP, shift)) for step in steps)

@@ -5,16 +5,10 @@ import itertools
 
 import numpy as np
 
+from adastate_jax.checks import require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, warp
 from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-
-
-def require_positive(config, *fields: str) -> None:
-    """Raises ValueError naming the first of these fields that is not above zero."""
-    for field in fields:
-        if getattr(config, field) <= 0:
-            raise ValueError(f"{field} must be positive, got {getattr(config, field)}")
 
 
 def require_decay(config) -> None:
