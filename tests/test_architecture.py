@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
-    ("errors", "files"),
+    ("errors", "files", "checks"),
     ("fields",),
     ("diffusion", "sharding", "console"),
     ("models",),

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError
-from adastate_jax.streaming.anchors import AdaptiveAnchor
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
 TRANSITIONS = ("switch", "recache", "renew", "flush", "cut", "blend", "keep_state", "reset_state")
