@@ -3,6 +3,7 @@
 Optimizer moments and EMA weights carry the parameter's path as a suffix, so one table serves them all.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adastate_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -38,13 +41,30 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def all_devices() -> list[jax.Device]:
+    """All of this run's devices.
+
+    Raises:
+        UserError: the platform that JAX_PLATFORMS names is not on this machine.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform's plugin is there
+        platforms = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "JAX has no such plugin"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: no such device here ({reason}); unset it, or name one that is, such as cpu"
+        ) from None
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> jax.sharding.Mesh:
     """Mesh of `data` × `fsdp` × `model` devices (the first so many of `devices`, by default all of this run's).
 
     Raises:
         ValueError: there are too few devices, or several processes would leave some of theirs out.
+        UserError: there are none of the platform that JAX_PLATFORMS names.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     size = data * fsdp * model
     if size > len(devices) or (jax.process_count() > 1 and size != len(devices)):
         raise ValueError(f"mesh {data}x{fsdp}x{model} needs {size} devices, {len(devices)} are here")

@@ -4,6 +4,11 @@ A fixture file is recognised by its name's stem and every case in it goes throug
 checked is printed as such and not counted as passed.
 """
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import contextlib
 import dataclasses
 import sys

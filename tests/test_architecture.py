@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
-    ("errors", "files", "checks"),
-    ("fields",),
+    ("errors", "interrupts"),
+    ("files", "fields", "checks"),
     ("diffusion", "sharding", "console"),
     ("models",),
     ("streaming", "data"),

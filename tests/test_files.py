@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from adastate_jax.files import remove_leftovers, temporary_name, whole_file, write_text
+from adastate_jax.files import claimed, free_name, remove_leftovers, temporary_name, whole_file, write_text
 
 
 def test_a_file_is_there_only_when_it_is_whole(tmp_path):
@@ -75,3 +76,37 @@ def test_a_folder_in_the_way_is_an_error_and_stays(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError), whole_file(tmp_path / "a"):
         pytest.fail("there is no file to write")
+
+
+def test_a_name_that_is_taken_is_numbered(tmp_path):
+    path = tmp_path / "out.mp4"
+    assert free_name(path) == path
+    for name in ("out.mp4", "out-2.mp4"):
+        write_text(tmp_path / name, "there")
+    assert free_name(path) == tmp_path / "out-3.mp4"
+    write_text(tmp_path / ("é" * 125 + ".mp4"), "there")
+    write_text(free_name(tmp_path / ("é" * 125 + ".mp4")), "as long as a name can be")
+
+
+def test_nobody_claims_a_name_that_another_has_claimed(tmp_path):
+    path = tmp_path / "new" / "out.mp4"
+    with claimed(path) as mine, claimed(path, numbered=True) as other, claimed(path, numbered=True) as third:
+        assert [mine.name, other.name, third.name] == ["out.mp4", "out-2.mp4", "out-3.mp4"]
+        assert not mine.exists()
+        with pytest.raises(BlockingIOError), claimed(path):
+            pytest.fail("it is claimed")
+        write_text(other, "written")
+    assert os.listdir(path.parent) == ["out-2.mp4"]
+    other.unlink()
+    with claimed(path, numbered=True) as free:
+        assert free == path
+    with claimed(tmp_path / "newer" / "still" / "out.mp4"):
+        pass
+    assert os.listdir(tmp_path) == ["new"]  # nothing came into the newer one
+
+
+def test_what_cannot_be_written_cannot_be_claimed(tmp_path):
+    write_text(tmp_path / "file", "no folder")
+    for path in (tmp_path / "file" / "out.mp4", tmp_path / ("x" * 256), Path("/proc/out.mp4")):
+        with pytest.raises(OSError, match=r"directory|name too long|exists"), claimed(path):
+            pytest.fail("it cannot be written")

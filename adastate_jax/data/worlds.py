@@ -11,6 +11,7 @@ the other way: when a camera pans left, hills slide to the right. `zoom > 0` is 
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -268,6 +269,27 @@ def _caption(config, kind, way, landscape, shape, colour, hue_turn):
     }[kind]
     sense = {1.0: "forwards", -1.0: "backwards"}
     return sentence + (f" while the colours turn {sense[math.copysign(1.0, hue_turn)]}" if hue_turn else "")
+
+
+def caption_pattern(config: WorldConfig) -> str:
+    """All captions that worlds can have, alternatives separated by strokes: `a camera pans left/right over …`."""
+    ways: dict[str, list[str]] = {}
+    for motion in config.motions:
+        kind, way = motion.split()
+        ways.setdefault(kind, []).append(way)
+    landscapes = "/".join(PALETTES[name].landscape for name in config.palettes)
+    shapes, colours = "/".join(config.shapes), "/".join(config.colours)
+    hue = max(config.hue_turn, key=abs)
+    patterns = [
+        _caption(config, kind, "/".join(found), landscapes, shapes, colours, hue) for kind, found in ways.items()
+    ]
+    return "; ".join(patterns)
+
+
+def knows_words(config: WorldConfig, prompt: str) -> bool:
+    """Whether any word of a prompt, but for the smallest, is of a caption that worlds can have."""
+    known = set(re.findall(r"\w+", caption_pattern(config))) - {"a", "an", "with", "over", "the", "while"}
+    return not known.isdisjoint(re.findall(r"\w+", prompt.lower()))
 
 
 @dataclasses.dataclass

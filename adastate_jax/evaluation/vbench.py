@@ -24,10 +24,11 @@ from pathlib import Path
 import av
 import numpy as np
 
+from adastate_jax.data.decoding import best_stream, open_video, read_header
+from adastate_jax.data.folders import list_files, read_captions
 from adastate_jax.data.prompts import read_prompts as read_lines
-from adastate_jax.data.videos import list_files, read_captions
 from adastate_jax.errors import UserError
-from adastate_jax.evaluation.measure import read_header, upright_frames
+from adastate_jax.evaluation.measure import upright_frames
 from adastate_jax.media import FPS, VideoWriter
 
 STANDARD_SAMPLES = 5
@@ -336,8 +337,8 @@ def check_export(
 def _shape(path):
     """Height, width, frames per second and number of frames; raises `ValueError` where the file is cut short."""
     header = read_header(path)
-    with av.open(str(path)) as container:
-        held = sum(packet.size > 0 for packet in container.demux(container.streams.best("video")))
+    with open_video(path) as container:
+        held = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(best_stream(container)))
     if held < header.num_frames:
         raise ValueError(f"it ends after {held} of its {header.num_frames} frames")
     return header.height, header.width, round(float(header.fps), 3), header.num_frames

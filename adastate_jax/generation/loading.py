@@ -18,6 +18,7 @@ from adastate_jax.data.videos import ClipConfig
 from adastate_jax.errors import UserError, shortlist
 from adastate_jax.fields import build
 from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
+from adastate_jax.generation.shipped import find_model
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
@@ -38,9 +39,6 @@ from adastate_jax.weights.slots import leaf_name, leaves
 
 # Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
 _STUDENTS = (("distill", "student/ema"), ("initialize", "ema"))
-
-# Models that ship with the package, a file each, see `bundle`.
-_BUNDLED = Path(__file__).parents[1] / "bundled"
 
 # What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
 _WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
@@ -132,9 +130,7 @@ def load(
         return _random_model(config, mesh or _mesh(config))
     if path is None:
         raise UserError("name a folder that train or convert wrote, or tiny")
-    path = _shipped(Path(path))
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; name one that train or convert wrote, or tiny")
+    path = find_model(path)
     if has_part(path, "transformer"):
         text_cache = Path(text_cache) if text_cache else path / "text_cache"
         return _load_parts(path, config, decoder, text_cache, mesh or _mesh(config), text_mesh)
@@ -144,12 +140,6 @@ def load(
     config, trained = _load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
     embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
     return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh)
-
-
-def _shipped(path: Path) -> Path:
-    """The bundle that ships with the package under this name, unless the name is somebody's own folder or file."""
-    bundle = _BUNDLED / f"{path}.safetensors"
-    return bundle if len(path.parts) == 1 and bundle.is_file() and not path.exists() else path
 
 
 def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:

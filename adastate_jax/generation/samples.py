@@ -40,7 +40,6 @@ def sample(run: Run) -> None:
                     rows.setdefault((index, name), []).append(frames)
             bar.update(panels[0].shape[1])
             bar.set_description("sample")
-            run.stop.check()
     sheet = [(f"{name}: {prompts[index]}", np.concatenate(parts)) for (index, name), parts in rows.items()]
     write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))
     (folder / "prompts.txt").write_text(

@@ -1,6 +1,7 @@
 """Videos that are generated chunk by chunk: from prompts to frames, kept on disk half-way, and taken up again."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -348,6 +349,11 @@ def _stored(state: _State) -> _State:
         return None if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not leaf.size else leaf
 
     return jax.tree.map(stored, state)
+
+
+def fingerprint(model: Model) -> str:
+    """A short text that another model, or the same with one weight changed, has another of."""
+    return hashlib.sha256(json.dumps(_fingerprint(model), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fingerprint(model: Model) -> dict[str, Any]:

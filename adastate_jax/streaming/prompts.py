@@ -32,9 +32,9 @@ from typing import Any
 
 from adastate_jax.errors import UserError
 from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
-TRANSITIONS = ("switch", "recache", "renew", "flush", "cut", "blend", "keep_state", "reset_state")
 _FLUSH_KEEPS = 2  # frames
 _MOST_SECONDS = 10**9
 
