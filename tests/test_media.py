@@ -68,17 +68,19 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"file/a\.mp4: cannot be written \(.*exists|.*Not a directory\)"):
         VideoWriter(tmp_path / "file" / "a.mp4")
 
-    def write(name):
-        with VideoWriter(tmp_path / name) as writer:
-            writer.write(ramp())
-
-    (tmp_path / ".full.partial.mp4").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"full\.mp4: cannot be written \(No space left on device\)"):
-        write("full.mp4")
-    (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(UserError, match=r"folder\.mp4: cannot be written \(Is a directory\)"):
-        write("folder.mp4")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+    for name in ("folder.mp4", "folder.gif", "folder.webp"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=rf"{name}: cannot be written \(Is a directory\)"):
+            VideoWriter(tmp_path / name)
+    for path, message in (
+        (Path("/proc/a.mp4"), "cannot be written"),
+        (tmp_path / ("x" * 252 + ".gif"), r"cannot be written \(File name too long\)"),
+        (tmp_path / "a.avi", r"must end in \.mp4, \.gif, \.webp, or name a folder"),
+        (tmp_path / "file", r"cannot be written \(Not a directory\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            VideoWriter(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.gif", "folder.mp4", "folder.webp"]
 
 
 def test_panels_and_sheets(tmp_path):
