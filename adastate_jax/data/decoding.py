@@ -65,7 +65,7 @@ def read_header(path: str | os.PathLike) -> Header:
     with open_video(path) as container:
         stream = best_stream(container)
         codec, rate = stream.codec_context, frame_rate(stream)
-        num_frames = _shown_by_index(stream) or stream.frames
+        num_frames = _stated_frames(container, stream)
         if not num_frames:
             begin, end = _stated_span(container, stream) or (0, 0)
             num_frames = round((end - begin) * rate)
@@ -149,15 +149,15 @@ def _check_complete(container, stream, first, seconds, count):
             f"it ends after {seconds:.1f} s of the {end - first:.1f} s that it states, so it is cut off or damaged"
         )
     late = max(0.0, first - begin) * float(frame_rate(stream))  # frames before the first that can be decoded
-    stated = _shown_by_index(stream)
+    stated = _stated_frames(container, stream)
     if count < 0.9 * (stated - late):
         raise ValueError(f"it has {count} of the {stated} frames that it states, so it is cut off or damaged")
 
 
-def _shown_by_index(stream):
-    """The number of frames by the container's table of them, without hidden ones; 0 where it has none."""
-    if not stream.frames:
-        return 0
+def _stated_frames(container, stream):
+    """The number of frames that the header states, without those that an mp4's edit list hides; 0 for none stated."""
+    if not stream.frames or "mp4" not in container.format.name:
+        return stream.frames
     return sum(not entry.is_discard for entry in stream.index_entries)
 
 
