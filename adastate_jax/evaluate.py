@@ -15,11 +15,11 @@ import av
 import cv2
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
-from adastate_jax.data.decoding import read_header
+from adastate_jax.data.decoding import Unusable, read_header
 from adastate_jax.data.folders import walk_files
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation import vbench
-from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video
+from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
 from adastate_jax.evaluation.report import write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
@@ -176,8 +176,6 @@ def _measure(file, settings, count_frames):
         return measure_video(file, settings, count_frames)
     except Unusable as reason:
         return reason
-    except (cv2.error, MemoryError) as error:
-        return Unusable(f"it cannot be measured ({' '.join(str(error).split()) or 'out of memory'})")
 
 
 def _measure_in_processes(files, settings, jobs, bar):

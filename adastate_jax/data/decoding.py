@@ -3,6 +3,7 @@
 What is wrong with a file is a `ValueError` or an `av.FFmpegError` here, whose message says so of "it", the file.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -36,6 +37,27 @@ class Header:
     pixel_format: str
 
 
+class Unusable(Exception):
+    """A file that has to be left out; the message is the reason, and speaks of "it"."""
+
+
+@contextlib.contextmanager
+def reasons(path: str | os.PathLike) -> Iterator[None]:
+    """Makes an `Unusable` of whatever a video file can cause while it is read."""
+    try:
+        if os.stat(path).st_size == 0:
+            raise Unusable("it is empty (0 bytes)")
+        yield
+    except av.FFmpegError as error:
+        raise Unusable(f"it cannot be decoded as video ({error.strerror})") from error
+    except OSError as error:
+        raise Unusable(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    except (cv2.error, MemoryError) as error:
+        raise Unusable(f"it cannot be used ({' '.join(str(error).split()) or 'out of memory'})") from error
+
+
 def open_video(path: str | os.PathLike) -> av.container.InputContainer:
     """Opens a file for reading; only files, whatever its name looks like, and whatever it refers to."""
     return av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"})
@@ -47,6 +69,8 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     if stream is None:
         raise ValueError("it has no video stream")
     codec = stream.codec_context
+    if codec is None:
+        raise ValueError("its video is of an unknown codec")
     if codec.width * codec.height > MAX_FRAME_PIXELS:
         raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are larger than any that are read")
     return stream

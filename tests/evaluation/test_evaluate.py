@@ -8,8 +8,9 @@ from evaluation.clips import moving, still, write_video
 
 from adastate_jax import evaluate
 from adastate_jax.console import run_command
+from adastate_jax.data.decoding import Unusable
 from adastate_jax.errors import UserError
-from adastate_jax.evaluation.measure import Measurement, Settings, Unusable
+from adastate_jax.evaluation.measure import Measurement, Settings
 from adastate_jax.generation import loading, video_stream
 
 

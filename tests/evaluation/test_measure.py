@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from evaluation.clips import moving, still, write_motion_jpeg, write_video
 
+from adastate_jax.data.decoding import Unusable, read_header
 from adastate_jax.errors import UserError
-from adastate_jax.evaluation.measure import METRICS, Settings, Unusable, measure_frames, measure_video, read_header
+from adastate_jax.evaluation.measure import METRICS, Settings, measure_frames, measure_video
 
 
 @pytest.fixture(scope="module")
