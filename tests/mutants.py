@@ -26,7 +26,7 @@ _KINDS = (
 def pattern(frames: int = 16, height: int = 32, width: int = 48) -> np.ndarray:
     """A moving colour pattern, uint8 [F, H, W, 3]."""
     time, row, column = np.mgrid[:frames, :height, :width]
-    phases = np.stack([column / 8 + time / 6, row / 6, (row + column) / 12 + time / 9], axis=-1)
+    phases = np.stack([column / 4 + time / 3, row / 3 + time / 3, (row + column) / 6 + time / 3], axis=-1)
     return (128 + 100 * np.sin(phases)).astype(np.uint8)
 
 
