@@ -5,12 +5,13 @@ What is unknown, of a wrong type or out of range is refused by name.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from adastate_jax.errors import UserError, shown
 _MAX_INTEGER = 1 << 53
 # An index of a large model takes a few hundred kilobytes.
 _MAX_JSON_BYTES = 1 << 26
-DTYPES = ("float32", "bfloat16")
 
 
 class Named:
@@ -77,20 +77,6 @@ def read_json(path: str | Path) -> Any:
         return parse_json(stream.read().decode("utf-8-sig"))
 
 
-def require_at_least(config: Any, least: float, *names: str) -> None:
-    """Raises ValueError naming the first of these fields that is below `least`."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-
-
-def require_dtypes(config: Any) -> None:
-    """Raises ValueError if `param_dtype` or `dtype` is none that weights and computation can have."""
-    for name in ("param_dtype", "dtype"):
-        if getattr(config, name) not in DTYPES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {shown(getattr(config, name))}")
-
-
 def build(kind: type, values: Any, where: str) -> Any:
     """An instance of the dataclass `kind` from a mapping, field by field.
 
@@ -102,13 +88,13 @@ def build(kind: type, values: Any, where: str) -> Any:
     for name in values:
         if not isinstance(name, str):
             raise UserError(f"{where}: a field's name must be a word, got {shown(name)}")
+    if issubclass(kind, Named):
+        make, settings = _named_fields(kind, dict(values), where)
+    else:
+        make, settings = kind, fields_of(kind, values, where)
     try:
-        return (
-            _build_named(kind, dict(values), where)
-            if issubclass(kind, Named)
-            else kind(**fields_of(kind, values, where))
-        )
-    except (ValueError, ArithmeticError) as error:
+        return make(**settings)
+    except (ValueError, ArithmeticError, UserError) as error:
         raise UserError(f"{where}: {error}") from None
 
 
@@ -119,14 +105,17 @@ def fields_of(kind: type, values: Mapping[str, Any], where: str) -> dict[str, An
     return {name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()}
 
 
-def _build_named(kind: type[Named], settings: dict[str, Any], where: str) -> Named:
+def _named_fields(
+    kind: type[Named], settings: dict[str, Any], where: str
+) -> tuple[Callable[..., Named], dict[str, Any]]:
+    """What makes one of several kinds, and its settings, each of its type."""
     name = settings.pop("name", kind.default_kind)
     if not isinstance(name, str):
         raise UserError(f"{where}.name: must be of type str, got {shown(name)}")
     types_ = typing.get_type_hints(kind.kinds()[name]) if name in kind.kinds() else {}
     for field in types_.keys() & settings.keys():
         settings[field] = _convert(types_[field], settings[field], f"{where}.{field}")
-    return kind.from_settings(name, **settings)
+    return functools.partial(kind.from_settings, name), settings
 
 
 def refuse_unknown(values: Iterable[str], known: Sequence[str], where: str) -> None:

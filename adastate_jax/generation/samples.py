@@ -22,7 +22,7 @@ def sample(run: Run) -> None:
     folder = run.workdir / "samples"
     model = load(run.workdir, mesh=run.mesh)
     prompts = list(settings.prompts) or _distinct(run.prompts, settings.count)
-    num_frames = settings.horizon * run.config.distill.rollout_frames
+    num_frames = run.config.sample_frames
     streams = [stream_batch(model, prompts, settings.seed, num_frames, anchor) for anchor in settings.anchors]
     rows: dict[tuple[int, str], list[np.ndarray]] = {}
     paths = [folder / f"{index:02d}.mp4" for index in range(len(prompts))]

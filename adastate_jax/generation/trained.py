@@ -5,6 +5,7 @@ the configuration, and a checksum of that and of all elements.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import zlib
@@ -101,7 +102,7 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
     except ValueError as error:
         raise UserError(f"{path}: its configuration cannot be read ({error}); make it again") from None
     config = build(Config, fields, str(path))
-    like = with_shardings(Trained(abstract_dit(config), abstract_frozen(config)), mesh)
+    like = with_shardings(_abstract(config), mesh)
     wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
     found = {name: tensor.shape for name, tensor in stored.items() if tensor.dtype in FLOATING}
     if wanted != found:
@@ -121,6 +122,11 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
 
     trained = jax.tree_util.tree_map_with_path(place, like)
     return config, dataclasses.replace(trained, origin=str(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(config: Config) -> Trained:
+    return Trained(abstract_dit(config), abstract_frozen(config))
 
 
 def _checksum(config: str, tensors: dict[str, np.ndarray]) -> int:
