@@ -30,6 +30,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 _INNER = "saving"  # where Orbax saves, within a temporary folder: it leaves files of its own beside, if it fails
+_ONE_AT_A_TIME = threading.Lock()  # Orbax saves from one thread of a process only
 _PATIENCE = 2.0  # seconds, for writes that are under way when another one has failed
 
 # What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
@@ -54,7 +55,8 @@ def save_tree(path: str | Path, tree: Any) -> None:
             shutil.rmtree(path)
         with whole_folder(path) as temporary, _without_stragglers(temporary):
             _refuse_too_large(temporary, tree)
-            ocp.save(temporary / _INNER, flatten(tree))
+            with _ONE_AT_A_TIME:
+                ocp.save(temporary / _INNER, flatten(tree))
             _finish(temporary)
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from small_run import damage, small_config
 
 import adastate_jax as ada
 from adastate_jax.errors import one_line
+from adastate_jax.generation import saved_streams
 from adastate_jax.seals import seal
 
 MUTATIONS = 100
@@ -96,29 +97,35 @@ def test_a_stream_of_an_earlier_version_is_read_and_said(model, whole, tmp_path,
     assert capsys.readouterr().err.count("is not checked against a seal") == 1
 
 
-def test_of_two_that_save_under_one_name_one_does(model, whole, tmp_path):
-    """Each writes under a temporary name of its own; a planted link at an old one's is not followed."""
-    victim = tmp_path / "victim"
+def test_of_two_that_save_under_one_name_one_does(model, whole, tmp_path, monkeypatch):
+    """The other is done while this one writes: under a name of its own, so that the other's is whole and stays.
+
+    A link that was planted at the name of a temporary folder is not followed.
+    """
+    victim, target = tmp_path / "victim", tmp_path / "saved"
     victim.mkdir()
     (victim / "kept").write_text("")
     (tmp_path / ".saved.partial").symlink_to(victim)
-    outcomes = []
+    save_tree = saved_streams.save_tree
 
-    def save():
-        try:
-            ada.save_stream(ada.load_stream(model, whole), tmp_path / "saved")
-        except ada.UserError as error:
-            outcomes.append(str(error))
-        else:
-            outcomes.append("saved")
+    def overtaken(path, tree):
+        save_tree(path, tree)
+        shutil.copytree(whole, target)
 
-    threads = [threading.Thread(target=save) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert outcomes.count("saved") == 1, outcomes
-    assert all("exists" in outcome or "not empty" in outcome for outcome in outcomes if outcome != "saved"), outcomes
-    assert contents(ada.load_stream(model, tmp_path / "saved")) == contents(ada.load_stream(model, whole))
+    video = ada.stream(model, "another prompt", seconds=1)
+    monkeypatch.setattr(saved_streams, "save_tree", overtaken)
+    with pytest.raises(ada.UserError, match="saved: cannot be written"):
+        ada.save_stream(video, target)
+    assert contents(ada.load_stream(model, target)) == contents(ada.load_stream(model, whole))
     assert [path.name for path in victim.iterdir()] == ["kept"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".saved.partial", "saved", "victim"]
+
+
+def test_threads_may_save_together(model, whole, tmp_path):
+    def save(number):
+        ada.save_stream(ada.stream(model, "a", seconds=1, seed=number), tmp_path / str(number))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(save, range(3)))
+    for number in range(3):
+        assert ada.load_stream(model, tmp_path / str(number)).video.settings.seed == number
