@@ -192,8 +192,9 @@ def _stated_span(container, stream):
         begin = (stream.start_time or 0) * stream.time_base
         return float(begin), float(begin + stream.duration * stream.time_base)
     if container.duration and len(container.streams) == 1:
-        begin = (container.start_time or 0) / av.time_base
-        return begin, begin + container.duration / av.time_base
+        begin, length = (container.start_time or 0) / av.time_base, container.duration / av.time_base
+        # Matroska states the time of its end, which is not its length where it begins later than 0.
+        return begin, length + (0.0 if "matroska" in container.format.name else begin)
     return None
 
 
