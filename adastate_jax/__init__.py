@@ -9,8 +9,8 @@ uint8 (1, 32, 32, 3)
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # true to type checkers; `typing` itself is slow to import
 if TYPE_CHECKING:
     from adastate_jax.errors import UserError
     from adastate_jax.generation.loading import Model, load, make_sampler

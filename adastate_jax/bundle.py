@@ -1,5 +1,10 @@
 """The bundle command: what a finished run leaves to generate with, in one small file."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import json
 import sys
 from collections.abc import Iterator, Sequence

@@ -108,7 +108,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     installed = interrupts.install()
     try:
         with _standard_streams() as output, _logging():
-            code = _run(main, sys.argv[1:] if argv is None else list(argv))
+            with interrupts.raised():
+                code = _run(main, sys.argv[1:] if argv is None else list(argv))
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             if output.failure and not code:

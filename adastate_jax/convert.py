@@ -1,5 +1,10 @@
 """The convert command: published weights into folders of ours, and our weights into files that PyTorch tools read."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import argparse
 import contextlib
 import dataclasses

@@ -1,5 +1,10 @@
 """The evaluate command: videos in; numbers, plots and one HTML report out. And `export`, a folder that VBench reads."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import math
 import multiprocessing
 import os

@@ -2,17 +2,16 @@
 
 Python's own way, a KeyboardInterrupt in the main thread, does not; each of its gaps is closed here:
 
-- During imports it ends in a traceback: handlers are installed before the imports, and `run_command` shows none.
-- In a callback from C (JAX has one in the garbage collector) Python can only report it and drop it: the hook that it is
-  reported to has the signal raised again.
+- During a command's first imports it ends in a traceback: handlers are installed before them, and end the process.
+- In a callback from C (JAX has one in the garbage collector) Python can only report it and drop it, and some libraries
+  print it: the hooks that it is reported to have the signal raised again.
 - While the main thread is in C, which a compilation is for minutes, no handler runs. The signal's number is in the pipe
-  of `signal.set_wakeup_fd` nevertheless; a thread reads it there, and ends the process itself if the main thread has not
-  done so within seconds. What must not be left behind is registered with `at_forced_end`.
+  of `signal.set_wakeup_fd` nevertheless; a thread reads it there, and ends the process itself if the main thread has
+  not done so within seconds. What must not be left behind is registered with `at_forced_end`.
 
 Whoever has something to save asks for `deferred` signals. A second Ctrl-C ends the process at once, always.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -49,9 +48,11 @@ class _State:
     deferral: Deferral | None = None
     note = ""
     previous: dict[int, object] | None = None  # handlers to restore; None is not installed
-    ending = threading.Lock()
-    forced: list[Callable[[], None]] = []
+    raising = False  # whether somebody is there to catch what the handler raises
 
+
+_ending = threading.Lock()
+_at_forced_end: list[Callable[[], None]] = []
 
 _state = _State()
 
@@ -69,7 +70,7 @@ def install() -> bool:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    sys.unraisablehook = _report
+    sys.unraisablehook, sys.excepthook = _report, _report_uncaught
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     return True
 
@@ -77,7 +78,7 @@ def install() -> bool:
 def uninstall() -> None:
     """Undoes `install`."""
     os.close(signal.set_wakeup_fd(-1))  # ends the thread
-    sys.unraisablehook = sys.__unraisablehook__
+    sys.unraisablehook, sys.excepthook = sys.__unraisablehook__, sys.__excepthook__
     _restore_handlers(_state.previous)
     _state.previous = None
 
@@ -89,7 +90,17 @@ def received() -> int | None:
 
 def at_forced_end(function: Callable[[], None]) -> None:
     """Registers what is called before a process ends without leaving its contexts, in another thread than the main."""
-    _state.forced.append(function)
+    _at_forced_end.append(function)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """A context that a signal leaves by `Stopped`, so that what is open gets closed; outside, it ends the process."""
+    _state.raising = True
+    try:
+        yield
+    finally:
+        _state.raising = False
 
 
 @contextlib.contextmanager
@@ -126,10 +137,10 @@ def end(number: int) -> None:
 
     Neither threads nor computations that were dispatched are: JAX would wait for them at the interpreter's end.
     """
-    if not _state.ending.acquire(blocking=False):
+    if not _ending.acquire(blocking=False):
         while True:  # another thread is at it
             time.sleep(1.0)
-    for function in _state.forced:
+    for function in _at_forced_end:
         with contextlib.suppress(Exception):
             function()
     _say(f"stopped; {_state.note}" if _state.note else "stopped")
@@ -175,8 +186,12 @@ def _handle(number: int, _) -> None:
             _say(f"{signal.Signals(number).name}: {_state.deferral.message}")
         elif _state.previous is None and number == signal.SIGINT:
             raise Stopped  # the second; where nothing watches
+    elif _state.previous is None:
+        raise Stopped
+    elif not _state.raising:
+        end(number)
     elif not _state.raised:
-        _state.raised = _state.previous is not None
+        _state.raised = True
         raise Stopped
 
 
@@ -185,6 +200,14 @@ def _report(unraisable) -> None:
     if _state.received is None or _state.deferral is not None:
         sys.__unraisablehook__(unraisable)
     elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _state.dropped = True
+
+
+def _report_uncaught(kind, error, trace) -> None:
+    """`sys.excepthook`, which C code calls, too, for an exception that it goes on after."""
+    if _state.received is None or _state.deferral is not None:
+        sys.__excepthook__(kind, error, trace)
+    else:
         _state.dropped = True
 
 
@@ -215,4 +238,4 @@ def _watch(reading: int) -> None:
         if _state.dropped:
             _state.raised = _state.dropped = False
             last = now
-            _thread.interrupt_main(_state.received)
+            signal.pthread_kill(threading.main_thread().ident, _state.received)

@@ -42,15 +42,7 @@ _FEW_STEPS = (
     "--video. Converted networks also take --config=FILE and after it --config.FIELD=VALUE"
 )
 # What other tools call the settings that a few-step student has not.
-_OF_OTHER_TOOLS = (
-    "--steps",
-    "--num-steps",
-    "--guidance",
-    "--guidance-scale",
-    "--cfg",
-    "--cfg-scale",
-    "--negative-prompt",
-)
+_OF_OTHER_TOOLS = ("steps", "num-steps", "guidance", "guidance-scale", "cfg", "cfg-scale", "negative-prompt")
 
 _SUFFIXES = (".mp4", ".gif", ".webp")
 _SECONDS = 5.0
@@ -131,15 +123,17 @@ def _vocabulary() -> str:
     from adastate_jax.data.worlds import WorldConfig, caption_pattern
 
     worlds = WorldConfig(**shipped_config("tiny")["data"]["worlds"])
-    return f"The model tiny has seen nothing but these words, and makes of any others whatever it makes:\n  {caption_pattern(worlds)}"
+    return f"The model tiny knows these words alone, and of a picture keeps one frame:\n  {caption_pattern(worlds)}"
 
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuses what can be refused before JAX is imported."""
-    if overrides and (not options.config or overrides[0].partition("=")[0] in _OF_OTHER_TOOLS):
-        name = overrides[0].partition("=")[0]
-        known = name in _OF_OTHER_TOOLS or name.startswith("--config.")
-        raise UserError(f"{overrides[0]}: {_FEW_STEPS if known else 'unknown argument; --help lists what there is'}")
+    for argument in overrides:
+        name = argument.partition("=")[0].removeprefix("--")
+        if name in _OF_OTHER_TOOLS or (name.startswith("config.") and not options.config):
+            raise UserError(f"{argument}: {_FEW_STEPS}")
+        if not name.startswith("config."):
+            raise UserError(f"{argument}: unknown argument; --help lists what there is")
     output = options.output or options.default_output
     if output.suffix not in (*_SUFFIXES, ""):
         raise UserError(
@@ -159,7 +153,7 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
     for file in (options.image, options.video, options.prompts, options.like):
-        if file and not file.is_file():
+        if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
     if (options.random_weights and options.checkpoint is not None) or not (
         options.random_weights or options.checkpoint or options.like

@@ -1,11 +1,15 @@
 """The train command: runs a configuration's stages in order, and resumes where the work directory left off."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,10 @@ from adastate_jax.console import CommandParser, run_command
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
 from adastate_jax.generation.samples import sample
-from adastate_jax.sharding import make_mesh
+from adastate_jax.interrupts import if_stopped
+from adastate_jax.sharding import all_devices, make_mesh
 from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.training.loop import Metrics, Stopped, StopRequest
+from adastate_jax.training.loop import Metrics
 from adastate_jax.training.stages.distill import distill
 from adastate_jax.training.stages.initialize import initialize
 from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
@@ -42,8 +47,9 @@ def train(config: Config, workdir: Path) -> None:
 
     Raises:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
-        Stopped: after SIGTERM or Ctrl-C; the same call goes on.
+        Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
+    all_devices()
     if jax.process_count() > 1:
         raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
     with _open_workdir(workdir):
@@ -65,12 +71,10 @@ def _train(config: Config, workdir: Path) -> None:
         frozen = make_frozen(config, workdir, clips, mesh)
         save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
         texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
-        with StopRequest() as stop:
-            run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir), stop)
-            for stage in config.stages:
-                if not run.is_finished(stage):
-                    _STAGES[stage](run)
-                stop.check()
+        run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
+        for stage in config.stages:
+            if not run.is_finished(stage):
+                _STAGES[stage](run)
 
 
 def _refuse_uneven_batches(config: Config) -> None:
@@ -168,10 +172,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
     config = parse_config([f"--config={known.config}", *rest])
-    try:
+    with if_stopped(f"the same command resumes {known.workdir}"):
         train(config, known.workdir)
-    except Stopped:
-        print(f"stopped; the same command resumes {known.workdir}", file=sys.stderr)
     return 0
 
 

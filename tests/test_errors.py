@@ -1,9 +1,5 @@
 """How commands end."""
 
-import os
-import signal
-import time
-
 import pytest
 
 from adastate_jax.console import CommandParser, run_command
@@ -48,25 +44,3 @@ def test_a_bad_command_line_is_one_line(arguments, message, capsys):
     assert error.startswith(f"error: {message}")
     assert error.endswith("; python -m adastate_jax.sample --help says more\n")
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_command_cleans_up_behind_itself(number, tmp_path, capsys):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    before = signal.getsignal(signal.SIGTERM)
-    partial = tmp_path / ".out.partial"
-
-    def main(arguments):
-        partial.touch()
-        try:
-            os.kill(os.getpid(), number)
-            time.sleep(10)
-        finally:
-            partial.unlink()
-
-    with pytest.raises(SystemExit) as exited:
-        run_command(main, [])
-    assert exited.value.code == 130
-    assert not partial.exists()
-    assert capsys.readouterr().err == "stopped\n"
-    assert signal.getsignal(signal.SIGTERM) is before

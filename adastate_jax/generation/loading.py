@@ -27,9 +27,10 @@ from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, make_mesh
+from adastate_jax.streaming.carry import RolloutCarry, initial_carry
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
-from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout
+from adastate_jax.streaming.rollout import rollout
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
 from adastate_jax.weights.parts import has_part, load_part

@@ -19,7 +19,7 @@ def sample(run: Run) -> None:
     folder = run.workdir / "samples"
     model = load(run.workdir, mesh=run.mesh)
     prompts = list(settings.prompts) or _distinct(run.prompts, settings.count)
-    num_frames = settings.horizon * run.config.distill.rollout_frames
+    num_frames = run.config.sample_frames
     streams = [stream_batch(model, prompts, settings.seed, num_frames, anchor) for anchor in settings.anchors]
     rows: dict[tuple[int, str], list[np.ndarray]] = {}
     paths = [folder / f"{index:02d}.mp4" for index in range(len(prompts))]
@@ -40,7 +40,6 @@ def sample(run: Run) -> None:
                     rows.setdefault((index, name), []).append(frames)
             bar.update(panels[0].shape[1])
             bar.set_description("sample")
-            run.stop.check()
     sheet = [(f"{name}: {prompts[index]}", np.concatenate(parts)) for (index, name), parts in rows.items()]
     write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))
     (folder / "prompts.txt").write_text(

@@ -18,12 +18,13 @@ import numpy as np
 from adastate_jax.checkpoint import load_tree, save_tree
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
+from adastate_jax.generation import restart
 from adastate_jax.generation.loading import Model, decode_frames, encode_frames, num_given_frames, stream_config
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Cue, read_schedule, schedule
-from adastate_jax.streaming.rollout import initial_carry, seed_keys
 
 _DESCRIPTION = "stream.json"
 
@@ -54,21 +55,16 @@ class _Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """All that a stream of video carries on.
+    """All that a stream of video carries on."""
 
-    Attributes:
-        carry: of the stream; its random keys are the settings' seeds.
-        decoder: the codec's cache.
-        given: latents that the video starts from [B, n, H, W, C], n may be 0.
-        embeddings: of each cue's prompts, [B, T, text_dim]; none before they are encoded.
-        ahead: frames that are dispatched and not handed out yet [B, n, height, width, 3] uint8; None at either end,
-            and behind the first chunk.
-    """
-
-    carry: PromptedCarry
-    decoder: Any
-    given: jax.Array
-    embeddings: tuple[jax.Array, ...] = ()
+    # What every chunk replaces.
+    carry: PromptedCarry  # of the stream; its random keys are the settings' seeds
+    decoder: Any  # the codec's cache
+    # What never changes.
+    given: jax.Array  # latents that the video starts from [B, n, H, W, C], n may be 0
+    embeddings: tuple[jax.Array, ...] = ()  # of each cue's prompts, [B, T, text_dim]; none before they are encoded
+    # For the outside: frames that are dispatched and not handed out yet [B, n, height, width, 3] uint8; None at either
+    # end, and behind the first chunk.
     ahead: jax.Array | None = None
 
 
@@ -96,9 +92,10 @@ class VideoStream(Iterator[np.ndarray]):
             state = dataclasses.replace(state, embeddings=embeddings)
         self.state = state
         self._decoder = {"cache": state.decoder}  # every chunk leaves another one, and a restart reads the latest
-        reencode = None
-        if stream.anchor.restarts and isinstance(model.codec, WanCodec) and model.codec.encoder is not None:
-            reencode = jax.tree_util.Partial(_reencode, model.codec, self._decoder)
+        # A rollout that begins with a picture is decoded by itself; without an encoder there is no such picture.
+        codec = model.codec
+        self._decodes_afresh = stream.anchor.restarts and isinstance(codec, WanCodec) and codec.encoder is not None
+        reencode = jax.tree_util.Partial(restart.reencode, codec, self._decoder) if self._decodes_afresh else None
         self._chunks = prompted_stream(
             model.student,
             state.carry,
@@ -132,6 +129,10 @@ class VideoStream(Iterator[np.ndarray]):
             return
         carry, chunk = found
         frames, decoder = decode_frames(self.model.codec, chunk.content, self.state.decoder, self._chunk == 0)
+        if self._decodes_afresh and chunk.overlap is not None:
+            start = self.model.codec.decode_start(chunk.overlap.shape[0], *chunk.overlap.shape[2:4])
+            anew, decoder = decode_frames(self.model.codec, chunk.overlap, start, True)
+            frames = restart.join_rollouts(frames, anew, self.model.config.time_factor)
         if self.settings.num_frames is not None:
             frames = frames[:, : self.settings.num_frames - self._num_frames(self._chunk)]
         frames.copy_to_host_async()
@@ -143,16 +144,6 @@ class VideoStream(Iterator[np.ndarray]):
         """Video frames before a chunk."""
         latents = chunk * self._chunk_frames
         return 1 + (latents - 1) * self.model.config.time_factor if latents else 0
-
-
-def _reencode(codec: WanCodec, decoder: dict[str, Any], overlap: jax.Array) -> jax.Array:
-    """The overlap [B, F, H, W, C] of two rollouts, its first latent made anew from the first frame that they share.
-
-    A rollout's first latent stands for one frame: here for the last of those that it stood for in the old rollout.
-    Source: CausVid, arXiv 2412.07772.
-    """
-    frames, _ = codec.decode(overlap[:, :1], decoder["cache"], False)
-    return overlap.at[:, :1].set(codec.encode(jnp.clip(frames[:, -1:], -1.0, 1.0)))
 
 
 # --- beginning --------------------------------------------------------------------------------------------------------

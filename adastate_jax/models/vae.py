@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.attention import attention
 from adastate_jax.models.video_layers import (
     PARTS,
@@ -63,6 +64,8 @@ class VAEConfig:
     tile: int = 0
 
     def __post_init__(self):
+        require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks")
+        require_dtypes(self)
         check_tile(self.tile)
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
@@ -71,6 +74,8 @@ class VAEConfig:
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {self.latent_channels} values, one per channel")
+        if not all(0 < deviation < math.inf for deviation in self.latents_std):
+            raise ValueError(f"latents_std must be positive, got {self.latents_std}")
 
     @property
     def space_factor(self) -> int:

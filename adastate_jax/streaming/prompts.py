@@ -4,9 +4,12 @@ Transitions:
 
 - `switch`: the new text, and nothing else; anchor and window still speak of the old prompt, which gives it inertia.
 - `keep_state`: the same, and says that the adaptive state goes on.
-- `recache` (LongLive, arXiv 2509.22622): the stream's last frames, as many as anchor, window and chunk have together,
-  are read again, clean, under the new text, all of them seeing each other; of those in the window, the new keys and
-  values replace the old. The anchor keeps what it holds, and while the stream fills, its frames in the window stay too.
+- `recache` (LongLive, arXiv 2509.22622, as released): frames are read again, clean, under the new text. A stream no
+  longer than anchor, window and chunk together is read whole, its frames seeing each other, and the memory made anew
+  from them, the anchor too. In a longer one, the last frames of a window and a chunk see the anchor, where it stood for
+  the chunk before, and each other; their keys and values replace the window's, and the anchor keeps what it holds.
+- `renew` (LongLive's `global_sink: false`): the stream begins anew from its last frames, as many as anchor, window and
+  chunk have together; they are read as those of a young stream by `recache`, and the first of them become the anchor.
 - `flush` (Infinity-RoPE, arXiv 2511.20649): all of the window but its last two frames is forgotten. In a window of two
   frames, as its release has it, that is a switch.
 - `cut` (Infinity-RoPE, where its documentation says, at the start of the entry): the first chunk of the new prompt
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError
-from adastate_jax.streaming.anchors import AdaptiveAnchor
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
@@ -154,6 +157,22 @@ def chunk_of(second: float, config: StreamConfig, time_factor: int, fps: int) ->
 
 
 @dataclasses.dataclass(frozen=True)
+class Reread:
+    """How a stream's last frames are read again under a new prompt.
+
+    Attributes:
+        frames: how many.
+        anew: whether the whole memory is made from them, as if they were the stream's first; else they take the places
+            of the window's frames.
+        sees_anchor: whether they see the anchor beside each other, where it stood for the chunk before.
+    """
+
+    frames: int
+    anew: bool
+    sees_anchor: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a chunk is generated with; a function of its number, so that a stream may be resumed anywhere.
 
@@ -162,19 +181,25 @@ class Plan:
         blend: weight of the cue's prompt against the one before, in (0, 1].
         transition: what happens to the memory before it; None where the cue began earlier, or leaves it alone.
         phase: of the chunk.
-        reread: how many of the stream's last frames are read again before it; none but by a `recache`.
+        reread: what is read again before it; None but by `recache` and `renew`.
     """
 
     cue: int
     blend: float
     transition: str | None
     phase: Phase
-    reread: int = 0
+    reread: Reread | None = None
 
 
 def num_recent(config: StreamConfig) -> int:
-    """Frames that `recache` reads again. LongLive's are its whole buffer: sink, window and chunk."""
+    """Frames that may be read again. LongLive's are its whole buffer: sink, window and chunk."""
     return config.anchor.frames + config.past_frames + config.chunk_frames
+
+
+def _chunks_made_anew(config: StreamConfig) -> int:
+    """The most chunks from which a whole memory can be made: of `num_recent` frames, and without a hidden state."""
+    chunks = num_recent(config) // config.chunk_frames
+    return min(chunks, config.num_fill_chunks) if config.anchor.state_frames else chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,21 +209,37 @@ class Schedule:
     cues: tuple[Cue, ...]
     starts: tuple[int, ...]
 
-    def plan(self, chunk: int, config: StreamConfig, remaining: int | None = None) -> Plan:
-        """What chunk number `chunk` is generated with; `remaining` as in `phase_of`."""
+    def plan(self, chunk: int, config: StreamConfig, remaining: int | None = None, given_chunks: int = 0) -> Plan:
+        """What chunk number `chunk` is generated with; `remaining` and `given_chunks` as in `phase_of`."""
         index = bisect.bisect_right(self.starts, chunk) - 1
         cue, since = self.cues[index], chunk - self.starts[index]
         transition = cue.transition if index else "switch"
         blend = min((since + 1) / cue.chunks, 1.0) if transition == "blend" else 1.0
-        phase = phase_of(chunk, config, cut=transition == "cut" and since == 0, remaining=remaining)
-        known = chunk * config.chunk_frames  # frames that are not forgotten
-        for entry, start in zip(self.cues[1 : index + 1], self.starts[1 : index + 1], strict=True):
-            if entry.transition == "flush":
-                known = min(known, _FLUSH_KEEPS + (chunk - start) * config.chunk_frames)
+        phase = phase_of(chunk, config, transition == "cut" and since == 0, remaining, given_chunks)
+        known = self._known_frames(index, chunk, config)
         if known < len(layout_of(phase, config).window):
             phase = dataclasses.replace(phase, window_frames=known)
-        change = transition if transition in ("recache", "reset_state") and since == 0 else None
-        return Plan(index, blend, change, phase, min(num_recent(config), known) if change == "recache" else 0)
+        if since or transition not in ("recache", "renew", "reset_state"):
+            return Plan(index, blend, None, phase)
+        if transition == "reset_state":
+            return Plan(index, blend, transition, phase)
+        chunks = min(chunk, _chunks_made_anew(config))
+        if transition == "renew" or known == chunks * config.chunk_frames:
+            reread = Reread(chunks * config.chunk_frames, anew=True, sees_anchor=False)
+        else:
+            frames = min(config.past_frames + config.chunk_frames, known)
+            reread = Reread(frames, anew=False, sees_anchor=phase.steady and config.anchor.frames > 0)
+        return Plan(index, blend, transition, phase, reread)
+
+    def _known_frames(self, index: int, chunk: int, config: StreamConfig) -> int:
+        """How many frames before a chunk are not forgotten, the cues up to and with `index` in effect."""
+        kept, at = 0, 0  # so many were known at this chunk; later ones are
+        for cue, start in zip(self.cues[1 : index + 1], self.starts[1 : index + 1], strict=True):
+            if cue.transition == "flush":
+                kept, at = min(kept + (start - at) * config.chunk_frames, _FLUSH_KEEPS), start
+            elif cue.transition == "renew":
+                kept, at = min(start, _chunks_made_anew(config)) * config.chunk_frames, start
+        return kept + (chunk - at) * config.chunk_frames
 
 
 def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: int, name: str = "prompts") -> Schedule:
@@ -225,7 +266,7 @@ def _obstacle(transition: str, config: StreamConfig) -> str | None:
         return "needs an adaptive anchor"
     if transition == "reset_state" and config.past_frames < anchor.frames:
         return f"needs a window of {anchor.frames} frames, this one has {config.past_frames}"
-    if transition in ("recache", "flush", "cut") and (anchor.joint or anchor.restarts):
+    if transition in ("recache", "renew", "flush", "cut") and (anchor.joint or anchor.restarts):
         return f"does not go with {type(anchor).__name__}"
     if transition == "cut":
         try:

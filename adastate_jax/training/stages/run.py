@@ -20,7 +20,7 @@ from adastate_jax.models.dit import DiT
 from adastate_jax.models.text import ByteTokenizer
 from adastate_jax.sharding import replicated, shard_batch, tree_shardings
 from adastate_jax.training.frozen import Frozen, with_shardings
-from adastate_jax.training.loop import Metrics, StopRequest, run_stage
+from adastate_jax.training.loop import Metrics, run_stage
 from adastate_jax.training.state import create_state
 
 
@@ -44,7 +44,6 @@ class Run:
     empty_text: jax.Array
     negative_text: jax.Array
     metrics: Metrics
-    stop: StopRequest
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -94,7 +93,6 @@ class Run:
                 steps,
                 checkpoints,
                 self.metrics,
-                self.stop,
                 logging.log_every,
                 logging.save_every,
                 compiling,

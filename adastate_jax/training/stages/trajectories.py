@@ -51,7 +51,6 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
         teacher = trained(run, "pretrain", "ema")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
-                run.stop.check()
                 numbers = np.arange(index * per_file, (index + 1) * per_file)
                 token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
                 batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
