@@ -17,7 +17,7 @@ import tqdm
 
 from adastate_jax.data.decoding import Unusable, reasons
 from adastate_jax.data.footage import ClipConfig, clip_frames, scan_footage
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
 from adastate_jax.files import existing_name
 
 
@@ -146,12 +146,12 @@ def scan_folder(folder: str | os.PathLike, config: ClipConfig) -> tuple[list[Fil
         for name in progress:
 
             def report(seconds, name=name):
-                progress.set_postfix_str(f"{name} {seconds:.0f} s")
+                progress.set_postfix_str(f"{one_line(name)} {seconds:.0f} s")
 
             try:
                 starts, frames = find_clips(folder / name, config, report)
             except Unusable as reason:
-                skipped.append(f"skipped {name}: {reason}")
+                skipped.append(f"skipped {one_line(name)}: {reason}")
                 tqdm.tqdm.write(skipped[-1], file=sys.stderr)
             else:
                 usable.append(FileClips(name, captions[name], starts, frames))
