@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from adastate_jax.errors import shown
+
 # Of weights, and of what is computed with them.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -12,7 +14,7 @@ def require_positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if value <= 0 or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{field} must be positive, got {value}")
+            raise ValueError(f"{field} must be positive, got {shown(value)}")
 
 
 def require_at_least_one(config: Any, *fields: str) -> None:
@@ -20,11 +22,11 @@ def require_at_least_one(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if not all(number >= 1 for number in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"{field} must be at least 1, got {value}")
+            raise ValueError(f"{field} must be at least 1, got {shown(value)}")
 
 
 def require_dtypes(config: Any) -> None:
     """Refuses a network's `param_dtype` or `dtype` that is none of `DTYPES`."""
     for field in ("param_dtype", "dtype"):
         if getattr(config, field) not in DTYPES:
-            raise ValueError(f"{field} must be one of {', '.join(DTYPES)}, got {getattr(config, field)!r}")
+            raise ValueError(f"{field} must be one of {', '.join(DTYPES)}, got {shown(getattr(config, field))}")

@@ -55,6 +55,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; a name that none can have, too long or with a NUL in it, is not (`Path` raises)."""
+    return os.path.isfile(path)
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yields a temporary folder to fill; afterwards it takes the place of `path`, or goes if an exception came.

@@ -32,6 +32,7 @@ from adastate_jax.errors import UserError
 from adastate_jax.evaluation.measure import upright_frames
 from adastate_jax.files import temporary_folder, write_text
 from adastate_jax.media import FPS, VideoWriter
+from adastate_jax.texts import parse_json, read_text
 
 STANDARD_SAMPLES = 5
 STANDARD_SIZE = (480, 832)
@@ -88,12 +89,11 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix != ".json":
         return read_lines(path)
+    listed = parse_json(read_text(path), str(path))
     try:
-        return [entry["prompt_en"] for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read ({error.strerror}): give an existing file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'prompt file {path} is no list of {{"prompt_en": ...}}: give VBench_full_info.json') from None
+        return [entry["prompt_en"] for entry in listed]
+    except (KeyError, TypeError):
+        raise UserError(f'{path}: is no list of {{"prompt_en": ...}}; give VBench_full_info.json') from None
 
 
 def plan_export(

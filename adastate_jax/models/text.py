@@ -61,6 +61,7 @@ class TextConfig:
             "num_heads",
             "num_layers",
             "num_buckets",
+            "max_distance",
             "text_length",
         )
         require_positive(self, "eps")

@@ -29,6 +29,8 @@ from adastate_jax.models.video_layers import (
 )
 from adastate_jax.sharding import constrain
 
+_MAX_LEVELS, _MAX_BLOCKS = 8, 64
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -67,6 +69,12 @@ class VAEConfig:
         require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks")
         require_dtypes(self)
         check_tile(self.tile)
+        # Levels and blocks are layers of their own, not stacked: a number from a file must not make billions of them.
+        if not 1 <= len(self.dim_multipliers) <= _MAX_LEVELS or self.num_res_blocks > _MAX_BLOCKS:
+            raise ValueError(
+                f"at most {_MAX_LEVELS} levels of {_MAX_BLOCKS} blocks are possible, got {len(self.dim_multipliers)} "
+                f"dim_multipliers and num_res_blocks {self.num_res_blocks}"
+            )
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample needs one flag per step between {len(self.dim_multipliers)} levels, "
