@@ -149,9 +149,9 @@ def test_names_that_are_no_text_are_shown_as_escapes(tmp_path, capsys):
     folder.mkdir()
     source.rename(folder / os.fsdecode(b"\xff\n.mp4"))
     assert exit_code(folder, f"--output={tmp_path / 'report'}", "--jobs=1") == 0
-    assert capsys.readouterr().out.startswith("caf\\xe9\\x1b[31m: 1 video,")
+    assert capsys.readouterr().out.startswith("caf\\udce9\\x1b[31m: 1 video,")
     (video,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["videos"]
-    assert (video["group"], video["name"]) == ("caf\\xe9\\x1b[31m", "\\xff\\n.mp4")
+    assert (video["group"], video["name"]) == ("caf\\udce9\\x1b[31m", "\\udcff .mp4")
 
 
 @pytest.mark.parametrize(
