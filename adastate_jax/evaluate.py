@@ -21,7 +21,7 @@ import cv2
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.data.decoding import Unusable, read_header
 from adastate_jax.data.folders import walk_files
-from adastate_jax.errors import UserError, one_line
+from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
 from adastate_jax.evaluation.report import write_report
@@ -91,10 +91,8 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
-    try:
+    with writing(f"--output={output}"):
         write_report(output, videos, skipped, settings)
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
     print(output / "report.html", file=sys.stderr)
@@ -259,10 +257,8 @@ def export(arguments: Sequence[str]) -> int:
     extended = vbench.read_prompts(options.extended) if options.extended else None
     slots = vbench.plan_export(vbench.read_prompts(options.prompts), config, extended)
     if not options.check:
-        try:
+        with writing(f"--vbench={options.vbench}"):
             _fill(options, slots, config)
-        except OSError as error:
-            raise UserError(f"--vbench={options.vbench}: cannot be written ({error.strerror or error})") from None
     return _report_check(options.vbench, slots, config)
 
 

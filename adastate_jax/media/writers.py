@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -15,9 +14,9 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from adastate_jax import files
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, writing
 from adastate_jax.media.metadata import describe_webp, gif_comment
-from adastate_jax.media.pictures import encode_png, saving
+from adastate_jax.media.pictures import encode_png
 
 FPS = 16
 _PICTURE = "frame_{:05d}.png"
@@ -53,7 +52,7 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: int | Fraction = FPS, metadata: Mapping[str, str] | None = None):
         self.path = Path(path)
         kind = _kind_of(str(path))
-        with saving(self.path):
+        with writing(self.path):
             _refuse_special(self.path)
             self._place = _whole_pictures(self.path) if kind is _Pictures else files.whole_file(self.path)
             self._encoder = kind(self._place.__enter__(), fps, dict(metadata or {}))
@@ -69,7 +68,7 @@ class VideoWriter:
 
         Returns while they are being compressed, but not before those of the last call are; raises what stopped them.
         """
-        with saving(self.path):
+        with writing(self.path):
             self._wait()
         self._writing = self._thread.submit(self._compress, frames)
 
@@ -84,7 +83,7 @@ class VideoWriter:
             self._encoder.write(frame)
 
     def __exit__(self, kind, error, trace) -> None:
-        with saving(self.path), contextlib.ExitStack() as stack:
+        with writing(self.path), contextlib.ExitStack() as stack:
             stack.push(self._leave)
             self._thread.shutdown()
             if kind is None:
@@ -123,7 +122,7 @@ def _refuse_special(path):
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "neither a file nor a folder")
+        raise OSError("neither a file nor a folder")
 
 
 def _whole_pictures(path):
