@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 
+from adastate_jax.data.animations import decode_webp, is_webp, webp_header
+
 # The most pixels of a frame: twice 8K. A header that states more is damaged, and its frames would fill the memory.
 MAX_FRAME_PIXELS = 1 << 26
 _LONGEST_FRAME = 60.0  # seconds; a longer gap between frames is a damaged timestamp
@@ -26,8 +28,11 @@ _UNSPECIFIED = 2  # as a matrix in H.273
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a video file says of itself: frames per second, number of frames shown (0 where it does not say), size in
-    pixels as stored, names of the codec and of the pixel format."""
+    """What a video file says of itself.
+
+    Frames per second, number of frames shown (0 where it does not say), size in pixels as stored, names of the codec
+    and of the pixel format, and the width of the stored pixels over their height.
+    """
 
     fps: Fraction
     num_frames: int
@@ -35,6 +40,7 @@ class Header:
     width: int
     codec: str
     pixel_format: str
+    pixel_aspect: Fraction
 
 
 class Unusable(Exception):
@@ -71,9 +77,13 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     codec = stream.codec_context
     if codec is None:
         raise ValueError("its video is of an unknown codec")
-    if codec.width * codec.height > MAX_FRAME_PIXELS:
-        raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are larger than any that are read")
+    _refuse_size(codec.width, codec.height)
     return stream
+
+
+def _refuse_size(width, height):
+    if width * height > MAX_FRAME_PIXELS:
+        raise ValueError(f"its frames of {width} x {height} pixels are larger than any that are read")
 
 
 def frame_rate(stream: av.VideoStream) -> Fraction:
@@ -86,6 +96,10 @@ def read_header(path: str | os.PathLike) -> Header:
 
     Raises `av.FFmpegError` where the file cannot be opened, and `ValueError` where it has no video.
     """
+    if is_webp(path):
+        rate, num_frames, height, width = webp_header(path)
+        _refuse_size(width, height)
+        return Header(rate, num_frames, height, width, "webp", "rgba", Fraction(1))
     with open_video(path) as container:
         stream = best_stream(container)
         codec, rate = stream.codec_context, frame_rate(stream)
@@ -93,7 +107,8 @@ def read_header(path: str | os.PathLike) -> Header:
         if not num_frames:
             begin, end = _stated_span(container, stream) or (0, 0)
             num_frames = round((end - begin) * rate)
-        return Header(rate, num_frames, codec.height, codec.width, codec.name, codec.pix_fmt or "")
+        pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        return Header(rate, num_frames, codec.height, codec.width, codec.name, codec.pix_fmt or "", pixel_aspect)
 
 
 def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -108,31 +123,40 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
         ValueError: it has no video, is damaged, ends well before the length that it states (said after the last
             frame), or holds what this package does not show (HDR, a picture turned by other than quarter turns).
     """
+    if is_webp(path):
+        read_header(path)
+        yield from _in_time(decode_webp(path))
+        return
     with open_video(path) as container:
         stream = best_stream(container)
         stream.thread_type = "SLICE"  # threads by frame lose errors, and good frames with them, as it happens
         interval = float(1 / frame_rate(stream))
-        first = last = None
-        count = 0
-        for frame in _decode(container, stream):
+        first, last, count = None, 0.0, 0
+        for seconds, frame in _in_time(_decode(container, stream), interval):
             _refuse_what_cannot_be_shown(frame)
-            time = frame.time
-            if last is None:
-                first = time or 0.0
-                seconds = 0.0
-            else:
-                seconds = last + interval if time is None or time - first <= last else time - first
-                if seconds - last > _LONGEST_FRAME:
-                    raise ValueError(f"it shows nothing new from {last:.2f} s to {seconds:.2f} s, so it is damaged")
-            last = seconds
-            count += 1
+            first = (frame.time or 0.0) if first is None else first
+            last, count = seconds, count + 1
             yield seconds, frame
-        if last is not None:
+        if count:
             _check_complete(container, stream, first, last + interval, count)
 
 
+def _in_time(frames, interval=0.0):
+    """(seconds since the first frame, frame) of (seconds by the file's clock or None, frame), increasing strictly."""
+    first = last = None
+    for time, frame in frames:
+        if last is None:
+            first, seconds = time or 0.0, 0.0
+        else:
+            seconds = last + interval if time is None or time - first <= last else time - first
+            if seconds - last > _LONGEST_FRAME:
+                raise ValueError(f"it shows nothing new from {last:.2f} s to {seconds:.2f} s, so it is damaged")
+        last = seconds
+        yield seconds, frame
+
+
 def _decode(container, stream):
-    """The frames of a stream; errors and damaged frames count only once a frame was good."""
+    """(seconds by the file's clock or None, frame) of a stream; damage counts only once a frame was good."""
     good = error = None
     for packet in container.demux(stream):
         try:
@@ -145,7 +169,7 @@ def _decode(container, stream):
         for frame in frames:
             if not frame.is_corrupt:
                 good = frame.time or 0.0
-                yield frame
+                yield frame.time, frame
             elif good is not None:
                 raise ValueError(f"its frame at {frame.time or 0.0:.2f} s is damaged")
     if error and good is None:
@@ -153,8 +177,7 @@ def _decode(container, stream):
 
 
 def _refuse_what_cannot_be_shown(frame):
-    if frame.width * frame.height > MAX_FRAME_PIXELS:
-        raise ValueError(f"a frame of {frame.width} x {frame.height} pixels is larger than any that are read")
+    _refuse_size(frame.width, frame.height)
     if frame.color_trc in _HDR:
         raise ValueError(
             f"it is HDR ({_HDR[frame.color_trc]}), which would look dull here; convert it to SDR (BT.709) first"

@@ -215,6 +215,21 @@ def test_a_transparent_animation_is_put_on_white(tmp_path):
     assert (found[:, :16] == (30, 30, 220)).all()
 
 
+def test_an_animated_webp_is_a_video(tmp_path):
+    path = encode(tmp_path / "a.webp", brightening(), codec="libwebp_anim", quality="95")
+    seconds, numbers = shown(path)
+    assert numbers == list(range(32))
+    np.testing.assert_allclose(seconds, np.arange(32) / 16, atol=2e-3)
+    header = read_header(path)
+    assert (round(float(header.fps)), header.num_frames, header.height, header.width) == (16, 32, 48, 64)
+    assert measure_video(path).num_frames == 32
+    assert len(read_last_frames(path, 4, 16, 16)) == 4
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.webp: not a readable video \(it is a WebP that is cut off or damaged"):
+        read_last_frames(path, 4, 16, 16)
+
+
 def test_frames_beyond_any_video_are_refused(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", brightening(8))
     monkeypatch.setattr(decoding, "MAX_FRAME_PIXELS", 48 * 64 - 1)

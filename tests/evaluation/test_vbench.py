@@ -125,7 +125,7 @@ def test_prompts_come_from_lines_or_from_vbench_s_list(tmp_path):
     (tmp_path / "full.json").write_text(json.dumps([{"prompt_en": text, "dimension": []} for text in PROMPTS]))
     assert read_prompts(tmp_path / "prompts.txt") == read_prompts(tmp_path / "full.json") == PROMPTS
     (tmp_path / "other.json").write_text('{"prompts": []}')
-    with pytest.raises(UserError, match=r"other.json is no list of"):
+    with pytest.raises(UserError, match=r"other\.json: is no list of"):
         read_prompts(tmp_path / "other.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none.json")

@@ -101,8 +101,6 @@ def colours(frames=6, height=48, width=64):
 def read_back(path):
     if path.is_dir():
         return np.stack([iio.imread(picture) for picture in sorted(path.iterdir())])
-    if path.suffix == ".webp":  # which FFmpeg cannot read
-        return iio.imread(path, plugin="pillow", index=...)
     return np.stack([frame_pixels(frame, frame.height, frame.width) for _, frame in decode_frames(path)])
 
 
