@@ -29,7 +29,7 @@ from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
 from adastate_jax.streaming.names import STREAM_NAMES
 
-VIDEO_SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .gif .webp .ts .mts .mpg .mpeg .wmv".split())
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
 _EXAMPLE = """examples:
   python -m adastate_jax.evaluate runs/tiny/samples/adaptive runs/tiny/samples/static \\
       --first-chunk=3 --chunk=3 --output=report
