@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
 
 from adastate_jax import files
 from adastate_jax.errors import UserError, writing
@@ -19,6 +20,7 @@ from adastate_jax.media.metadata import describe_webp, gif_comment
 from adastate_jax.media.pictures import encode_png
 
 FPS = 16
+_PALETTE_PIXELS = 1 << 14  # of which a GIF's colours are chosen
 _PICTURE = "frame_{:05d}.png"
 _PICTURES = re.compile(r"frame_\d{5,}\.png")
 
@@ -236,29 +238,19 @@ class _Gif(_Container):
         self._file = _CommentedGif(self.path, gif_comment(self.metadata) if self.metadata else b"")
         return av.open(self._file, "w", format="gif")
 
-    def begin(self, height, width):
-        super().begin(height, width)
-        graph = av.filter.Graph()
-        source = graph.add_buffer(
-            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / Fraction(self.fps)
-        )
-        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
-        use = graph.add("paletteuse", "new=1:dither=sierra2_4a")
-        source.link_to(split)
-        split.link_to(palette, 0, 0)
-        split.link_to(use, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(graph.add("buffersink"))
-        graph.configure()
-        self._graph = graph
-
     def convert(self, frame):
-        self._graph.push(frame)
-        while True:
-            try:
-                yield self._graph.pull()
-            except (av.BlockingIOError, av.EOFError):
-                return
+        if frame is None:
+            return []
+        pixels = Image.fromarray(frame.to_ndarray())
+        # The colours are chosen from a smaller picture: that takes far longer than to draw with them.
+        fewer = pixels.reduce(max(1, round((pixels.width * pixels.height / _PALETTE_PIXELS) ** 0.5)))
+        palette = fewer.quantize(256, Image.Quantize.MEDIANCUT)
+        indices = np.asarray(pixels.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+        colours = np.array(palette.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+        colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)), constant_values=255)[:, [3, 0, 1, 2]]
+        drawn = av.VideoFrame.from_ndarray((indices, np.ascontiguousarray(colours)), format="pal8")
+        drawn.pts, drawn.time_base = frame.pts, frame.time_base
+        return [drawn]
 
     def _close(self):
         super()._close()
