@@ -268,7 +268,9 @@ def _fill(options, slots, config):
         for name in unmatched:
             print(f"skipped {one_line(str(options.videos / name))}: belongs to no prompt", file=sys.stderr)
         with progress("export", len(slots), unit="video") as bar:
-            vbench.export_files(options.vbench, slots, config, files, bar.update)
+            skipped = vbench.export_files(options.vbench, slots, config, files, bar.update)
+        for file, reason in skipped:
+            print(f"skipped {one_line(str(file))}: {reason}", file=sys.stderr)
         return
     starting()
     # Imported here: JAX takes seconds, which measuring and checking can do without.
