@@ -76,8 +76,8 @@ class VideoWriter:
 
     def _wait(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+            pending, self._writing = self._writing, None
+            pending.result()
 
     def _compress(self, frames: np.ndarray) -> None:
         for frame in frames:
@@ -85,22 +85,22 @@ class VideoWriter:
             self._encoder.write(frame)
 
     def __exit__(self, kind, error, trace) -> None:
-        with writing(self.path), contextlib.ExitStack() as stack:
-            stack.push(self._leave)
-            self._thread.shutdown()
-            if kind is None:
-                self._wait()
-                if self._begun:
-                    self._encoder.finish()
-                    return
-            with contextlib.suppress(OSError, av.FFmpegError):  # what is unfinished may be so for want of room
-                self._encoder.abandon()
-            stack.pop_all()
-            self._leave(_Unfinished, _Unfinished(), None)
-
-    def _leave(self, kind, error, trace) -> None:
-        """Gives the file its name, or removes it if there is an error."""
-        self._place.__exit__(kind, error, trace)
+        complete = False
+        with writing(self.path):
+            try:
+                self._thread.shutdown()
+                if kind is None:
+                    self._wait()
+                    if self._begun:
+                        self._encoder.finish()
+                        complete = True
+            finally:
+                if complete:
+                    self._place.__exit__(None, None, None)
+                else:
+                    with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
+                        self._encoder.abandon()
+                    self._place.__exit__(_Unfinished, _Unfinished(), None)
 
 
 class _Unfinished(Exception):
@@ -257,9 +257,10 @@ class _Gif(_Container):
         self._file.close()
 
     def abandon(self):
-        super().abandon()
-        if self._container is not None:
-            self._file.close()
+        with contextlib.ExitStack() as stack:
+            if self._container is not None:
+                stack.callback(self._file.close)
+            super().abandon()
 
 
 class _CommentedGif:
