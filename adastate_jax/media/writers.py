@@ -61,6 +61,7 @@ class VideoWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
         self._begun = False
+        self._size: tuple[int, ...] | None = None
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -69,7 +70,18 @@ class VideoWriter:
         """Appends frames [F, H, W, 3] uint8; the same H and W in every call, and even ones for an mp4.
 
         Returns while they are being compressed, but not before those of the last call are; raises what stopped them.
+
+        Raises:
+            UserError: the frames are of another kind or size, or the file cannot be written.
         """
+        shape = np.shape(frames)
+        if len(shape) != 4 or shape[3] != 3 or frames.dtype != np.uint8:
+            raise UserError(f"{self.path}: frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(shape)}")
+        self._size = self._size or shape[1:3]
+        if shape[1:3] != self._size:
+            raise UserError(f"{self.path}: frames must all be {list(self._size)} pixels, not {list(shape[1:3])}")
+        if isinstance(self._encoder, _Mp4) and any(side % 2 for side in self._size):
+            raise UserError(f"{self.path}: an mp4 has even sides, not {list(self._size)} pixels; write a .webp or .gif")
         with writing(self.path):
             self._wait()
         self._writing = self._thread.submit(self._compress, frames)
