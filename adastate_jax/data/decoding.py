@@ -12,7 +12,7 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
 
 from adastate_jax.data.animations import decode_webp, is_webp, webp_header
 
@@ -22,8 +22,8 @@ _LONGEST_FRAME = 60.0  # seconds; a longer gap between frames is a damaged times
 _GROUND = 255  # what transparent pixels are put on: white, as on a page
 # Without the last two, 219 red of 255 comes out as 217: the fast conversion rounds coarsely and repeats chroma.
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics, numbered as in ITU-T H.273
-_UNSPECIFIED = 2  # as a matrix in H.273
+_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
+_UNSPECIFIED = 2  # as a matrix, and as primaries (ITU-T H.273)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
     Raises:
         av.FFmpegError: the file cannot be decoded.
         ValueError: it has no video, is damaged, ends well before the length that it states (said after the last
-            frame), or holds what this package does not show (HDR, a picture turned by other than quarter turns).
+            frame), or holds what this package does not show (a picture turned by other than quarter turns).
     """
     if is_webp(path):
         read_header(path)
@@ -178,10 +178,6 @@ def _decode(container, stream):
 
 def _refuse_what_cannot_be_shown(frame):
     _refuse_size(frame.width, frame.height)
-    if frame.color_trc in _HDR:
-        raise ValueError(
-            f"it is HDR ({_HDR[frame.color_trc]}), which would look dull here; convert it to SDR (BT.709) first"
-        )
     orientation(frame)
 
 
@@ -250,8 +246,9 @@ def frame_pixels(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fr
     """A decoded frame upright, scaled to cover `height` × `width` and cropped at its centre: uint8 RGB `[H, W, 3]`.
 
     Colours are converted as the frame is tagged; an untagged one is BT.601, or BT.709 where it is larger than standard
-    definition, as in players. Transparency is put on white. `pixel_aspect` is the width of the stored pixels over
-    their height.
+    definition, as in players. HDR (PQ, HLG) is brought to SDR: its reference white of 203 cd/m² (ITU-R BT.2408) is
+    white, and what is brighter is white too. Transparency is put on white. `pixel_aspect` is the width of the stored
+    pixels over their height.
     """
     pixels = _rgb(frame)
     transposed, rows_reversed, columns_reversed = orientation(frame)
@@ -265,9 +262,22 @@ def frame_pixels(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fr
 def _rgb(frame):
     if any(component.is_alpha for component in frame.format.components):
         return on_plain_ground(frame.to_ndarray(format="rgba"))
+    if frame.color_trc in _HDR:
+        return _standard_range(frame).to_ndarray()
     large = frame.width >= 1280 or frame.height > 576
     guessed = Colorspace.ITU709 if large and frame.colorspace == _UNSPECIFIED else None
     return frame.to_ndarray(format="rgb24", src_colorspace=guessed, interpolation=_EXACT)
+
+
+def _standard_range(frame):
+    """An HDR frame in RGB with the primaries and the transfer of BT.709, by FFmpeg's conversion."""
+    if frame.colorspace == _UNSPECIFIED:
+        frame.colorspace = Colorspace.BT2020
+    if frame.color_primaries == _UNSPECIFIED:
+        frame.color_primaries = ColorPrimaries.BT2020
+    return frame.reformat(
+        format="rgb24", dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709, interpolation=_EXACT
+    )
 
 
 def on_plain_ground(pixels: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import Colorspace
+from av.video.reformatter import ColorRange, Colorspace
 
 from adastate_jax.data import decoding
 from adastate_jax.data.decoding import Unusable, decode_frames, frame_pixels, read_header, upright_size
@@ -177,14 +177,56 @@ def test_any_file_name_is_a_file(tmp_path, name):
 # --- colours ------------------------------------------------------------------------------------------------------
 
 
-def test_high_dynamic_range_is_refused_by_name(tmp_path):
-    for transfer, name in ((16, "PQ"), (18, "HLG")):
-        tags = {"color_trc": transfer, "color_primaries": 9, "colorspace": Colorspace.BT2020}
-        path = encode(tmp_path / f"{name}.mp4", brightening(8), tags=tags)
-        with pytest.raises(UserError, match=rf"{name}\.mp4: not a readable video \(it is HDR \({name}\), .*convert it"):
-            read_last_frames(path, 1, 8, 8)
-        with pytest.raises(Unusable, match=f"it is HDR \\({name}\\)"):
-            measure_video(path)
+# Linear BT.709 to linear BT.2020 (ITU-R BT.2087).
+WIDER = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+
+
+def perceptual_quantizer(nits):
+    """SMPTE ST 2084's code of a luminance."""
+    power = (nits / 10000) ** (2610 / 16384)
+    return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+
+
+def hybrid_log_gamma(nits):
+    """ITU-R BT.2100's HLG code of a grey of a display of 1000 cd/m², whose system gamma is 1.2."""
+    scene = (nits / 1000) ** (1 / 1.2)
+    logarithm = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), logarithm)
+
+
+GREYS = [[level] * 3 for level in (0.0, 0.02, 0.18, 0.5, 1.0)]
+COLOURS = [[0.8, 0.5, 0.4], [0.2, 0.4, 0.3], [0.3, 0.3, 0.6]]
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize(
+    ("transfer", "code", "linear"),
+    [(16, perceptual_quantizer, GREYS + COLOURS), (18, hybrid_log_gamma, GREYS)],
+)
+def test_high_dynamic_range_is_brought_to_the_standard_one(tmp_path, transfer, code, linear, tagged):
+    """White is BT.2408's reference, 203 cd/m², and a screen's gamma 2.4 (BT.1886); with HLG's system gamma, a colour's
+    channels depend on one another, so that the law is told of greys alone."""
+    for number, colour in enumerate([*linear, [4.0] * 3]):
+        coded = code(WIDER @ np.array(colour) * 203)
+        pixels = np.broadcast_to(np.round(coded * 65535).astype(np.uint16), (32, 32, 3))
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb48le")
+        with av.open(str(tmp_path / f"{number}.mkv"), "w") as file:
+            stream = file.add_stream("ffv1", rate=16)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv444p10le"
+            codec = stream.codec_context
+            codec.color_trc, codec.color_range = transfer, 1
+            if tagged:
+                codec.colorspace, codec.color_primaries = 9, 9
+            for _ in range(2):
+                converted = frame.reformat(
+                    format="yuv444p10le", dst_colorspace=Colorspace.BT2020, dst_color_range=ColorRange.MPEG
+                )
+                converted.pts = None
+                file.mux(stream.encode(converted))
+            file.mux(stream.encode())
+        found = read_last_frames(tmp_path / f"{number}.mkv", 1, 8, 8)[0, 4, 4].astype(int)
+        expected = 255 * np.clip(colour, 0, 1) ** (1 / 2.4)
+        assert np.abs(found - expected).max() <= 6, (colour, found, expected)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (720, 1280)])
