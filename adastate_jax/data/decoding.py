@@ -16,8 +16,8 @@ from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpola
 
 from adastate_jax.data.animations import decode_webp, is_webp, webp_header
 
-# The most pixels of a frame: twice 8K. A header that states more is damaged, and its frames would fill the memory.
-MAX_FRAME_PIXELS = 1 << 26
+# The most pixels of a frame: 8K. A header that states more is damaged, and its frames would fill the memory.
+MAX_FRAME_PIXELS = 1 << 25
 _LONGEST_FRAME = 60.0  # seconds; a longer gap between frames is a damaged timestamp
 _GROUND = 255  # what transparent pixels are put on: white, as on a page
 # Without the last two, 219 red of 255 comes out as 217: the fast conversion rounds coarsely and repeats chroma.
