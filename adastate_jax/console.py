@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 import tqdm
 
 from adastate_jax import interrupts
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
 from adastate_jax.files import claimed, numbered_name
 
 # JAX's names of the durations that make up a compilation. Tracing is not among them: it counts inner functions twice.
@@ -125,7 +125,7 @@ def _run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) 
     try:
         return main(arguments) or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except BaseException:  # also what an import makes of an interrupt
         if interrupts.received() is None:

@@ -55,6 +55,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; a name that none can have, too long or with a NUL in it, is not (`Path` raises)."""
+    return os.path.isfile(path)
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yields a temporary folder to fill; afterwards it takes the place of `path`, or goes if an exception came.
@@ -68,14 +73,22 @@ def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name
     """
     path = Path(os.path.realpath(path))
     _refuse_to_replace(path, replaces)
+    with temporary_folder(path) as temporary:
+        yield temporary
+        _refuse_to_replace(path, replaces)
+        _exchange(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a new hidden folder beside `path`, and removes it afterwards; raises OSError where it cannot be made."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, lock = _create(path, folder=True)
     _own.add(temporary)
     try:
         yield temporary
-        _refuse_to_replace(path, replaces)
-        _exchange(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _own.discard(temporary)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.attention import attention
 from adastate_jax.models.video_layers import (
     PARTS,
@@ -27,6 +28,8 @@ from adastate_jax.models.video_layers import (
     spatial_conv,
 )
 from adastate_jax.sharding import constrain
+
+_MAX_LEVELS, _MAX_BLOCKS = 8, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,15 @@ class VAEConfig:
     tile: int = 0
 
     def __post_init__(self):
+        require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks")
+        require_dtypes(self)
         check_tile(self.tile)
+        # Levels and blocks are layers of their own, not stacked: a number from a file must not make billions of them.
+        if not 1 <= len(self.dim_multipliers) <= _MAX_LEVELS or self.num_res_blocks > _MAX_BLOCKS:
+            raise ValueError(
+                f"at most {_MAX_LEVELS} levels of {_MAX_BLOCKS} blocks are possible, got {len(self.dim_multipliers)} "
+                f"dim_multipliers and num_res_blocks {self.num_res_blocks}"
+            )
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample needs one flag per step between {len(self.dim_multipliers)} levels, "
@@ -71,6 +82,8 @@ class VAEConfig:
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {self.latent_channels} values, one per channel")
+        if not all(0 < deviation < math.inf for deviation in self.latents_std):
+            raise ValueError(f"latents_std must be positive, got {self.latents_std}")
 
     @property
     def space_factor(self) -> int:
