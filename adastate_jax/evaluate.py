@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -207,7 +208,14 @@ def _start_worker(done, threads):
     global _frames_done  # a lock can be handed to a process only when it starts
     _frames_done = done
     cv2.setNumThreads(threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, not after the videos it was handed
+
+
+def _end_with_the_command():
+    """Ends this process when the one that started it has ended, however it did."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _measure_in_worker(file, settings):
