@@ -200,6 +200,10 @@ def _measure_in_processes(files, settings, jobs, bar):
                 bar.set_description("measure", refresh=False)
             bar.update(before + done.value - bar.n)
         return [None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures]
+    except KeyboardInterrupt:  # a video may take minutes
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

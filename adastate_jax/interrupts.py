@@ -133,7 +133,7 @@ def deferred(message: str) -> Iterator[Deferral]:
 
 
 def end(number: int) -> None:
-    """Says "stopped" and ends the process as one that this signal ended. What waits for it to end is not waited for.
+    """Says "stopped" and ends the process, without return, as one that this signal ended. What waits for it to end is not waited for.
 
     Neither threads nor computations that were dispatched are: JAX would wait for them at the interpreter's end.
     """
