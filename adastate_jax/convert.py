@@ -26,6 +26,7 @@ from adastate_jax.errors import UserError, one_line
 from adastate_jax.fields import parse_json, to_dict
 from adastate_jax.files import whole_folder
 from adastate_jax.generation import loading as generate
+from adastate_jax.interrupts import if_stopped
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
 from adastate_jax.weights.kinds import KINDS
@@ -243,7 +244,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--names={options.names}: needs --to=safetensors")
     if options.lora_alpha is not None and not options.lora:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
-    with claimed_output(options, folder=True) as output:
+    jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here, and may be busy
+    with claimed_output(options, folder=True) as output, if_stopped(f"{output} was not written"):
         network = _open(options)
         if options.to == "safetensors":
             _refuse_unpublishable(network, names)
@@ -261,6 +263,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The accelerator has nothing to do here, and may be busy.
-    jax.config.update("jax_platforms", "cpu")
     run_command(main)

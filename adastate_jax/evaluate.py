@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -190,6 +191,10 @@ def _measure_in_processes(files, settings, jobs, bar):
                 bar.set_description("measure", refresh=False)
             bar.update(before + done.value - bar.n)
         return [None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures]
+    except KeyboardInterrupt:  # a video may take minutes
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -198,7 +203,14 @@ def _start_worker(done, threads):
     global _frames_done  # a lock can be handed to a process only when it starts
     _frames_done = done
     cv2.setNumThreads(threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, not after the videos it was handed
+
+
+def _end_with_the_command():
+    """Ends this process when the one that started it has ended, however it did."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _measure_in_worker(file, settings):

@@ -76,6 +76,19 @@ def failures(results):
     return {key: result for key, result in results.items() if result.startswith("FAIL")}
 
 
+def test_the_fixtures_that_ship_pass_and_one_changed_number_fails(capsys, tmp_path):
+    assert verify.main([]) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith("14 checks passed, 0 failed, 0 not checked")
+    shutil.copytree(verify.SHIPPED, tmp_path / "fixtures")
+    source = SafeTensors(verify.SHIPPED / "umt5.safetensors")
+    tensors = {name: source[name].copy() for name in source}
+    tensors["out.long.zeroed"].flat[7] += 1e-4
+    save_file(tensors, tmp_path / "fixtures" / "umt5.safetensors", source.metadata)
+    assert verify.main([str(tmp_path / "fixtures"), "--only", "umt5"]) == 1
+    assert capsys.readouterr().out.count("FAIL (in out.long.zeroed)") == 1
+
+
 @needs_golden
 def test_all_fixtures_pass(run):
     code, results = run(GOLDEN)
