@@ -107,6 +107,7 @@ def build(kind: type, values: Any, where: str) -> Any:
         make, settings = _named_fields(kind, dict(values), where)
     else:
         make, settings = kind, fields_of(kind, values, where)
+        _refuse_missing(kind, settings, where)
     try:
         return make(**settings)
     except (ValueError, ArithmeticError, UserError) as error:
@@ -118,6 +119,13 @@ def fields_of(kind: type, values: Mapping[str, Any], where: str) -> dict[str, An
     types_ = typing.get_type_hints(kind)
     refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
     return {name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _refuse_missing(kind: type, settings: Mapping[str, Any], where: str) -> None:
+    missing = dataclasses.MISSING
+    for field in dataclasses.fields(kind):
+        if field.name not in settings and field.default is missing and field.default_factory is missing:
+            raise UserError(f"{where}.{field.name}: is missing")
 
 
 def _named_fields(
