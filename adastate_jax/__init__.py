@@ -14,7 +14,8 @@ TYPE_CHECKING = False  # true to type checkers; `typing` itself is slow to impor
 if TYPE_CHECKING:
     from adastate_jax.errors import UserError
     from adastate_jax.generation.loading import Model, load, make_sampler
-    from adastate_jax.generation.video_stream import load_stream, save_stream, stream
+    from adastate_jax.generation.saved_streams import load_stream, save_stream
+    from adastate_jax.generation.video_stream import stream
     from adastate_jax.streaming.prompts import Cue
 
 __version__ = "0.1.0"
@@ -28,9 +29,9 @@ _HOMES = {
     "Model": "generation.loading",
     "UserError": "errors",
     "load": "generation.loading",
-    "load_stream": "generation.video_stream",
+    "load_stream": "generation.saved_streams",
     "make_sampler": "generation.loading",
-    "save_stream": "generation.video_stream",
+    "save_stream": "generation.saved_streams",
     "stream": "generation.video_stream",
 }
 

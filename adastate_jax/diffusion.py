@@ -23,12 +23,17 @@ def warp(uniform, shift: float):
 def denoising_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     """Noise levels of a few-step sampler from its raw step list on the scale 0..1000 (1000, 750, 500, 250).
 
+    They are warped in float32, as those of the official schedulers are: the network is told 1000 σ, and sees its last
+    bit.
+
     Raises:
-        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease.
+        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease, or the shift is not positive.
     """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive, got {shift}")
     if not steps or not all(0 < step <= MAX_TIMESTEP for step in steps) or any(np.diff(steps) >= 0):
         raise ValueError(f"denoising_steps must strictly decrease within (0, 1000], got {tuple(steps)}")
-    return tuple(float(warp(step / MAX_TIMESTEP, shift)) for step in steps)
+    return tuple(float(warp(np.float32(step / MAX_TIMESTEP), np.float32(shift))) for step in steps)
 
 
 def add_noise(clean: jax.Array, noise: jax.Array, sigma) -> jax.Array:

@@ -1,6 +1,14 @@
 """Errors that a user caused and can fix."""
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_QUOTED = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -35,3 +43,57 @@ def one_line(message: str, limit: int = 2000) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+@contextlib.contextmanager
+def writing(where: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Makes what the system refuses within one `UserError`: `where` cannot be written, and why.
+
+    Args:
+        where: the file or folder.
+        kinds: what a library may raise instead of an OSError; those count that quote the system.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, *kinds) as error:
+        code = _code(error)
+        if code is None and not isinstance(error, OSError):
+            raise
+        fix = "free some space and run again" if code in _FULL else "name another place or make it writable"
+        raise UserError(f"{where}: cannot be written ({reason(error)}); {fix}") from error
+
+
+@contextlib.contextmanager
+def reading(where: str | Path, fix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Makes what goes wrong within one `UserError`: `where` cannot be read, why, and the fix.
+
+    Args:
+        where: the file or folder.
+        kinds: what a library raises for a damaged file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, *kinds) as error:
+        raise UserError(f"{where}: cannot be read ({reason(error)}); {fix}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, in the system's words where they are known."""
+    code = _code(error)
+    if code:
+        return os.strerror(code)
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's number for an error; libraries in C++ that lose it still quote its text, or their own mark of it."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore
+        return int(found[1])
+    return next((code for code in _QUOTED if os.strerror(code) in str(error)), None)

@@ -21,7 +21,6 @@ from adastate_jax.errors import UserError, shown
 _MAX_INTEGER = 1 << 53
 # An index of a large model takes a few hundred kilobytes.
 _MAX_JSON_BYTES = 1 << 26
-DTYPES = ("float32", "bfloat16")
 
 
 class Named:
@@ -76,20 +75,6 @@ def read_json(path: str | Path) -> Any:
         if os.fstat(stream.fileno()).st_size >= _MAX_JSON_BYTES:
             raise ValueError(f"{os.fstat(stream.fileno()).st_size} bytes are too many")
         return parse_json(stream.read().decode("utf-8-sig"))
-
-
-def require_at_least(config: Any, least: float, *names: str) -> None:
-    """Raises ValueError naming the first of these fields that is below `least`."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-
-
-def require_dtypes(config: Any) -> None:
-    """Raises ValueError if `param_dtype` or `dtype` is none that weights and computation can have."""
-    for name in ("param_dtype", "dtype"):
-        if getattr(config, name) not in DTYPES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {shown(getattr(config, name))}")
 
 
 def build(kind: type, values: Any, where: str) -> Any:

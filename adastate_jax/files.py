@@ -73,14 +73,22 @@ def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name
     """
     path = Path(os.path.realpath(path))
     _refuse_to_replace(path, replaces)
+    with temporary_folder(path) as temporary:
+        yield temporary
+        _refuse_to_replace(path, replaces)
+        _exchange(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a new hidden folder beside `path`, and removes it afterwards; raises OSError where it cannot be made."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, lock = _create(path, folder=True)
     _own.add(temporary)
     try:
         yield temporary
-        _refuse_to_replace(path, replaces)
-        _exchange(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _own.discard(temporary)

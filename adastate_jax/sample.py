@@ -252,7 +252,8 @@ def _write(
 ) -> None:
     """Makes the videos."""
     from adastate_jax.generation.provenance import describe, digest
-    from adastate_jax.generation.video_stream import fingerprint, stream
+    from adastate_jax.generation.saved_streams import fingerprint
+    from adastate_jax.generation.video_stream import stream
     from adastate_jax.media import FPS, enlarge, open_writer
     from adastate_jax.streaming.prompts import parse_schedule, read_schedule
 

@@ -20,13 +20,15 @@ from adastate_jax.checkpoint import flatten
 from adastate_jax.config.files import load_config, parse_config, save_config
 from adastate_jax.config.run import Config
 from adastate_jax.console import CommandParser, run_command
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
+from adastate_jax.files import write_text
 from adastate_jax.generation.samples import sample
 from adastate_jax.interrupts import if_stopped
 from adastate_jax.sharding import all_devices, make_mesh
+from adastate_jax.texts import read_json
 from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.training.loop import Metrics
+from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.stages.distill import distill
 from adastate_jax.training.stages.initialize import initialize
 from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
@@ -69,12 +71,14 @@ def _train(config: Config, workdir: Path) -> None:
         prompts = open_prompts(config, workdir, clips)
         _refuse_other_data(workdir, {"clips": clips, "prompts": prompts.source})
         frozen = make_frozen(config, workdir, clips, mesh)
-        save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
+        with writing(workdir / "config.json"):  # only now: until here the input may have been refused
+            save_config(config, workdir / "config.json")
         texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
         run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
         for stage in config.stages:
             if not run.is_finished(stage):
                 _STAGES[stage](run)
+            run.refuse_removed()
 
 
 def _refuse_uneven_batches(config: Config) -> None:
@@ -139,15 +143,17 @@ def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
     path = workdir / "data.json"
     names = {kind: source.dataset_info.full_name for kind, source in sources.items()}
     if not path.exists():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(names, indent=2) + "\n")
-        partial.replace(path)
+        with writing(path):
+            write_text(path, json.dumps(names, indent=2) + "\n")
         return
-    old = json.loads(path.read_text())
+    fix = "remove it, to go on with the data as they are now"
+    old = read_json(path, fix)
+    if not isinstance(old, dict) or old.keys() != names.keys():
+        raise UserError(f"{path}: is damaged; {fix}")
     for kind, name in names.items():
-        if old.get(kind) != name:
+        if old[kind] != name:
             raise UserError(
-                f"{workdir}: its {kind} have changed since it was begun: {old.get(kind)} is now {name}; bring them "
+                f"{workdir}: its {kind} have changed since it was begun: {shown(old[kind])} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
 

@@ -24,7 +24,7 @@ import numpy as np
 from adastate_jax.console import CommandParser, run_command
 from adastate_jax.errors import UserError
 from adastate_jax.models.attention import BACKENDS
-from adastate_jax.verification import losses, names, networks, streams, videos
+from adastate_jax.verification import anchors, forcing, losses, names, networks, streams, training, videos
 from adastate_jax.verification.record import (
     ARITHMETIC_TOLERANCE,
     BFLOAT16_CODEC_TOLERANCE,
@@ -42,6 +42,7 @@ from adastate_jax.verification.record import (
 FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "scheduler": losses.scheduler,
     "dmd": losses.dmd,
+    "train_step": training.train_step,
     "wan_dit": networks.wan_dit,
     "wan_dit_nonorm": networks.wan_dit,
     "wan_dit_diffusers": networks.wan_dit_diffusers,
@@ -49,6 +50,15 @@ FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "adastate_rollout": streams.adastate_rollout,
     "causal_rollout_chunk1": streams.causal_rollout,
     "causal_rollout_chunk3": streams.causal_rollout,
+    "anchor_longlive": anchors.longlive,
+    "anchor_longlive_recache": anchors.longlive_recache,
+    "anchor_infinity_rope": anchors.infinity_rope,
+    "anchor_reward_forcing": anchors.reward_forcing,
+    "anchor_memrope": anchors.memrope,
+    "anchor_rolling_sink": anchors.rolling_sink,
+    "anchor_rolling_forcing": forcing.rolling_forcing,
+    "anchor_causal_forcing": forcing.causal_forcing,
+    "anchor_causvid": forcing.causvid,
     "umt5": networks.umt5,
     "wan_vae_encode": videos.wan_vae_encode,
     "wan_vae_decode": videos.wan_vae_decode,
@@ -77,6 +87,7 @@ tolerances, on the largest absolute error of a tensor:
   in bfloat16            {BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
                          text encoder and video autoencoders {BFLOAT16_CODEC_TOLERANCE:g} of it
   schedules and losses   {ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
+  training updates       as adastate_jax/verification/training.py states them; in float32 only
   positions and names    0
 The tolerance column shows the absolute number that results.
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from adastate_jax.config.files import parse_config
 from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream
+from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.rollout import stream
 
 
 def peak_mebibytes() -> float:

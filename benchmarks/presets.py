@@ -12,8 +12,9 @@ from flax import nnx
 
 from adastate_jax.config.files import parse_config
 from adastate_jax.models.dit import DiT
+from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.presets import PRESETS
-from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream, stream_step
+from adastate_jax.streaming.rollout import stream, stream_step
 from adastate_jax.streaming.schedule import phase_of
 from benchmarks.long_stream import peak_mebibytes
 

@@ -20,7 +20,7 @@ from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
 from adastate_jax.generation import video_stream
-from adastate_jax.media import VideoWriter, read_image, read_last_frames, read_metadata
+from adastate_jax.media import VideoWriter, open_writer, read_image, read_last_frames, read_metadata
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
@@ -76,51 +76,47 @@ def test_a_dry_run_needs_no_files(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_a_video_is_made_again_from_what_it_says_of_itself(tmp_path, picture, capsys):
-    output = tmp_path / "out.mp4"
-    options = [
-        "--random-weights",
-        TINY,
-        "--config.stream.past_frames=6",
-        "--prompt=x",
-        "--prompt=y",
-        "--seed",
-        "3",
-        "4",
-    ]
-    assert sample.main([*options, "--seconds=0.4", f"--image={picture}", "--scale=2", f"--output={output}"]) == 0
+def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, picture, tmp_path):
+    output, again = tmp_path / "out.mp4", tmp_path / "again.mp4"
+    options = [f"--checkpoint={folder}", config, "--config.stream.past_frames=6", f"--text-cache={tmp_path / 'cache'}"]
+    options += ["--prompt=x", "--prompt=y", "--seed", "3", "4", f"--image={picture}", "--scale=2"]
+    assert sample.main([*options, "--seconds=0.7", f"--output={output}"]) == 0
     videos = [tmp_path / f"out{number}.mp4" for number in ("", "-2", "-3", "-4")]
-    first, *_, last = (frames_of(video) for video in videos)
-    assert last.shape == (7, 64, 64, 3)
-    assert not np.array_equal(first, last)
+    frames = [frames_of(video) for video in videos]
+    assert [one.shape for one in frames] == [(12, 32, 48, 3)] * 4
+    assert not np.array_equal(frames[2], frames[3])
     metadata = read_metadata(videos[-1])
-    assert {"prompt": "y", "seed": "4", "seconds": "0.4", "scale": "2"}.items() <= metadata.items()
-    assert sample.main([f"--like={videos[-1]}", f"--output={tmp_path / 'again.mp4'}"]) == 0
-    np.testing.assert_array_equal(frames_of(tmp_path / "again.mp4"), last)
-    again = read_metadata(tmp_path / "again.mp4")
-    assert {**again, "command": ""} == {**metadata, "command": ""}
+    assert {"prompt": "y", "seed": "4", "seconds": "0.7", "scale": "2"}.items() <= metadata.items()
+    like = [f"--like={videos[-1]}", f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*like, f"--output={again}"]) == 0
+    np.testing.assert_array_equal(frames_of(again), frames[-1])
+    assert {**read_metadata(again), "command": ""} == {**metadata, "command": ""}
 
+    other = tmp_path / "other.png"
+    cv2.imwrite(str(other), np.full((32, 32, 3), 9, np.uint8))
+    for name, texts in (("changed.mp4", {**metadata, "model": "0"}), ("foreign.mp4", {}), ("bad.mp4", {"seed": "x"})):
+        with open_writer(tmp_path / name, texts and {**metadata, **texts}) as writer:
+            writer.write(frames[0])
     for arguments, message in (
-        (["--prompt=z"], "--prompt: --like takes it from the video"),
-        (["--checkpoint=tiny"], "was made with another model; name that with --checkpoint"),
-        ([f"--image={tmp_path / 'other.png'}"], "started from other frames"),
+        ([*like, "--prompt=z"], "--prompt: --like takes it from the video"),
+        ([*like, f"--image={other}"], r"out-4\.mp4: started from other frames"),
+        ([f"--like={tmp_path / 'changed.mp4'}"], r"changed\.mp4: was made with another model; name that with --check"),
+        ([f"--like={tmp_path / 'foreign.mp4'}"], r"foreign\.mp4: does not say how it was made"),
+        ([f"--like={tmp_path / 'bad.mp4'}"], r"bad\.mp4: what it says of how it was made is damaged"),
     ):
-        cv2.imwrite(str(tmp_path / "other.png"), np.full((32, 32, 3), 9, np.uint8))
         with pytest.raises(UserError, match=message):
-            sample.main([f"--like={videos[-1]}", f"--output={tmp_path / 'other.mp4'}", *arguments])
-    with VideoWriter(tmp_path / "foreign.mp4") as writer:
-        writer.write(first)
-    with pytest.raises(UserError, match=r"foreign\.mp4: does not say how it was made"):
-        sample.main([f"--like={tmp_path / 'foreign.mp4'}"])
+            sample.main([*arguments, f"--output={tmp_path / 'new.mp4'}"])
+        assert not (tmp_path / "new.mp4").exists()
 
 
-def test_a_schedule_is_remembered(tmp_path):
+def test_a_schedule_is_remembered(folder, config, tmp_path):
     story = tmp_path / "story.txt"
-    story.write_text("0 | x\n0.3 blend:2 | y\n")
-    common = ["--random-weights", TINY, "--seconds=0.8"]
-    assert sample.main([*common, f"--prompts={story}", f"--output={tmp_path / 'one.mp4'}"]) == 0
+    story.write_text("0 | x\n1 blend:2 | y\n")
+    common = [f"--checkpoint={folder}", config, f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*common, "--seconds=2", f"--prompts={story}", f"--output={tmp_path / 'one.mp4'}"]) == 0
     story.unlink()
-    assert sample.main([f"--like={tmp_path / 'one.mp4'}", f"--output={tmp_path / 'other.mp4'}"]) == 0
+    like = [f"--like={tmp_path / 'one.mp4'}", f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*like, f"--output={tmp_path / 'other.mp4'}"]) == 0
     np.testing.assert_array_equal(frames_of(tmp_path / "one.mp4"), frames_of(tmp_path / "other.mp4"))
 
 
@@ -131,7 +127,7 @@ def test_a_model_of_worlds_says_what_it_knows(capsys):
     assert capsys.readouterr().err == ""
     sample._note_what_it_knows(model, options, ["a zebra plays chess"])
     told = capsys.readouterr().err
-    assert told.startswith("note: none of 'a zebra plays chess' is known to this model: a camera pans left/right/up")
+    assert told.startswith("note: none of 'a zebra plays chess' is known to this model: a camera pans left/right over ")
     assert told.count("\n") == 1
     sample._note_what_it_knows(model, SimpleNamespace(image="fox.jpg"), ["red"])
     assert "keeps one frame of --image" in capsys.readouterr().err
@@ -143,7 +139,7 @@ def test_converted_networks_make_a_video(folder, config, clip, tmp_path):
     assert sample.main([*common, "--seconds=1.3", f"--output={output}"]) == 0
     assert frames_of(output).shape == (21, 16, 24, 3)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert sample.main([*common, "--seconds=2", f"--output={output}", f"--video={clip}"]) == 0
+    assert sample.main([*common, "--seconds=2", f"--output={output}", "--overwrite", f"--video={clip}"]) == 0
     assert frames_of(output).shape == (32, 16, 24, 3)
 
 

@@ -188,10 +188,11 @@ def test_another_kind_of_run_to_start_from_is_refused(options, message, environm
 
 def test_all_stages_run_on_a_mesh(environment, tmp_path):
     flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.distill.batch_size=4")
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.distill.batch_size=4", "--config.sample.frames=7")
     code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path / "mesh", *mesh)
     assert code == 0, errors
-    assert (tmp_path / "mesh" / "samples" / "00.mp4").is_file()
+    with av.open(str(tmp_path / "mesh" / "samples" / "00.mp4")) as video:
+        assert len(list(video.decode(video=0))) == 7  # two chunks and a third of one
 
 
 def test_changed_data_are_noticed(environment, tmp_path):

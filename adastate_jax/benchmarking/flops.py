@@ -12,7 +12,7 @@ from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig, decoder_levels
-from adastate_jax.streaming.rollout import StreamConfig, layout_of, phase_of
+from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 
 _MEMORY_BLOCKS = 3  # of each level of the tiny decoder
 

@@ -3,6 +3,7 @@
 What is wrong with a file is a `ValueError` or an `av.FFmpegError` here, whose message says so of "it", the file.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -36,6 +37,27 @@ class Header:
     pixel_format: str
 
 
+class Unusable(Exception):
+    """A file that has to be left out; the message is the reason, and speaks of "it"."""
+
+
+@contextlib.contextmanager
+def reasons(path: str | os.PathLike) -> Iterator[None]:
+    """Makes an `Unusable` of whatever a video file can cause while it is read."""
+    try:
+        if os.stat(path).st_size == 0:
+            raise Unusable("it is empty (0 bytes)")
+        yield
+    except av.FFmpegError as error:
+        raise Unusable(f"it cannot be decoded as video ({error.strerror})") from error
+    except OSError as error:
+        raise Unusable(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    except (cv2.error, MemoryError) as error:
+        raise Unusable(f"it cannot be used ({' '.join(str(error).split()) or 'out of memory'})") from error
+
+
 def open_video(path: str | os.PathLike) -> av.container.InputContainer:
     """Opens a file for reading; only files, whatever its name looks like, and whatever it refers to."""
     return av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"})
@@ -47,6 +69,8 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     if stream is None:
         raise ValueError("it has no video stream")
     codec = stream.codec_context
+    if codec is None:
+        raise ValueError("its video is of an unknown codec")
     if codec.width * codec.height > MAX_FRAME_PIXELS:
         raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are larger than any that are read")
     return stream
@@ -65,7 +89,7 @@ def read_header(path: str | os.PathLike) -> Header:
     with open_video(path) as container:
         stream = best_stream(container)
         codec, rate = stream.codec_context, frame_rate(stream)
-        num_frames = _shown_by_index(stream) or stream.frames
+        num_frames = _stated_frames(container, stream)
         if not num_frames:
             begin, end = _stated_span(container, stream) or (0, 0)
             num_frames = round((end - begin) * rate)
@@ -86,7 +110,7 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
     """
     with open_video(path) as container:
         stream = best_stream(container)
-        stream.thread_type = "AUTO"
+        stream.thread_type = "SLICE"  # threads by frame lose errors, and good frames with them, as it happens
         interval = float(1 / frame_rate(stream))
         first = last = None
         count = 0
@@ -109,22 +133,22 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
 
 def _decode(container, stream):
     """The frames of a stream; errors and damaged frames count only once a frame was good."""
-    begun, error = False, None
+    good = error = None
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
         except av.InvalidDataError as found:
-            if begun:
-                raise
+            if good is not None:
+                raise ValueError(f"it is cut off or damaged after {good:.2f} s") from None
             error = error or found
             continue
         for frame in frames:
-            if frame.is_corrupt and begun:
-                raise ValueError(f"its frame at {frame.time or 0.0:.2f} s is damaged")
             if not frame.is_corrupt:
-                begun = True
+                good = frame.time or 0.0
                 yield frame
-    if error and not begun:
+            elif good is not None:
+                raise ValueError(f"its frame at {frame.time or 0.0:.2f} s is damaged")
+    if error and good is None:
         raise error
 
 
@@ -149,15 +173,15 @@ def _check_complete(container, stream, first, seconds, count):
             f"it ends after {seconds:.1f} s of the {end - first:.1f} s that it states, so it is cut off or damaged"
         )
     late = max(0.0, first - begin) * float(frame_rate(stream))  # frames before the first that can be decoded
-    stated = _shown_by_index(stream)
+    stated = _stated_frames(container, stream)
     if count < 0.9 * (stated - late):
         raise ValueError(f"it has {count} of the {stated} frames that it states, so it is cut off or damaged")
 
 
-def _shown_by_index(stream):
-    """The number of frames by the container's table of them, without hidden ones; 0 where it has none."""
-    if not stream.frames:
-        return 0
+def _stated_frames(container, stream):
+    """The number of frames that the header states, without those that an mp4's edit list hides; 0 for none stated."""
+    if not stream.frames or "mp4" not in container.format.name:
+        return stream.frames
     return sum(not entry.is_discard for entry in stream.index_entries)
 
 

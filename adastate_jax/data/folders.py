@@ -10,12 +10,12 @@ import os
 import pathlib
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import av
 import numpy as np
 import tqdm
 
+from adastate_jax.data.decoding import Unusable, reasons
 from adastate_jax.data.footage import ClipConfig, clip_frames, scan_footage
 from adastate_jax.errors import UserError
 from adastate_jax.files import existing_name
@@ -30,10 +30,6 @@ class FileClips:
     caption: str
     starts: np.ndarray
     frames: np.ndarray
-
-
-class _Unusable(Exception):
-    """A file that has to be skipped; the message is the reason."""
 
 
 def walk_files(folder: str | os.PathLike) -> list[pathlib.PurePath]:
@@ -153,8 +149,8 @@ def scan_folder(folder: str | os.PathLike, config: ClipConfig) -> tuple[list[Fil
                 progress.set_postfix_str(f"{name} {seconds:.0f} s")
 
             try:
-                starts, frames = _find_clips(folder / name, config, report)
-            except _Unusable as reason:
+                starts, frames = find_clips(folder / name, config, report)
+            except Unusable as reason:
                 skipped.append(f"skipped {name}: {reason}")
                 tqdm.tqdm.write(skipped[-1], file=sys.stderr)
             else:
@@ -167,23 +163,18 @@ def scan_folder(folder: str | os.PathLike, config: ClipConfig) -> tuple[list[Fil
     return usable, skipped
 
 
-def _find_clips(path, config, progress):
+def find_clips(
+    path: pathlib.Path, config: ClipConfig, progress: Callable[[float], None] = lambda seconds: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clips of a file, as `clip_frames` gives them; raises `Unusable` where there are none, with the reason."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
-        raise _Unusable("its name has characters that cannot be printed; rename it")
-    try:
-        if path.stat().st_size == 0:
-            raise _Unusable("it is empty (0 bytes)")
+        raise Unusable("its name has characters that cannot be printed; rename it")
+    with reasons(path):
         footage = scan_footage(path, progress)
-    except av.FFmpegError as error:
-        raise _Unusable(f"it cannot be decoded as video ({error.strerror})") from error
-    except OSError as error:
-        raise _Unusable(f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise _Unusable(str(error)) from error
     starts, frames = clip_frames(footage, config)
     if not len(starts):
         edges = np.array([0.0, *footage.timestamps[list(footage.cuts)], footage.end])
-        raise _Unusable(
+        raise Unusable(
             f"it is too short, its longest shot lasts {np.diff(edges).max():.2f} s "
             f"and a clip {config.num_frames / config.fps:.2f} s"
         )

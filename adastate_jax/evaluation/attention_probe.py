@@ -18,19 +18,10 @@ from adastate_jax.errors import UserError
 from adastate_jax.models.attention import Attend, KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
-from adastate_jax.streaming.rollout import (
-    Phase,
-    RolloutCarry,
-    StreamConfig,
-    denoise,
-    draw_noise,
-    layout_of,
-    live_noise,
-    phase_of,
-    read_context,
-    sigmas_of,
-    stream_step,
-)
+from adastate_jax.streaming.carry import RolloutCarry, draw_noise
+from adastate_jax.streaming.denoising import denoise, live_noise, read_context
+from adastate_jax.streaming.rollout import stream_step
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of, sigmas_of, timesteps_of
 
 _MOST_QUERIES = 256  # at once: against 12 frames of 480×832 and 12 heads, their scores take 230 MB
 
@@ -95,8 +86,8 @@ def probe_chunk(
     context = read_context(model.config, carry.cache, config, layout, noises[0])
     attend = _attend_and_weigh(model.config.attention, model.config.frame_tokens(*latent_shape[:2]))
     live, steps, sigmas = noises[0], [], sigmas_of(phase, config)
-    for step, sigma in enumerate(sigmas):
-        clean, (_, masses) = denoise(model, live, sigma, text, layout, context, attend)
+    for step, (sigma, timestep) in enumerate(zip(sigmas, timesteps_of(phase, config), strict=True)):
+        clean, (_, masses) = denoise(model, live, sigma, text, layout, context, attend, timestep)
         if step + 1 < len(sigmas):
             live = add_noise(clean, noises[step + 1], sigmas[step + 1])
         steps.append(masses)

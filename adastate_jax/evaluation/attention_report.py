@@ -15,7 +15,8 @@ from adastate_jax.evaluation.attention_probe import ChunkShares, check_probe, pr
 from adastate_jax.files import write_bytes, write_text
 from adastate_jax.generation.loading import Model, stream_config
 from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.rollout import StreamConfig, initial_carry, seed_keys
+from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.schedule import StreamConfig
 
 Results = dict[tuple[str, int], list[ChunkShares]]
 

@@ -5,13 +5,11 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-import av
 import imageio.v3 as iio
 import numpy as np
 
-from adastate_jax.data.decoding import decode_frames, frame_pixels, read_header, upright_size
+from adastate_jax.data.decoding import decode_frames, frame_pixels, read_header, reasons, upright_size
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.drift import DriftMeter, first_against_last, shrink, summarize_drift
 from adastate_jax.evaluation.motion import (
@@ -147,10 +145,6 @@ class Measurement:
     notes: tuple[str, ...]
 
 
-class Unusable(Exception):
-    """A file that cannot be measured; the message is the reason."""
-
-
 def measure_frames(frames: np.ndarray, fps: float = 16, settings: Settings = Settings()) -> Measurement:
     """Measures frames uint8 RGB `[F, H, W, 3]` shown at `fps` per second.
 
@@ -169,21 +163,12 @@ def measure_video(
 ) -> Measurement:
     """Measures a video file, one frame at a time; `progress` is called with the number of frames newly measured.
 
-    Raises `Unusable` for a file that is empty, damaged, without video or with a single frame.
+    Raises `Unusable` (of `data.decoding`) for a file that is empty, damaged, without video or with a single frame.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise Unusable("it is empty (0 bytes)")
+    with reasons(path):
         header = read_header(path)
         with contextlib.closing(upright_frames(path)) as frames:
             return _measure(_counted(frames, progress), float(header.fps), settings)
-    except av.FFmpegError as error:
-        raise Unusable(f"it cannot be decoded as video ({error.strerror})") from error
-    except OSError as error:
-        raise Unusable(f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise Unusable(str(error)) from error
 
 
 def upright_frames(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from adastate_jax.data.folders import list_files, read_captions
 from adastate_jax.data.prompts import read_prompts as read_lines
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.measure import upright_frames
+from adastate_jax.files import temporary_folder, write_text
 from adastate_jax.media import FPS, VideoWriter
+from adastate_jax.texts import parse_json, read_text
 
 STANDARD_SAMPLES = 5
 STANDARD_SIZE = (480, 832)
@@ -86,12 +89,11 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix != ".json":
         return read_lines(path)
+    listed = parse_json(read_text(path), str(path))
     try:
-        return [entry["prompt_en"] for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read ({error.strerror}): give an existing file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'prompt file {path} is no list of {{"prompt_en": ...}}: give VBench_full_info.json') from None
+        return [entry["prompt_en"] for entry in listed]
+    except (KeyError, TypeError):
+        raise UserError(f'{path}: is no list of {{"prompt_en": ...}}; give VBench_full_info.json') from None
 
 
 def plan_export(
@@ -199,17 +201,13 @@ def _export(folder, slots, config, source, write, advance, available=lambda slot
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(folder, slots, config, source)
     # Beside the folder, for VBench would take an unfinished file in it for a video.
-    scratch = folder.with_name(f".{folder.name}.partial")
-    try:
+    with temporary_folder(folder) as scratch:
         for slot in slots:
             if available(slot) and not (folder / slot.file).exists():
                 unfinished = scratch / "video.mp4"
-                scratch.mkdir(exist_ok=True)
                 write(slot, unfinished)
                 unfinished.replace(folder / slot.file)
             advance()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_manifest(folder, slots, config, source):
@@ -228,9 +226,7 @@ def _write_manifest(folder, slots, config, source):
 
 
 def _write_json(path, content):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _encode_anew(source, path, fps):
@@ -254,16 +250,16 @@ def match_files(source: str | Path, slots: Sequence[Slot]) -> tuple[dict[Slot, P
     source = Path(source)
     names = list_files(source)
     captions = read_captions(source, names)
-    lines = {text: slot.line for slot in slots for text in (slot.text, slot.prompt)}
+    lines = {_composed(text): slot.line for slot in slots for text in (slot.text, slot.prompt)}
     by_place = {(slot.line, slot.sample): slot for slot in slots}
     files: dict[Slot, Path] = {}
     unmatched = []
     for name in sorted(names, key=lambda name: captions[name] != ""):
         if captions[name]:
-            line = lines.get(captions[name])
+            line = lines.get(_composed(captions[name]))
             sample = next(sample for sample in itertools.count() if by_place.get((line, sample)) not in files)
         else:
-            line, sample = _place(Path(name).stem, lines)
+            line, sample = _place(_composed(Path(name).stem), lines)
         slot = by_place.get((line, sample))
         if slot is None:
             unmatched.append(name)
@@ -274,6 +270,11 @@ def match_files(source: str | Path, slots: Sequence[Slot]) -> tuple[dict[Slot, P
         else:
             files[slot] = source / name
     return files, unmatched
+
+
+def _composed(text):
+    """In one Unicode normal form: systems differ in that of file names."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _place(stem, lines):

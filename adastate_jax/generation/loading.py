@@ -13,7 +13,7 @@ from flax import nnx
 from adastate_jax.config.files import parse_config
 from adastate_jax.config.run import WAN_NEGATIVE_PROMPT, Config, DataConfig
 from adastate_jax.data.videos import ClipConfig
-from adastate_jax.errors import UserError, one_line
+from adastate_jax.errors import UserError, one_line, shown
 from adastate_jax.fields import to_dict
 from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
 from adastate_jax.generation.shipped import find_model
@@ -26,9 +26,10 @@ from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, make_mesh, refuse_too_large
+from adastate_jax.streaming.carry import RolloutCarry, initial_carry
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
-from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout
+from adastate_jax.streaming.rollout import rollout
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.frozen import embed_prompts
 from adastate_jax.weights.parts import has_part, load_part
@@ -218,13 +219,20 @@ def _random_codec(config: Config, network, mesh: jax.sharding.Mesh) -> PatchCode
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
+def decode_checked(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
+    """As `decode_frames`, and whether all were finite before they became bytes, which a NaN would be hidden in."""
+    video, cache = codec.decode(latents, cache, first)
+    finite = jnp.isfinite(latents).all() & jnp.isfinite(video).all()
+    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache, finite
+
+
 def decode_frames(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
     """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache.
 
     The cache is donated: Wan2.1's takes 1.9 GB at 480×832 in bfloat16.
     """
-    video, cache = codec.decode(latents, cache, first)
-    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache
+    frames, cache, _ = decode_checked(codec, latents, cache, first)
+    return frames, cache
 
 
 @jax.jit
@@ -266,10 +274,14 @@ def make_sampler(config: Config):
     >>> latents.shape, int(carry.chunk)
     ((2, 12, 1, 1, 48), 4)
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config must be a configuration, a model's `config` for one, got {shown(config)}")
     latent_shape = config.latent_shape
 
     @functools.partial(jax.jit, static_argnames="num_chunks")
     def sample(student: DiT, text: KeyValues, keys: jax.Array, num_chunks: int) -> tuple[jax.Array, RolloutCarry]:
+        if type(num_chunks) is not int or num_chunks < 1:
+            raise UserError(f"num_chunks must be a whole number of at least 1, got {shown(num_chunks)}")
         carry = initial_carry(student.config, config.stream, keys, *latent_shape[:2])
         carry, latents = rollout(student, carry, text, config.stream, latent_shape, num_chunks)
         return latents, carry

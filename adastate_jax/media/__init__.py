@@ -1,7 +1,7 @@
 """Pictures and videos in and out: what a stream starts from, what it is written to, panels, contact sheets, curves."""
 
 from adastate_jax.media.clips import read_last_frames
-from adastate_jax.media.curves import loss_curves, read_metrics
+from adastate_jax.media.curves import loss_curves
 from adastate_jax.media.metadata import read_metadata
 from adastate_jax.media.panels import contact_sheet, enlarge, side_by_side
 from adastate_jax.media.pictures import read_image, write_image
@@ -17,7 +17,6 @@ __all__ = [
     "read_image",
     "read_last_frames",
     "read_metadata",
-    "read_metrics",
     "side_by_side",
     "write_image",
 ]

@@ -1,7 +1,6 @@
 """The metrics of a training run, read and drawn."""
 
 import io
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,17 +9,6 @@ import numpy as np
 
 from adastate_jax import files
 from adastate_jax.media.pictures import saving
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def loss_curves(records: Sequence[Mapping], path: str | Path) -> None:

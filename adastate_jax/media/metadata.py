@@ -51,10 +51,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return {name: text for name, text in container.metadata.items() if name not in _OF_THE_CONTAINER}
     except av.FFmpegError as error:
         raise UserError(f"{path}: neither a picture nor a video ({error.strerror})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # on a damaged file, a decoder may fail in any way
-        raise UserError(f"{path}: not a readable picture ({error})") from None
+        raise UserError(f"{path}: not a readable picture ({' '.join(str(error).split())})") from None
 
 
 def _of_picture(path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from imageio.core.request import InitializationError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from adastate_jax import files
@@ -43,9 +45,19 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     try:
         pixels = _read_rgb(path)
     except Exception as error:  # on a damaged file, a decoder may fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable picture ({reason})") from None
+        raise UserError(f"{path}: not a readable picture ({_reason(error)})") from None
     return fit_pixels(pixels, height, width)[None]
+
+
+def _reason(error):
+    """What Pillow found, in a line; imageio's own message may hide it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, InitializationError):
+        return "of no known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it states more than the {MAX_PIXELS} pixels that are read"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_rgb(path):

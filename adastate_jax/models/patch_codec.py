@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.fields import require_at_least
+from adastate_jax.checks import require_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PatchCodecConfig:
     whitening: float = 0.5
 
     def __post_init__(self):
-        require_at_least(self, 1, "patch")
+        require_at_least_one(self, "patch", "channels")
         if not 1 <= self.channels <= 3 * self.patch**2:
             raise ValueError(
                 f"channels must lie in 1..{3 * self.patch**2} for patches of {self.patch}, got {self.channels}"

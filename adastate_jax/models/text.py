@@ -20,9 +20,9 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
+from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError
-from adastate_jax.fields import require_at_least, require_dtypes
 from adastate_jax.sharding import constrain
 
 
@@ -52,9 +52,19 @@ class TextConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        require_at_least(self, 1, "vocab_size", "dim", "dim_attention", "ffn_dim", "num_heads", "num_layers")
-        require_at_least(self, 1, "num_buckets", "max_distance", "text_length")
-        require_at_least(self, 0, "eps")
+        require_at_least_one(
+            self,
+            "vocab_size",
+            "dim",
+            "dim_attention",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "num_buckets",
+            "max_distance",
+            "text_length",
+        )
+        require_positive(self, "eps")
         require_dtypes(self)
         if self.dim_attention % self.num_heads:
             raise ValueError(f"dim_attention {self.dim_attention} must be a multiple of num_heads {self.num_heads}")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adastate_jax.fields import require_at_least, require_dtypes
+from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.video_layers import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
 from adastate_jax.sharding import constrain
 
@@ -44,11 +44,9 @@ class TinyVAEConfig:
     tile: int = 0
 
     def __post_init__(self):
-        check_tile(self.tile)
-        require_at_least(self, 1, "latent_channels")
+        require_at_least_one(self, "latent_channels", "widths")
         require_dtypes(self)
-        if min(self.widths, default=1) < 1:
-            raise ValueError(f"widths must be at least 1, got {self.widths}")
+        check_tile(self.tile)
         if not len(self.widths) == len(self.temporal_upsample) == len(self.temporal_downsample) == 3:
             raise ValueError("widths, temporal_upsample and temporal_downsample need three entries, one per level")
         if sum(self.temporal_upsample) != sum(self.temporal_downsample):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adastate_jax.fields import require_at_least, require_dtypes
+from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.attention import attention
 from adastate_jax.models.video_layers import (
     PARTS,
@@ -66,17 +66,15 @@ class VAEConfig:
     tile: int = 0
 
     def __post_init__(self):
-        check_tile(self.tile)
-        require_at_least(self, 1, "dim", "latent_channels", "num_res_blocks")
+        require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks")
         require_dtypes(self)
+        check_tile(self.tile)
         # Levels and blocks are layers of their own, not stacked: a number from a file must not make billions of them.
         if not 1 <= len(self.dim_multipliers) <= _MAX_LEVELS or self.num_res_blocks > _MAX_BLOCKS:
             raise ValueError(
                 f"at most {_MAX_LEVELS} levels of {_MAX_BLOCKS} blocks are possible, got {len(self.dim_multipliers)} "
                 f"dim_multipliers and num_res_blocks {self.num_res_blocks}"
             )
-        if min(self.dim_multipliers) < 1:
-            raise ValueError(f"dim_multipliers must be at least 1, got {self.dim_multipliers}")
         if len(self.temporal_downsample) != len(self.dim_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample needs one flag per step between {len(self.dim_multipliers)} levels, "
@@ -84,7 +82,7 @@ class VAEConfig:
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {self.latent_channels} values, one per channel")
-        if min(self.latents_std) <= 0:
+        if not all(0 < deviation < math.inf for deviation in self.latents_std):
             raise ValueError(f"latents_std must be positive, got {self.latents_std}")
 
     @property

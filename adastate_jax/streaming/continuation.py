@@ -16,8 +16,9 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.rollout import Chunk, RolloutCarry, denoise, draw_noise, read_context
-from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, sigmas_of
+from adastate_jax.streaming.carry import Chunk, ChunkNoise, RolloutCarry, draw_noise
+from adastate_jax.streaming.denoising import denoise, read_context
+from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, sigmas_of, timesteps_of
 
 
 @functools.partial(jax.jit, static_argnames=("config", "phase"), donate_argnames="carry")
@@ -25,28 +26,47 @@ def given_step(
     model: DiT, carry: RolloutCarry, text: KeyValues, given: jax.Array, config: StreamConfig, phase: Phase
 ) -> tuple[RolloutCarry, Chunk]:
     """`stream_step` of a fill chunk whose first frames are given: [B, n, H, W, C] of its F, clean."""
+    return given_chunk(model, carry, text, given, draw_noise(carry, config, given.shape[2:]), config, phase)
+
+
+def given_chunk(
+    model: DiT,
+    carry: RolloutCarry,
+    text: KeyValues,
+    given: jax.Array,
+    noise: ChunkNoise,
+    config: StreamConfig,
+    phase: Phase,
+) -> tuple[RolloutCarry, Chunk]:
+    """`rollout_step` of a fill chunk whose first frames are given: [B, n, H, W, C] of its F, clean."""
     layout = layout_of(phase, config)
-    noise = draw_noise(carry, config, given.shape[2:]).content  # [T, B, F, H, W, C]
+    noise = noise.content  # [T, B, F, H, W, C]
     num_given = given.shape[1]
     is_given = jnp.arange(config.chunk_frames) < num_given
     context = read_context(model.config, carry.cache, config, layout, noise[0])
     # All levels, then the clean pass for the cache; there is nothing to denoise in a chunk that is given whole.
-    levels = (*sigmas_of(phase, config), 0.0) if num_given < config.chunk_frames else (0.0,)
-    sigmas = jnp.where(is_given, 0.0, jnp.asarray(levels, jnp.float32)[:, None])
-    sigmas = jnp.broadcast_to(sigmas[:, None], (len(levels), *noise.shape[1:3]))  # [level, B, F]
+    whole = num_given == config.chunk_frames
+    steps = 1 if whole else len(sigmas_of(phase, config)) + 1
+
+    def of_frames(levels: tuple[float, ...]) -> jax.Array:
+        """[level, B, F]; the given frames are clean at all."""
+        levels = jnp.asarray((0.0,) if whole else (*levels, 0.0), jnp.float32)
+        return jnp.broadcast_to(jnp.where(is_given, 0.0, levels[:, None])[:, None], (steps, *noise.shape[1:3]))
+
+    sigmas, timesteps = of_frames(sigmas_of(phase, config)), of_frames(timesteps_of(phase, config))
 
     def turn(step, state):
         live, _ = state
-        clean, fresh = denoise(model, live, sigmas[step], text, layout, context)
+        clean, fresh = denoise(model, live, sigmas[step], text, layout, context, timestep=timesteps[step])
         clean = clean.at[:, :num_given].set(given)
-        following = jnp.minimum(step + 1, len(levels) - 1)
+        following = jnp.minimum(step + 1, steps - 1)
         return add_noise(clean, noise[jnp.minimum(step + 1, len(noise) - 1)], sigmas[following]), fresh
 
     live = noise[0].at[:, :num_given].set(given)
     tokens = config.chunk_frames * model.config.frame_tokens(*given.shape[2:4])
     shape = (model.config.num_layers, given.shape[0], tokens, model.config.num_heads, model.config.head_dim)
     unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch", None, "heads")
-    clean, fresh = jax.lax.fori_loop(0, len(levels), turn, (live, KeyValues(unwritten, unwritten)))
+    clean, fresh = jax.lax.fori_loop(0, steps, turn, (live, KeyValues(unwritten, unwritten)))
     cache = cache_lib.advance(carry.cache, config.anchor, layout, fresh, phase.first_frame)
     return dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1), Chunk(clean, None)
 

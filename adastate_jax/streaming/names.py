@@ -22,4 +22,4 @@ PRESET_NAMES = (
 STRATEGY_NAMES = ("none", "static", "adaptive", "absolute", "ema", "memory", "ping_pong", "restart", "rolling")
 STREAM_NAMES = (*PRESET_NAMES, *STRATEGY_NAMES)
 
-TRANSITIONS = ("switch", "recache", "flush", "cut", "blend", "keep_state", "reset_state")
+TRANSITIONS = ("switch", "recache", "renew", "flush", "cut", "blend", "keep_state", "reset_state")

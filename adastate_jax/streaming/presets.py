@@ -6,20 +6,11 @@ an entry in `PRESETS`, and its table of positions in the tests.
 
 import dataclasses
 
-from adastate_jax.streaming.anchors import (
-    ANCHORS,
-    AbsoluteAnchor,
-    AdaptiveAnchor,
-    EMAAnchor,
-    MemoryAnchor,
-    NoAnchor,
-    PingPongAnchor,
-    RestartAnchor,
-    RollingAnchor,
-    StaticAnchor,
-    make_anchor,
-)
+from adastate_jax.streaming.anchors import ANCHORS, make_anchor
+from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.streaming.sinks import AbsoluteAnchor, RestartAnchor, RollingAnchor, StaticAnchor
+from adastate_jax.streaming.strategy import NoAnchor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +28,8 @@ class Preset:
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 FIVE_STEPS = (1000.0, 800.0, 600.0, 400.0, 200.0)
-CAUSVID_STEPS = (1000.0, 757.0, 522.0)  # noise levels as they are, already warped
+# CausVid tells the network 1000, 757, 522; the noise levels are the nearest of its scheduler's grid, which has shift 8.
+CAUSVID_STEPS, CAUSVID_TIMESTEPS = (1000.0, 280.0, 120.0), (1000.0, 757.0, 522.0)
 
 
 def _stream(anchor: NoAnchor, past_frames: int, chunk_frames: int = 3, steps=FOUR_STEPS, **settings) -> StreamConfig:
@@ -51,14 +43,15 @@ PRESETS = {
     "causal_forcing_frame": Preset(_stream(NoAnchor(), 20, 1), "arXiv 2602.02214, frame-wise, window of 21 frames"),
     "causal_forcing_two_step": Preset(
         _stream(NoAnchor(), 20, 1, (1000.0, 500.0), first_denoising_steps=FOUR_STEPS),
-        "arXiv 2605.15141, frame-wise, two steps, four for the first frame",
+        "arXiv 2605.15141, frame-wise, two steps, four for the first generated frame",
     ),
     "causal_forcing_one_step": Preset(
         _stream(NoAnchor(), 20, 1, (1000.0,), first_denoising_steps=FOUR_STEPS),
-        "arXiv 2605.15141, frame-wise, one step, four for the first frame",
+        "arXiv 2605.15141, frame-wise, one step, four for the first generated frame",
     ),
     "causvid": Preset(
-        _stream(RestartAnchor(), 18, steps=CAUSVID_STEPS, shift=1.0), "arXiv 2412.07772, overlap of 3 frames"
+        _stream(RestartAnchor(), 18, steps=CAUSVID_STEPS, shift=8.0, timesteps=CAUSVID_TIMESTEPS),
+        "arXiv 2412.07772, overlap of 3 frames",
     ),
     "longlive": Preset(_stream(AbsoluteAnchor(3), 6), "arXiv 2509.22622, absolute positions"),
     "longlive_infinity": Preset(_stream(StaticAnchor(3), 6), "arXiv 2509.22622, the release's infinity variant"),

@@ -11,26 +11,26 @@ import jax.numpy as jnp
 
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiT
-from adastate_jax.streaming.anchors import consecutive
+from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.cache import Cache
+from adastate_jax.streaming.carry import Chunk, RolloutCarry
 from adastate_jax.streaming.continuation import given_step, max_given_frames
-from adastate_jax.streaming.prompts import Plan, Schedule, num_recent
-from adastate_jax.streaming.rollout import Chunk, Reencode, RolloutCarry, denoise, stream_step
-from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of
+from adastate_jax.streaming.denoising import denoise, read_context
+from adastate_jax.streaming.layout import Layout, consecutive
+from adastate_jax.streaming.prompts import Plan, Reread, Schedule, num_recent
+from adastate_jax.streaming.rollout import Reencode, stream_step
+from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptedCarry:
-    """A stream that follows a schedule.
+    """A stream that follows a schedule."""
 
-    Attributes:
-        stream: the carry of the stream.
-        recent: clean latents of the stream's last frames, the newest last, [B, F_s + W_p + F, H, W, C], zeros before
-            the first; what `recache` reads again.
-    """
-
+    # What every chunk replaces.
     stream: RolloutCarry
-    recent: jax.Array
+    # The clean latents of the last frames, which `recache` reads again, the newest last, zeros before the first.
+    recent: jax.Array  # [B, F_s + W_p + F, H, W, C]
 
 
 def initial_prompted(stream: RolloutCarry, config: StreamConfig, latent_shape: tuple[int, int, int]) -> PromptedCarry:
@@ -45,31 +45,58 @@ def _text_between(model: DiT, before: jax.Array, after: jax.Array, weight) -> Ke
     return model.text_keys_values(between.astype(after.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "phase", "reread"), donate_argnames="carry")
+def read_again(
+    model: DiT, cache: Cache, recent: jax.Array, text: KeyValues, config: StreamConfig, reread: Reread
+) -> tuple[Cache, KeyValues]:
+    """Reads a stream's last frames again, clean, under a new text: LongLive's recache, see `prompts`.
+
+    Args:
+        cache: before the next chunk.
+        recent: the stream's last clean latents [B, n, H, W, C], the newest last.
+        text: text keys and values of the new prompt.
+        reread: how many of them are read, and how; static.
+
+    Returns:
+        The cache, and the new keys (un-rotated) and values of all that was read [layers, B, tokens, heads, head_dim].
+    """
+    recent = recent[:, recent.shape[1] - reread.frames :]
+    layout, context = consecutive(0, 0, 0, reread.frames), None
+    if reread.sees_anchor:
+        seen = config.anchor.reread_layout(config.past_frames, config.chunk_frames)
+        layout = Layout(seen.anchor, (), (), (seen.window + seen.content)[: reread.frames])
+        context = read_context(model.config, cache, config, layout, recent)
+    _, fresh = denoise(model, recent, 0.0, text, layout, context)
+    frame_tokens = fresh.num_tokens // reread.frames
+    if not reread.anew:
+        return dataclasses.replace(cache, window=_behind(cache.window, fresh)), fresh
+    tokens = config.chunk_frames * frame_tokens
+    cache = cache_lib.empty(model.config, config.anchor, config.past_frames, recent.shape[0], frame_tokens)
+    for chunk in range(reread.frames // config.chunk_frames):
+        phase = phase_of(chunk, config)
+        layout, chunk_fresh = layout_of(phase, config), fresh.tokens(chunk * tokens, tokens)
+        cache = cache_lib.advance(cache, config.anchor, layout, chunk_fresh, phase.first_frame)
+    return cache, fresh
+
+
+def _behind(window: KeyValues, fresh: KeyValues) -> KeyValues:
+    """The window whose newest tokens are replaced by the newest of the fresh ones."""
+    fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, window)
+    replaced = min(window.num_tokens, fresh.num_tokens)
+    kept = window.tokens(0, window.num_tokens - replaced)
+    return concatenate(kept, fresh.tokens(fresh.num_tokens - replaced, replaced))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "reread"), donate_argnames="carry")
 def _recache(
     model: DiT,
     carry: RolloutCarry,
     recent: jax.Array,
     text: KeyValues,
     config: StreamConfig,
-    phase: Phase,
-    reread: int,
+    reread: Reread,
 ) -> RolloutCarry:
-    """Reads the last `reread` frames again, clean, under a new text, for those that the next chunk sees in the window.
-
-    While the stream fills, the window may show frames that are the anchor's: those keep the text that they had.
-    """
-    renewed = len(layout_of(phase, config).window)
-    if not phase.steady:
-        renewed = min(renewed, phase.first_frame - config.anchor.frames)
-    if renewed <= 0:
-        return carry
-    _, fresh = denoise(model, recent[:, -reread:], 0.0, text, consecutive(0, 0, 0, reread), None)
-    window, tokens = carry.cache.window, renewed * fresh.num_tokens // reread
-    fresh = fresh.tokens(fresh.num_tokens - tokens, tokens)
-    fresh = jax.tree.map(lambda x, like: x.astype(like.dtype), fresh, window)
-    window = concatenate(window.tokens(0, window.num_tokens - tokens), fresh)
-    return dataclasses.replace(carry, cache=dataclasses.replace(carry.cache, window=window))
+    """`read_again` of a carry."""
+    return dataclasses.replace(carry, cache=read_again(model, carry.cache, recent, text, config, reread)[0])
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="carry")
@@ -140,7 +167,9 @@ def prompted_stream(
     parts = [given[:, start : start + config.chunk_frames] for start in starts]
 
     def plan_of(chunk: int) -> Plan:
-        return schedule.plan(chunk, config, None if last_chunk is None else last_chunk - chunk)
+        remaining = None if last_chunk is None else last_chunk - chunk
+        given_frames = 0 if given is None else given.shape[1]
+        return schedule.plan(chunk, config, remaining, given_frames // config.chunk_frames)
 
     def text_of(plan: Plan) -> KeyValues:
         before, after = embeddings[max(plan.cue - 1, 0)], embeddings[plan.cue]
@@ -148,8 +177,8 @@ def prompted_stream(
 
     def step(run: Callable, carry: PromptedCarry, chunk: int, plan: Plan, text: KeyValues):
         state = carry.stream
-        if plan.transition == "recache":
-            state = run(_recache, model, state, carry.recent, text, config, plan.phase, plan.reread)
+        if plan.reread:
+            state = run(_recache, model, state, carry.recent, text, config, plan.reread)
         elif plan.transition == "reset_state":
             state = run(_reset_state, state, config)
         if chunk < len(parts):

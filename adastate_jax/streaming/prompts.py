@@ -4,9 +4,12 @@ Transitions:
 
 - `switch`: the new text, and nothing else; anchor and window still speak of the old prompt, which gives it inertia.
 - `keep_state`: the same, and says that the adaptive state goes on.
-- `recache` (LongLive, arXiv 2509.22622): the stream's last frames, as many as anchor, window and chunk have together,
-  are read again, clean, under the new text, all of them seeing each other; of those in the window, the new keys and
-  values replace the old. The anchor keeps what it holds, and while the stream fills, its frames in the window stay too.
+- `recache` (LongLive, arXiv 2509.22622, as released): frames are read again, clean, under the new text. A stream no
+  longer than anchor, window and chunk together is read whole, its frames seeing each other, and the memory made anew
+  from them, the anchor too. In a longer one, the last frames of a window and a chunk see the anchor, where it stood for
+  the chunk before, and each other; their keys and values replace the window's, and the anchor keeps what it holds.
+- `renew` (LongLive's `global_sink: false`): the stream begins anew from its last frames, as many as anchor, window and
+  chunk have together; they are read as those of a young stream by `recache`, and the first of them become the anchor.
 - `flush` (Infinity-RoPE, arXiv 2511.20649): all of the window but its last two frames is forgotten. In a window of two
   frames, as its release has it, that is a switch.
 - `cut` (Infinity-RoPE, where its documentation says, at the start of the entry): the first chunk of the new prompt
@@ -21,19 +24,20 @@ compiles anything.
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adastate_jax.errors import UserError
-from adastate_jax.streaming.anchors import AdaptiveAnchor
+from adastate_jax.errors import UserError, shown
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
+from adastate_jax.texts import is_text, parse_json, read_text
 
 _FLUSH_KEEPS = 2  # frames
 _MOST_SECONDS = 10**9
+_MOST_CHUNKS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ def parse_schedule(text: str, name: str) -> tuple[Cue, ...]:
     Raises:
         UserError: an entry cannot be read, or `check_schedule` refuses it; the message names the entry.
     """
-    entries = _json_entries(text, name) if text.lstrip().startswith("[") else _line_entries(text, name)
+    entries = _json_entries(text, name) if text.lstrip()[:1] in ("[", "{") else _line_entries(text, name)
     cues = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -78,18 +82,13 @@ def parse_schedule(text: str, name: str) -> tuple[Cue, ...]:
 
 def read_schedule(path: Path) -> tuple[Cue, ...]:
     """`parse_schedule` of a file; raises UserError also if it cannot be read."""
-    try:
-        return parse_schedule(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+    return parse_schedule(read_text(path), str(path))
 
 
 def _json_entries(text: str, name: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: is not JSON ({error})") from None
+    entries = parse_json(text, name)
+    if not isinstance(entries, list):
+        raise UserError(f"{name}: must be a list of entries, [{{...}}, {{...}}]")
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise UserError(f'{name}: entry {number} must be an object like {{"second": 0, "prompt": "..."}}')
@@ -98,7 +97,7 @@ def _json_entries(text: str, name: str) -> list[dict[str, Any]]:
 
 def _line_entries(text: str, name: str) -> list[dict[str, Any]]:
     entries = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         head, bar, prompt = line.partition("|")
@@ -108,12 +107,14 @@ def _line_entries(text: str, name: str) -> list[dict[str, Any]]:
         except ValueError:
             bar = ""
         if not bar or len(words) > 1:
-            raise UserError(f"{name}: entry {len(entries) + 1} must be SECOND [TRANSITION] | PROMPT, got {line!r}")
+            where = f"{name}: entry {len(entries) + 1}"
+            raise UserError(f"{where} must be SECOND [TRANSITION] | PROMPT, got {shown(line)}")
         if words:
             entry["transition"], colon, chunks = words[0].partition(":")
             if colon:
-                if not chunks.isdecimal():
-                    raise UserError(f"{name}: entry {len(entries) + 1} blends over {chunks!r} chunks; give a number")
+                if not chunks.isdecimal() or len(chunks) > len(str(_MOST_CHUNKS)):
+                    where = f"{name}: entry {len(entries) + 1}"
+                    raise UserError(f"{where} blends over {shown(chunks)} chunks; give a number to {_MOST_CHUNKS:,}")
                 entry["chunks"] = int(chunks)
         entries.append(entry)
     return entries
@@ -125,18 +126,22 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
         raise UserError(f"{name}: has no entries; begin with one at second 0")
     for number, cue in enumerate(cues, 1):
         entry = f"{name}: entry {number}"
+        if not isinstance(cue, Cue):
+            raise UserError(f"{entry} must be a Cue, got {shown(cue)}")
         if not _is_number(cue.second) or not abs(cue.second) < _MOST_SECONDS:  # neither NaN nor infinity is less
-            raise UserError(f"{entry} has second {cue.second!r:.40}; give a number below {_MOST_SECONDS:,}")
+            raise UserError(f"{entry} has second {shown(cue.second)}; give a number below {_MOST_SECONDS:,}")
         if number == 1 and cue.second != 0:
             raise UserError(f"{entry} is at second {cue.second:g}; the first one must be at second 0")
         if number > 1 and cue.second <= cues[number - 2].second:
             raise UserError(f"{entry} is at second {cue.second:g}, not after {cues[number - 2].second:g}: sort them")
         if not isinstance(cue.prompt, str) or not cue.prompt.strip():
             raise UserError(f"{entry} has no prompt")
-        if cue.transition not in TRANSITIONS:
-            raise UserError(f"{entry} has transition {cue.transition!r}; use one of {', '.join(TRANSITIONS)}")
-        if type(cue.chunks) is not int or cue.chunks < 1:  # True is an int, too
-            raise UserError(f"{entry} blends over {cue.chunks!r} chunks; give a whole number of at least 1")
+        if not is_text(cue.prompt):
+            raise UserError(f"{entry} has a prompt with half a character in it: {shown(cue.prompt)}")
+        if not isinstance(cue.transition, str) or cue.transition not in TRANSITIONS:
+            raise UserError(f"{entry} has transition {shown(cue.transition)}; use one of {', '.join(TRANSITIONS)}")
+        if type(cue.chunks) is not int or not 1 <= cue.chunks <= _MOST_CHUNKS:  # True is an int, too
+            raise UserError(f"{entry} blends over {shown(cue.chunks)} chunks; give 1 to {_MOST_CHUNKS:,}")
 
 
 def _is_number(value: Any) -> bool:
@@ -154,6 +159,22 @@ def chunk_of(second: float, config: StreamConfig, time_factor: int, fps: int) ->
 
 
 @dataclasses.dataclass(frozen=True)
+class Reread:
+    """How a stream's last frames are read again under a new prompt.
+
+    Attributes:
+        frames: how many.
+        anew: whether the whole memory is made from them, as if they were the stream's first; else they take the places
+            of the window's frames.
+        sees_anchor: whether they see the anchor beside each other, where it stood for the chunk before.
+    """
+
+    frames: int
+    anew: bool
+    sees_anchor: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a chunk is generated with; a function of its number, so that a stream may be resumed anywhere.
 
@@ -162,19 +183,25 @@ class Plan:
         blend: weight of the cue's prompt against the one before, in (0, 1].
         transition: what happens to the memory before it; None where the cue began earlier, or leaves it alone.
         phase: of the chunk.
-        reread: how many of the stream's last frames are read again before it; none but by a `recache`.
+        reread: what is read again before it; None but by `recache` and `renew`.
     """
 
     cue: int
     blend: float
     transition: str | None
     phase: Phase
-    reread: int = 0
+    reread: Reread | None = None
 
 
 def num_recent(config: StreamConfig) -> int:
-    """Frames that `recache` reads again. LongLive's are its whole buffer: sink, window and chunk."""
+    """Frames that may be read again. LongLive's are its whole buffer: sink, window and chunk."""
     return config.anchor.frames + config.past_frames + config.chunk_frames
+
+
+def _chunks_made_anew(config: StreamConfig) -> int:
+    """The most chunks from which a whole memory can be made: of `num_recent` frames, and without a hidden state."""
+    chunks = num_recent(config) // config.chunk_frames
+    return min(chunks, config.num_fill_chunks) if config.anchor.state_frames else chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,21 +211,37 @@ class Schedule:
     cues: tuple[Cue, ...]
     starts: tuple[int, ...]
 
-    def plan(self, chunk: int, config: StreamConfig, remaining: int | None = None) -> Plan:
-        """What chunk number `chunk` is generated with; `remaining` as in `phase_of`."""
+    def plan(self, chunk: int, config: StreamConfig, remaining: int | None = None, given_chunks: int = 0) -> Plan:
+        """What chunk number `chunk` is generated with; `remaining` and `given_chunks` as in `phase_of`."""
         index = bisect.bisect_right(self.starts, chunk) - 1
         cue, since = self.cues[index], chunk - self.starts[index]
         transition = cue.transition if index else "switch"
         blend = min((since + 1) / cue.chunks, 1.0) if transition == "blend" else 1.0
-        phase = phase_of(chunk, config, cut=transition == "cut" and since == 0, remaining=remaining)
-        known = chunk * config.chunk_frames  # frames that are not forgotten
-        for entry, start in zip(self.cues[1 : index + 1], self.starts[1 : index + 1], strict=True):
-            if entry.transition == "flush":
-                known = min(known, _FLUSH_KEEPS + (chunk - start) * config.chunk_frames)
+        phase = phase_of(chunk, config, transition == "cut" and since == 0, remaining, given_chunks)
+        known = self._known_frames(index, chunk, config)
         if known < len(layout_of(phase, config).window):
             phase = dataclasses.replace(phase, window_frames=known)
-        change = transition if transition in ("recache", "reset_state") and since == 0 else None
-        return Plan(index, blend, change, phase, min(num_recent(config), known) if change == "recache" else 0)
+        if since or transition not in ("recache", "renew", "reset_state"):
+            return Plan(index, blend, None, phase)
+        if transition == "reset_state":
+            return Plan(index, blend, transition, phase)
+        chunks = min(chunk, _chunks_made_anew(config))
+        if transition == "renew" or known == chunks * config.chunk_frames:
+            reread = Reread(chunks * config.chunk_frames, anew=True, sees_anchor=False)
+        else:
+            frames = min(config.past_frames + config.chunk_frames, known)
+            reread = Reread(frames, anew=False, sees_anchor=phase.steady and config.anchor.frames > 0)
+        return Plan(index, blend, transition, phase, reread)
+
+    def _known_frames(self, index: int, chunk: int, config: StreamConfig) -> int:
+        """How many frames before a chunk are not forgotten, the cues up to and with `index` in effect."""
+        kept, at = 0, 0  # so many were known at this chunk; later ones are
+        for cue, start in zip(self.cues[1 : index + 1], self.starts[1 : index + 1], strict=True):
+            if cue.transition == "flush":
+                kept, at = min(kept + (start - at) * config.chunk_frames, _FLUSH_KEEPS), start
+            elif cue.transition == "renew":
+                kept, at = min(start, _chunks_made_anew(config)) * config.chunk_frames, start
+        return kept + (chunk - at) * config.chunk_frames
 
 
 def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: int, name: str = "prompts") -> Schedule:
@@ -225,7 +268,7 @@ def _obstacle(transition: str, config: StreamConfig) -> str | None:
         return "needs an adaptive anchor"
     if transition == "reset_state" and config.past_frames < anchor.frames:
         return f"needs a window of {anchor.frames} frames, this one has {config.past_frames}"
-    if transition in ("recache", "flush", "cut") and (anchor.joint or anchor.restarts):
+    if transition in ("recache", "renew", "flush", "cut") and (anchor.joint or anchor.restarts):
         return f"does not go with {type(anchor).__name__}"
     if transition == "cut":
         try:

@@ -2,8 +2,10 @@
 
 import dataclasses
 
-from adastate_jax.diffusion import denoising_sigmas
-from adastate_jax.streaming.anchors import AdaptiveAnchor, Layout, NoAnchor, consecutive
+from adastate_jax.diffusion import MAX_TIMESTEP, denoising_sigmas
+from adastate_jax.streaming.layout import Layout, consecutive
+from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.strategy import NoAnchor
 
 CUT_POSITION = 45  # of the first content frame behind a scene cut. Source: Infinity-RoPE, arXiv 2511.20649
 
@@ -18,7 +20,10 @@ class StreamConfig:
         anchor: the anchor strategy, with its frames F_s.
         denoising_steps: raw step list on 0..1000, strictly decreasing.
         shift: warp of the step list.
-        first_denoising_steps: another step list for the first chunk (Causal-Forcing++); empty is the same.
+        timesteps: what the network is told at each denoising step, on 0..1000, where that is not 1000 σ (CausVid);
+            empty is 1000 σ.
+        first_denoising_steps: another step list for the first chunk that is generated (Causal-Forcing++): the stream's
+            first, or behind frames that are given; empty is the same.
         repeat_noise: starts every chunk from the first one's noise (Rolling-Sink); re-noising stays fresh.
     """
 
@@ -27,6 +32,7 @@ class StreamConfig:
     anchor: NoAnchor = dataclasses.field(default_factory=AdaptiveAnchor)
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
+    timesteps: tuple[float, ...] = ()
     first_denoising_steps: tuple[float, ...] = ()
     repeat_noise: bool = False
 
@@ -44,6 +50,15 @@ class StreamConfig:
                 "the first eviction; enlarge past_frames or chunk_frames, or shrink the anchor"
             )
         denoising_sigmas(self.denoising_steps, self.shift)
+        if self.timesteps:
+            if len(self.timesteps) != len(self.denoising_steps):
+                raise ValueError(
+                    f"timesteps must be as many as denoising_steps, {len(self.denoising_steps)}, got {self.timesteps}"
+                )
+            if not all(0 < timestep <= MAX_TIMESTEP for timestep in self.timesteps):
+                raise ValueError(f"timesteps must lie within (0, 1000], got {self.timesteps}")
+            if self.anchor.joint:
+                raise ValueError("timesteps must be empty where chunks are denoised jointly")
         if self.first_denoising_steps:
             denoising_sigmas(self.first_denoising_steps, self.shift)
             if self.anchor.joint:
@@ -56,7 +71,7 @@ class StreamConfig:
 
     @property
     def first_sigmas(self) -> tuple[float, ...]:
-        """Noise level of each denoising step of the first chunk."""
+        """Noise level of each denoising step of the first chunk that is generated."""
         return denoising_sigmas(self.first_denoising_steps or self.denoising_steps, self.shift)
 
     @property
@@ -86,31 +101,37 @@ class Phase:
         cut: whether a scene cut precedes the chunk.
         live_chunks: chunks denoised together, this one the oldest.
         window_frames: how many of the window's frames are seen, the newest, where some are forgotten; None is all.
+        begins: whether the chunk is the first that is generated, where that one has denoising steps of its own.
     """
 
     first_frame: int | None
     cut: bool = False
     live_chunks: int = 1
     window_frames: int | None = None
+    begins: bool = False
 
     @property
     def steady(self) -> bool:
         return self.first_frame is None
 
 
-def phase_of(chunk: int, config: StreamConfig, cut: bool = False, remaining: int | None = None) -> Phase:
+def phase_of(
+    chunk: int, config: StreamConfig, cut: bool = False, remaining: int | None = None, given_chunks: int = 0
+) -> Phase:
     """The phase of chunk number `chunk` (from 0).
 
     Args:
         cut: whether a scene cut precedes the chunk: its content moves far from all that it sees, for this chunk only.
         remaining: chunks from this one to the end of the video; None is no end in sight. Only where chunks are denoised
             jointly does the end matter: fewer and fewer are left to be denoised.
+        given_chunks: how many of the stream's first chunks are given whole.
     """
+    begins = bool(config.first_denoising_steps) and chunk == given_chunks
     fill = config.num_fill_chunks
     if config.anchor.restarts and chunk >= fill:
         chunk = 1 + (chunk - fill) % (fill - 1)
     live_chunks = config.live_chunks if remaining is None else min(config.live_chunks, remaining)
-    return Phase(chunk * config.chunk_frames if chunk < fill else None, cut, live_chunks)
+    return Phase(chunk * config.chunk_frames if chunk < fill else None, cut, live_chunks, begins=begins)
 
 
 def layout_of(phase: Phase, config: StreamConfig) -> Layout:
@@ -118,7 +139,9 @@ def layout_of(phase: Phase, config: StreamConfig) -> Layout:
     frames = phase.live_chunks * config.chunk_frames
     layout = config.anchor.layout(phase.first_frame, config.past_frames, frames)
     if phase.window_frames is not None:
-        layout = consecutive(len(layout.anchor), len(layout.state), phase.window_frames, frames)
+        behind = config.anchor.frames if phase.steady else phase.first_frame - phase.window_frames
+        anchor = min(config.anchor.frames, behind)
+        layout = consecutive(anchor, len(layout.state), phase.window_frames, frames)
     if not phase.cut:
         return layout
     if layout.content[0] > CUT_POSITION:
@@ -146,4 +169,11 @@ def restarts_after(phase: Phase, config: StreamConfig) -> bool:
 
 def sigmas_of(phase: Phase, config: StreamConfig) -> tuple[float, ...]:
     """Noise level of each denoising step of a chunk in this phase."""
-    return config.first_sigmas if phase.first_frame == 0 else config.sigmas
+    return config.first_sigmas if phase.begins else config.sigmas
+
+
+def timesteps_of(phase: Phase, config: StreamConfig) -> tuple[float, ...]:
+    """What the network is told at each denoising step of a chunk in this phase, on 0..1000."""
+    if config.timesteps and not phase.begins:
+        return config.timesteps
+    return tuple(MAX_TIMESTEP * sigma for sigma in sigmas_of(phase, config))

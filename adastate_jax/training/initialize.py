@@ -15,7 +15,7 @@ from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.rollout import denoise, read_context
+from adastate_jax.streaming.denoising import denoise, read_context
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 from adastate_jax.training.state import TrainState, apply_gradients
 

@@ -1,60 +1,21 @@
-"""The loop around the training steps: progress, metrics, checkpoints, signals, and what stops a run.
+"""The loop around the training steps: progress, checkpoints, signals, and what stops a run.
 
 Nothing here decides what is computed: batches and keys are functions of the step, so a run that resumes at a step goes
 on exactly as the run that was not interrupted.
 """
 
 import contextlib
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 
 from adastate_jax import interrupts
 from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
-
-
-class Metrics:
-    """Scalars of a run: `metrics.jsonl`, a line per step, and TensorBoard events; written by the first process only."""
-
-    def __init__(self, workdir: Path):
-        self._active = jax.process_index() == 0
-        self._path = workdir / "metrics.jsonl"
-        self._board_folder = workdir / "tensorboard"
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Forgets what was logged of a stage from `step` on: those steps are about to be repeated."""
-        if not self._active:
-            return
-        kept = []
-        if self._path.is_file():
-            for line in self._path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line that a kill cut short belongs to a repeated step
-                    record = json.loads(line)
-                    if record["stage"] != stage or record["step"] < step:
-                        kept.append(line)
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self._path)
-        self._boards[stage] = tensorboardX.SummaryWriter(str(self._board_folder / stage), purge_step=step)
-
-    def write(self, stage: str, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Appends the records (step, scalars) of a stage."""
-        if not self._active:
-            return
-        with self._path.open("a") as file:
-            for step, scalars in records:
-                file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
-                for name, value in scalars.items():
-                    self._boards[stage].add_scalar(name, value, step)
-        self._boards[stage].flush()
+from adastate_jax.training.metrics import Metrics
 
 
 def run_stage(

@@ -23,7 +23,7 @@ from adastate_jax.generation.loading import Model, decode_frames, load
 from adastate_jax.generation.video_stream import stream_batch
 from adastate_jax.media import contact_sheet, write_image
 from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming.rollout import seed_keys
+from adastate_jax.streaming.carry import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
 from adastate_jax.training.initialize import sample_trajectory

@@ -12,7 +12,8 @@ from adastate_jax.evaluation.attention_probe import probe_stream
 from adastate_jax.generation.loading import Model, decode_frames
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.streaming.cache import Cache
-from adastate_jax.streaming.rollout import RolloutCarry, initial_carry, rollout, seed_keys, stream_step
+from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
+from adastate_jax.streaming.rollout import rollout, stream_step
 from adastate_jax.streaming.schedule import phase_of
 from studies.small_world import ABSENCE, UNSEEN
 

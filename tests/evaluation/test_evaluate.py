@@ -8,8 +8,10 @@ from evaluation.clips import moving, still, write_video
 
 from adastate_jax import evaluate
 from adastate_jax.console import run_command
+from adastate_jax.data.decoding import Unusable
 from adastate_jax.errors import UserError
-from adastate_jax.evaluation.measure import Measurement, Settings, Unusable
+from adastate_jax.evaluation.measure import Measurement, Settings
+from adastate_jax.generation import loading, video_stream
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +127,8 @@ def test_a_model_generates_what_is_missing(tmp_path, monkeypatch):
         asked.append((model, text, seconds, seed, anchor))
         yield moving(32, 48, 4)
 
-    monkeypatch.setattr(evaluate, "load", lambda path: f"the model of {path.name}")
-    monkeypatch.setattr(evaluate, "stream", stream)
+    monkeypatch.setattr(loading, "load", lambda path: f"the model of {path.name}")
+    monkeypatch.setattr(video_stream, "stream", stream)
     (tmp_path / "prompts.txt").write_text("rain\n")
     (tmp_path / "extended.txt").write_text("heavy rain on a tin roof\n")
     options = (

@@ -21,13 +21,14 @@ from adastate_jax.generation.embeddings import StoredTextEncoder, random_embed
 from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming.anchors import RestartAnchor
+from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Cue, Schedule
-from adastate_jax.streaming.rollout import initial_carry, seed_keys, stream
+from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.streaming.sinks import RestartAnchor
 from adastate_jax.weights.parts import load_part
 
 ROOT = Path(__file__).parents[2]
