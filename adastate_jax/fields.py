@@ -6,21 +6,16 @@ What is unknown, of a wrong type or out of range is refused by name.
 import dataclasses
 import difflib
 import functools
-import json
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError, shown
 
 # The largest integer of a field: all below are exact in JSON wherever it is read, and their products stay printable.
 _MAX_INTEGER = 1 << 53
-# An index of a large model takes a few hundred kilobytes.
-_MAX_JSON_BYTES = 1 << 26
 
 
 class Named:
@@ -50,31 +45,6 @@ def to_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     return tuple(to_dict(x) for x in config) if isinstance(config, tuple) else config
-
-
-def parse_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, of one line, for whatever is wrong with it."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise
-        raise ValueError("an integer has thousands of digits") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """What a JSON file in UTF-8 holds, with or without a byte-order mark.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or of 64 MB and more, which no file that is read this way can be.
-    """
-    with open(path, "rb") as stream:
-        if os.fstat(stream.fileno()).st_size >= _MAX_JSON_BYTES:
-            raise ValueError(f"{os.fstat(stream.fileno()).st_size} bytes are too many")
-        return parse_json(stream.read().decode("utf-8-sig"))
 
 
 def build(kind: type, values: Any, where: str) -> Any:
