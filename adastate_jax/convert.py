@@ -23,10 +23,11 @@ import numpy as np
 from adastate_jax.config.run import STAGES
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
 from adastate_jax.errors import UserError, one_line
-from adastate_jax.fields import parse_json, to_dict
+from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_folder
 from adastate_jax.generation import loading as generate
 from adastate_jax.interrupts import if_stopped
+from adastate_jax.texts import parse_json
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
 from adastate_jax.weights.kinds import KINDS
@@ -117,11 +118,9 @@ def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not name or not equals:
             raise UserError(f"--set {setting[:80]}: must be NAME=VALUE")
         try:
-            overrides[name] = parse_json(value)
-        except ValueError as error:
-            raise UserError(
-                f"--set {setting[:80]}: the value must be a number, a list [1, 2], true or false ({error})"
-            ) from None
+            overrides[name] = parse_json(value, name)
+        except UserError:
+            raise UserError(f"--set {setting[:80]}: the value must be a number, a list [1, 2], true or false") from None
     return overrides
 
 

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_bundle_is_named(trained, run, tmp_path):
     write_safetensors(output, {}, [], {})
     refuse("holds no configuration", ada.load, output)
     write_safetensors(output, {}, [], {"config": "[" * 100_000})
-    refuse("its configuration cannot be read", ada.load, output)
+    refuse("its configuration: is nested too deeply", ada.load, output)
     fields = to_dict(config)
     fields["model"]["num_layers"] = 3
     repack(run, output, config=json.dumps(fields))
