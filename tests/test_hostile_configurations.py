@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,9 @@ def assert_built_as_said(config, values):
     height, width, channels = config.latent_shape
     assert height * width * channels > 0
     assert config.time_factor >= 1
-    assert all(math.isfinite(step) for step in config.stream.denoising_steps)
+    sigmas = config.stream.sigmas
+    assert all(0 < sigma <= 1 for sigma in sigmas)
+    assert all(np.diff(sigmas) < 0)
 
 
 def test_values():
@@ -159,8 +160,8 @@ def test_a_configuration_of_several_kinds_says_which():
 
         @classmethod
         def from_settings(cls, name, **settings):
-            if name not in cls.kinds():
-                raise ValueError(f"unknown shape {name!r:.40}")
+            if name not in cls.kinds() or settings.keys() - {"size"}:
+                raise ValueError(f"unknown shape {name!r:.40} or setting")
             return cls.kinds()[name](**settings)
 
     @dataclasses.dataclass(frozen=True)
