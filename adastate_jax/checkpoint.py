@@ -1,27 +1,41 @@
 """Checkpoints: any pytree, saved by Orbax under the path names of its leaves.
 
-Saving is asynchronous and atomic. A finished checkpoint is sealed: a file beside the data lists size and CRC-32 of
-every file. What is not sealed was cut short and is never loaded; what no longer matches its seal is refused by name.
+Saving is asynchronous and atomic. A checkpoint is written under a temporary name, sealed (see `seals`), and only then
+gets its own. What is not sealed was cut short and is never loaded; what no longer matches its seal is refused by name.
 """
 
-import json
+import contextlib
+import errno
 import logging
+import os
 import shutil
+import sys
 import threading
-import zlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reading, reason, writing
+from adastate_jax.files import remove_leftovers, whole_folder
+from adastate_jax.seals import SEAL, is_sealed, seal, verify
 from adastate_jax.sharding import path_name
 
-# Orbax reports each save and restore at INFO, thousands of lines in a long run.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports each save and restore at INFO, thousands of lines in a long run, and logs what it raises, too, with a
+# traceback from each of its threads.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-_SEAL = "seal.json"
+
+_INNER = "saving"  # where Orbax saves, within a temporary folder: it leaves files of its own beside, if it fails
+_ONE_AT_A_TIME = threading.Lock()  # Orbax saves from one thread of a process only
+_PATIENCE = 2.0  # seconds, for writes that are under way when another one has failed
+
+# What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
+_STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError)
+_UNLIKE = "its files match their seal: another program or version wrote them; make it again with this one"
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -30,14 +44,66 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
-    """Saves a tree once, under a folder of its own; replaces what was there."""
+    """Saves a tree once, under a folder of its own; what was there goes first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = Path(path).absolute()
-    ocp.save(path, flatten(tree), overwrite=True)
-    _seal(path)
+    with writing(path, Exception):
+        if path.exists():
+            shutil.rmtree(path)
+        with whole_folder(path) as temporary, _without_stragglers(temporary):
+            _refuse_too_large(temporary, tree)
+            with _ONE_AT_A_TIME:
+                ocp.save(temporary / _INNER, flatten(tree))
+            _finish(temporary)
+
+
+def _refuse_too_large(folder: Path, tree: Any) -> None:
+    """Raises OSError where a disk has less room than a tree takes, before anything is written."""
+    if shutil.disk_usage(folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def _without_stragglers(folder: Path) -> Iterator[None]:
+    """Keeps quiet TensorStore's threads when a save into a temporary folder has failed, and removes what they leave.
+
+    Orbax closes its event loop at the first write that fails. The other writes go on for a while; each then finds the
+    loop closed, and C++ hands that to `sys.excepthook`. It may do so later, so after a failure the hook stays.
+    """
+    before = sys.excepthook
+
+    def report(kind, error, trace):
+        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+            before(kind, error, trace)
+
+    sys.excepthook = report
+    try:
+        yield
+    except BaseException:
+        deadline = time.monotonic() + _PATIENCE
+        while any(folder.iterdir()) and time.monotonic() < deadline:
+            for path in folder.iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
+        raise
+    sys.excepthook = before
+
+
+def _finish(folder: Path) -> None:
+    """Makes what Orbax saved within a folder the folder's own content, and seals it."""
+    for path in (folder / _INNER).iterdir():
+        path.rename(folder / path.name)
+    (folder / _INNER).rmdir()
+    seal(folder)
 
 
 def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
     """Loads a tree that `save_tree` or `Checkpoints` wrote, or the part of it below `prefix`.
+
+    Where a newer checkpoint lies beside it that is not finished, a line on stderr says so.
 
     Args:
         path: the checkpoint's folder.
@@ -48,14 +114,18 @@ def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
         UserError: there is no finished checkpoint, it is damaged, or it does not hold this tree.
     """
     path = Path(path).absolute()
-    _verify_seal(path)
+    _refuse_unfinished(path)
+    fix = f"remove {path}, to use an older one or make it again"
+    verify(path, fix)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like)
     wanted = {f"{prefix}/{name}" if prefix else name: leaf for name, leaf in flatten(like).items()}
-    saved = ocp.metadata(path).metadata
+    with reading(path, _UNLIKE, *_STRANGE):
+        saved = ocp.metadata(path).metadata
     _check_names(path, wanted, saved, partial=bool(prefix))
+    _say_fall_back(path)
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(prefix)
-    with context:
+    with context, reading(path, _UNLIKE, *_STRANGE):
         loaded = ocp.load(path, wanted)
     found = {name.removeprefix(f"{prefix}/") if prefix else name: leaf for name, leaf in loaded.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], like)
@@ -63,7 +133,7 @@ def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
 
 def is_finished(path: str | Path) -> bool:
     """Whether a finished checkpoint lies at this folder."""
-    return (Path(path) / _SEAL).is_file()
+    return is_sealed(path)
 
 
 def latest_step(folder: str | Path) -> int | None:
@@ -72,8 +142,12 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The folders of a stage's checkpoints, finished or not."""
-    return [path for path in folder.glob("[0-9]*") if path.name.isdigit()]
+    """The folders of a stage's checkpoints, finished or not; raises UserError for a file in such a place."""
+    numbered = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and str(int(path.name)) == path.name]
+    for path in numbered:
+        if not path.is_dir():
+            raise UserError(f"{path}: is a file where a checkpoint's folder should be; remove it")
+    return numbered
 
 
 class Checkpoints:
@@ -81,31 +155,40 @@ class Checkpoints:
 
     An older one goes only when a newer one is sealed; what a kill left unsealed goes at the start.
     A context manager: leaving it waits for a save that is under way.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, keep: int):
         self.folder = Path(folder).absolute()
         self._keep = keep
-        for path in _numbered(self.folder):
-            if not is_finished(path):
-                shutil.rmtree(path)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
-            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # it does not know of our seals
-            cleanup_tmp_directories=True,
-        )
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            for path in _numbered(self.folder):
+                if not is_finished(path):
+                    print(f"note: {path}: was cut short, and is removed; {self._newest()}", file=sys.stderr)
+                    shutil.rmtree(path)
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of earlier versions
+                shutil.rmtree(path)
+        for step in {path.name[1:].partition(".")[0] for path in self.folder.glob(".*.partial")}:
+            remove_leftovers(self.folder / step)
+
+    def _newest(self) -> str:
+        return "training begins anew" if self.latest is None else f"training goes on from {self.latest}"
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         try:
             self.wait()
-        finally:
-            self._checkpointer.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            print(f"note: {error}", file=sys.stderr)  # what ended the run comes first
 
     @property
     def latest(self) -> int | None:
@@ -113,17 +196,27 @@ class Checkpoints:
         return latest_step(self.folder)
 
     def save(self, step: int, tree: Any) -> None:
-        """Starts saving a tree; returns once it is copied off the device, so that the tree may be donated."""
+        """Starts saving a tree; returns once it is copied off the device, so that the tree may be donated.
+
+        Raises:
+            UserError: this save cannot begin, or the one before failed.
+        """
         self.wait()
-        response = self._checkpointer.save_async(step, flatten(tree), force=True, overwrite=True)
+        with self._refusing(), contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(whole_folder(self.folder / str(step)))
+            _refuse_too_large(temporary, tree)
+            stack.enter_context(_without_stragglers(temporary))
+            response = ocp.save_async(temporary / _INNER, flatten(tree))
+            unfinished = stack.pop_all()
 
         def finish():
             try:
-                response.result()
-                _seal(self.folder / str(step))
+                with unfinished:
+                    response.result()
+                    _finish(temporary)
                 finished = sorted(filter(is_finished, _numbered(self.folder)), key=lambda path: int(path.name))
                 for path in finished[: -self._keep]:
-                    (path / _SEAL).unlink()  # first, so that what a kill leaves of it is no checkpoint
+                    (path / SEAL).unlink()  # first, so that what a kill leaves of it is no checkpoint
                     shutil.rmtree(path)
             except BaseException as error:  # handed to the main thread by `wait`
                 self._failure = error
@@ -132,50 +225,43 @@ class Checkpoints:
         self._saving.start()
 
     def wait(self) -> None:
-        """Returns when the save that was started is finished; raises what stopped it."""
+        """Returns when the save that was started is finished; raises UserError for what stopped it."""
         if self._saving is not None:
             self._saving.join()
             self._saving = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise UserError(f"{self.folder}: cannot save a checkpoint: {failure}; free disk space?") from failure
+            with self._refusing():
+                raise failure
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            kept = self.latest
+            keeps = "nothing was saved before" if kept is None else f"checkpoint {kept} is kept"
+            message = f"{self.folder}: cannot save a checkpoint ({reason(error)}); {keeps}; mend it and run again"
+            raise UserError(message) from error
 
     def load(self, like: Any) -> Any:
         """The newest finished checkpoint, see `load_tree`."""
         return load_tree(self.folder / str(self.latest), like)
 
 
-def _fingerprint(file: Path) -> list[int]:
-    """Size and CRC-32, read in pieces."""
-    size = checksum = 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
-    return [size, checksum]
-
-
-def _seal(path: Path) -> None:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _SEAL)
-    content = {str(file.relative_to(path)): _fingerprint(file) for file in files}
-    partial = path / f".{_SEAL}.partial"
-    partial.write_text(json.dumps(content))
-    partial.replace(path / _SEAL)
-
-
-def _verify_seal(path: Path) -> None:
+def _refuse_unfinished(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint here")
-    try:
-        content = json.loads((path / _SEAL).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a finished checkpoint of ours (no {_SEAL}); name another folder") from None
-    except ValueError:
-        raise UserError(f"{path / _SEAL}: damaged; remove {path}, to use an older one or make it again") from None
-    for name, fingerprint in content.items():
-        file = path / name
-        if not file.is_file() or _fingerprint(file) != fingerprint:
-            state = "damaged" if file.is_file() else "missing"
-            raise UserError(f"{file}: {state}; remove {path}, to use an older one or make it again")
+    if not is_finished(path):
+        raise UserError(f"{path}: not a finished checkpoint of ours (no {SEAL}); name another folder")
+
+
+def _say_fall_back(path: Path) -> None:
+    """Says that a newer checkpoint than the one that is loaded cannot be."""
+    if path.name.isdecimal():
+        newer = [int(other.name) for other in _numbered(path.parent) if not is_finished(other)]
+        if max(newer, default=0) > int(path.name):
+            print(f"note: {path.parent / str(max(newer))} was cut short: {path.name} is used instead", file=sys.stderr)
 
 
 def _check_names(path: Path, wanted: dict[str, Any], saved: Any, partial: bool) -> None:

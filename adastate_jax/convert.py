@@ -1,10 +1,16 @@
 """The convert command: published weights into folders of ours, and our weights into files that PyTorch tools read."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import argparse
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +21,13 @@ import jax
 import numpy as np
 
 from adastate_jax.config.run import STAGES
-from adastate_jax.console import CommandParser, progress, run_command
-from adastate_jax.errors import UserError
+from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
+from adastate_jax.errors import UserError, one_line
 from adastate_jax.fields import to_dict
+from adastate_jax.files import whole_folder
 from adastate_jax.generation import loading as generate
+from adastate_jax.interrupts import if_stopped
+from adastate_jax.texts import parse_json
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
 from adastate_jax.weights.kinds import KINDS
@@ -31,7 +40,7 @@ from adastate_jax.weights.tensors import ArrayTensor, finite_blocks
 _EXAMPLE = """examples:
   python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher
   python -m adastate_jax.convert --source=self_forcing_dmd.pt --output=weights/student --dtype=bfloat16
-  python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --output=weights/longlive
+  python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --lora=style.pt:0.8 --output=weights/longlive
   python -m adastate_jax.convert --source=runs/small_world --to=safetensors --names=diffusers --output=student"""
 
 
@@ -81,22 +90,25 @@ def export(network: Network, folder: Path, names: str, advance: Callable[[int], 
 
 
 @contextlib.contextmanager
-def _new_folder(output: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden folder that takes the name `output` if all goes well, and disappears if not."""
-    output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial")
+def _new_folder(output: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+    """A folder of nobody else's that takes the name `output` if all goes well, and disappears if not.
+
+    Args:
+        nbytes: that must be free there.
+        overwrite: what an earlier call of this command wrote there may go; nothing else does.
+    """
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < nbytes:
-            raise UserError(f"--output={output}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-        yield partial
-        partial.replace(output)
+        with whole_folder(output, _is_ours if overwrite else lambda name: False) as folder:
+            free = shutil.disk_usage(folder).free
+            if free < nbytes:
+                raise UserError(f"--output={output}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+            yield folder
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(".safetensors") or name in ("converted.json", "config.json")
 
 
 def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
@@ -104,12 +116,26 @@ def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not name or not equals:
-            raise UserError(f"--set {setting}: must be NAME=VALUE")
+            raise UserError(f"--set {setting[:80]}: must be NAME=VALUE")
         try:
-            overrides[name] = json.loads(value)
-        except ValueError:
-            raise UserError(f"--set {setting}: the value must be a number, a list [1, 2], true or false") from None
+            overrides[name] = parse_json(value, name)
+        except UserError:
+            raise UserError(f"--set {setting[:80]}: the value must be a number, a list [1, 2], true or false") from None
     return overrides
+
+
+def _parse_adapter(text: str) -> tuple[Path, float]:
+    """File and strength of `FILE[:STRENGTH]`; a file may have a colon in its name."""
+    name, colon, number = text.rpartition(":")
+    if os.path.exists(text) or not colon:
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(strength) < 1e9:
+        raise UserError(f"--lora={text}: its strength must be a finite number")
+    return Path(name), strength
 
 
 def _open(options: argparse.Namespace) -> Network:
@@ -124,9 +150,13 @@ def _open(options: argparse.Namespace) -> Network:
         source = open_source(path, options.part)
         network = identify(source, _parse_overrides(options.set))
         if source.part:
-            print(f"{path}: its part {source.part}", file=sys.stderr)
-    if options.lora:
-        network = merge_lora(network, options.lora, options.lora_alpha)
+            print(one_line(f"{path}: its part {source.part}"), file=sys.stderr)
+    for text in options.lora:
+        adapter, strength = _parse_adapter(text)
+        try:
+            network = merge_lora(network, adapter, options.lora_alpha, strength)
+        except UserError as error:
+            raise UserError(f"--lora={error}") from None
     dtype = options.dtype or network.config.param_dtype
     return dataclasses.replace(network, config=dataclasses.replace(network.config, param_dtype=dtype, dtype=dtype))
 
@@ -164,7 +194,7 @@ def _parser() -> CommandParser:
         metavar="FILE|DIR",
         help=".safetensors, .pth or .pt file, or a folder of one checkpoint; also a folder that convert or train wrote",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
+    output_argument(parser, "a new folder", metavar="DIR")
     parser.add_argument(
         "--to", choices=("converted", "safetensors"), default="converted", help="what to write (default converted)"
     )
@@ -176,12 +206,18 @@ def _parser() -> CommandParser:
         choices=("official", "diffusers"),
         help="names to write with --to=safetensors (default official); of the text encoder, diffusers is transformers",
     )
-    parser.add_argument("--lora", type=Path, metavar="FILE|DIR", help="adapter to add to the weights, in float32")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|DIR[:STRENGTH]",
+        help="adapter to add to the weights, in float32, at this strength (default 1); may be given several times",
+    )
     parser.add_argument(
         "--lora-alpha",
         type=float,
         metavar="NUMBER",
-        help="adapter's alpha; its changes are scaled by alpha / rank (default: as its file says, else the rank)",
+        help="the adapters' alpha; changes are scaled by alpha / rank (default: as each file says, else the rank)",
     )
     parser.add_argument(
         "--part",
@@ -202,30 +238,28 @@ def _parser() -> CommandParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and converts."""
     options = _parser().parse_args(arguments)
-    output, names = options.output, options.names or "official"
+    names = options.names or "official"
     if options.names and options.to != "safetensors":
         raise UserError(f"--names={options.names}: needs --to=safetensors")
     if options.lora_alpha is not None and not options.lora:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output={output}: exists; name a new folder")
-    network = _open(options)
-    if options.to == "safetensors":
-        _refuse_unpublishable(network, names)
-    print(_summary(network), file=sys.stderr)
-    elements = sum(math.prod(slot.shape) for slot in network.slots.values())
-    nbytes = elements * np.dtype(network.config.param_dtype).itemsize
-    with _new_folder(output, nbytes) as folder, progress("convert", nbytes, unit="B") as bar:
-        bar.unit_scale = True
+    jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here, and may be busy
+    with claimed_output(options, folder=True) as output, if_stopped(f"{output} was not written"):
+        network = _open(options)
         if options.to == "safetensors":
-            export(network, folder, names, bar.update)
-        else:
-            write_converted(network, folder, bar.update)
+            _refuse_unpublishable(network, names)
+        print(_summary(network), file=sys.stderr)
+        elements = sum(math.prod(slot.shape) for slot in network.slots.values())
+        nbytes = elements * np.dtype(network.config.param_dtype).itemsize
+        with _new_folder(output, nbytes, options.overwrite) as folder, progress("convert", nbytes, unit="B") as bar:
+            bar.unit_scale = True
+            if options.to == "safetensors":
+                export(network, folder, names, bar.update)
+            else:
+                write_converted(network, folder, bar.update)
     print(f"{output}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    # The accelerator has nothing to do here, and may be busy.
-    jax.config.update("jax_platforms", "cpu")
     run_command(main)

@@ -1,10 +1,16 @@
 """The evaluate command: videos in; numbers, plots and one HTML report out. And `export`, a folder that VBench reads."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,16 +19,18 @@ from pathlib import Path
 import av
 import cv2
 
-from adastate_jax.console import CommandParser, progress, run_command
-from adastate_jax.errors import UserError
+from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
+from adastate_jax.data.decoding import Unusable, read_header
+from adastate_jax.data.folders import walk_files
+from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
-from adastate_jax.evaluation.measure import Measurement, Settings, Unusable, measure_video, read_header
-from adastate_jax.evaluation.report import Video, by_group, summarize_group, write_report
-from adastate_jax.generation.loading import load
-from adastate_jax.generation.video_stream import stream
-from adastate_jax.streaming.presets import STREAM_NAMES
+from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
+from adastate_jax.evaluation.report import write_report
+from adastate_jax.evaluation.summary import Video, by_group, summarize_group
+from adastate_jax.files import existing_name
+from adastate_jax.streaming.names import STREAM_NAMES
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
 _EXAMPLE = """examples:
   python -m adastate_jax.evaluate runs/tiny/samples/adaptive runs/tiny/samples/static \\
       --first-chunk=3 --chunk=3 --output=report
@@ -45,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         epilog=_EXAMPLE,
     )
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO|DIR", help="video files, or folders of them")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the report goes")
+    output_argument(parser, "where the report goes", default="report", metavar="DIR")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
     default = Settings()
     parser.add_argument(
@@ -65,30 +73,30 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise UserError(f"--jobs={options.jobs}: give at least 1")
-    if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output={options.output}: is a file; name a folder")
     settings = Settings(options.first_chunk, options.chunk)
-
     files = find_videos(options.videos)
-    results = measure_files([path for path, _ in files], settings, options.jobs)
+    with claimed_output(options, folder=True) as output:
+        return _evaluate(files, settings, options.jobs, output)
+
+
+def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, output: Path) -> int:
+    results = measure_files([path for path, _ in files], settings, jobs)
     videos, skipped = [], []
     for (path, group), result in zip(files, results, strict=True):
         if isinstance(result, Measurement):
-            videos.append(Video(path.name, group, result))
+            videos.append(Video(one_line(path.name), one_line(group), result))
         else:
-            skipped.append((str(path), str(result)))
+            skipped.append((one_line(str(path)), str(result)))
     if not videos:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
-    try:
-        write_report(options.output, videos, skipped, settings)
-    except OSError as error:
-        raise UserError(f"--output={options.output}: cannot be written ({error.strerror or error})") from None
+    with writing(f"--output={output}"):
+        write_report(output, videos, skipped, settings)
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
-    print(options.output / "report.html", file=sys.stderr)
+    print(output / "report.html", file=sys.stderr)
     return 0
 
 
@@ -114,8 +122,10 @@ def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
+        path = existing_name(path)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if _is_video(file.relative_to(path)) and file.is_file())
+            named = (path / name for name in walk_files(path) if name.suffix.lower() in VIDEO_SUFFIXES)
+            inside = [file for file in named if file.is_file()]
             if not inside:
                 raise UserError(f"{path}: holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
         elif path.exists():
@@ -127,10 +137,6 @@ def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     folders = {file: file.absolute().parent for file in found.values()}
     names = _tell_apart(dict.fromkeys(folders.values()))
     return [(file, names[folder]) for file, folder in folders.items()]
-
-
-def _is_video(relative):
-    return relative.suffix.lower() in VIDEO_SUFFIXES and not any(part.startswith(".") for part in relative.parts)
 
 
 def _tell_apart(folders):
@@ -147,15 +153,19 @@ def _tell_apart(folders):
 def measure_files(files: Sequence[Path], settings: Settings, jobs: int) -> list[Measurement | Unusable]:
     """Measures files in `jobs` processes, with a progress bar: what `measure_video` returns or raises for each.
 
-    Raises `UserError` where a process was killed.
+    A file whose process is killed, for want of memory say, is unusable too.
     """
-    with progress("measure", sum(map(_frames_by_header, files)), unit="frame") as bar:
+    with progress("measure (starting)", sum(map(_frames_by_header, files)), unit="frame") as bar:
         if min(jobs, len(files)) == 1:
+            bar.set_description("measure")
             return [_measure(file, settings, bar.update) for file in files]
-        try:
-            return _measure_in_processes(files, settings, min(jobs, len(files)), bar)
-        except BrokenProcessPool:
-            raise UserError(f"--jobs={jobs}: a process was killed, perhaps for want of memory; give fewer") from None
+        measured = _measure_in_processes(files, settings, min(jobs, len(files)), bar)
+        # When one process is killed, those beside it end too. Each of their files gets another, alone.
+        for number, result in enumerate(measured):
+            if result is None:
+                (measured[number],) = _measure_in_processes([files[number]], settings, 1, bar)
+        killed = Unusable("the process that measured it was killed, perhaps for want of memory")
+        return [result or killed for result in measured]
 
 
 def _measure(file, settings, count_frames):
@@ -166,9 +176,10 @@ def _measure(file, settings, count_frames):
 
 
 def _measure_in_processes(files, settings, jobs, bar):
-    # Not forked: this process has threads, of JAX and of the progress bar.
+    """What `_measure` gives for each file, or None where its process ended without."""
+    # Not forked: this process has threads, of the progress bar for one.
     context = multiprocessing.get_context("spawn")
-    done = context.Value("q", 0)
+    done, before = context.Value("q", 0), bar.n
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (done, threads))
     try:
@@ -176,8 +187,14 @@ def _measure_in_processes(files, settings, jobs, bar):
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
-            bar.update(done.value - bar.n)
-        return [future.result() for future in futures]
+            if done.value:
+                bar.set_description("measure", refresh=False)
+            bar.update(before + done.value - bar.n)
+        return [None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures]
+    except KeyboardInterrupt:  # a video may take minutes
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -186,7 +203,14 @@ def _start_worker(done, threads):
     global _frames_done  # a lock can be handed to a process only when it starts
     _frames_done = done
     cv2.setNumThreads(threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, not after the videos it was handed
+
+
+def _end_with_the_command():
+    """Ends this process when the one that started it has ended, however it did."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _measure_in_worker(file, settings):
@@ -245,21 +269,26 @@ def export(arguments: Sequence[str]) -> int:
     extended = vbench.read_prompts(options.extended) if options.extended else None
     slots = vbench.plan_export(vbench.read_prompts(options.prompts), config, extended)
     if not options.check:
-        try:
-            with progress("export", len(slots), unit="video") as bar:
-                _fill(options, slots, config, bar)
-        except OSError as error:
-            raise UserError(f"--vbench={options.vbench}: cannot be written ({error.strerror or error})") from None
+        with writing(f"--vbench={options.vbench}"):
+            _fill(options, slots, config)
     return _report_check(options.vbench, slots, config)
 
 
-def _fill(options, slots, config, bar):
+def _fill(options, slots, config):
     if options.videos:
         files, unmatched = vbench.match_files(options.videos, slots)
         for name in unmatched:
-            bar.write(f"skipped {options.videos / name}: belongs to no prompt", file=sys.stderr)
-        vbench.export_files(options.vbench, slots, config, files, bar.update)
+            print(f"skipped {one_line(str(options.videos / name))}: belongs to no prompt", file=sys.stderr)
+        with progress("export", len(slots), unit="video") as bar:
+            skipped = vbench.export_files(options.vbench, slots, config, files, bar.update)
+        for file, reason in skipped:
+            print(f"skipped {one_line(str(file))}: {reason}", file=sys.stderr)
         return
+    starting()
+    # Imported here: JAX takes seconds, which measuring and checking can do without.
+    from adastate_jax.generation.loading import load
+    from adastate_jax.generation.video_stream import stream
+
     model = load(options.checkpoint)
 
     def generate(text, seed):
@@ -268,7 +297,8 @@ def _fill(options, slots, config, bar):
     # A model that ships with the package is no folder, and is the same from wherever it is named.
     checkpoint = str(options.checkpoint.resolve() if options.checkpoint.exists() else options.checkpoint)
     source = {"checkpoint": checkpoint, "seconds": options.seconds, "anchor": options.anchor}
-    vbench.export_generated(options.vbench, slots, config, generate, source, bar.update)
+    with progress("export", len(slots), unit="video", compiles=True) as bar:
+        vbench.export_generated(options.vbench, slots, config, generate, source, bar.update)
 
 
 def _report_check(folder, slots, config):

@@ -1,37 +1,58 @@
-"""The sample command: a prompt and a model in, an mp4 out, streamed to disk as chunks arrive."""
+"""The sample command: prompts and a model in, a video for each out, streamed to disk as chunks arrive."""
+
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from adastate_jax.config.files import parse_config
-from adastate_jax.console import CommandParser, progress, run_command
+from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.generation.loading import Model, load, num_given_frames
-from adastate_jax.generation.video_stream import stream
-from adastate_jax.media import FPS, VideoWriter, read_image, read_last_frames
-from adastate_jax.streaming.presets import STREAM_NAMES
-from adastate_jax.streaming.prompts import TRANSITIONS, read_schedule
+from adastate_jax.generation.shipped import find_model, shipped_config
+from adastate_jax.interrupts import if_stopped
+from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from adastate_jax.generation.loading import Model
+    from adastate_jax.streaming.prompts import Cue
 
 _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\
       --seconds=30 --output=hills.mp4
-  python -m adastate_jax.sample --checkpoint=runs/tiny --prompt="a camera pans right over sand dunes with a white ball"
+  python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans right over sand dunes with a white ball" \\
+      --seed 0 1 2 --scale=4 --output=dunes.gif
+  python -m adastate_jax.sample --like=hills.mp4 --output=again.mp4
   python -m adastate_jax.sample --checkpoint=weights --prompt="a red fox runs through fresh snow" --seconds=30
   python -m adastate_jax.sample --checkpoint=weights --prompts=story.txt --seconds=60
   python -m adastate_jax.sample --checkpoint=weights --decoder=tiny --image=fox.jpg --prompt="the fox runs on"
   python -m adastate_jax.sample --random-weights --config=configs/tiny.py --prompt="a dry run" --seconds=1"""
 
+_FEW_STEPS = (
+    "a trained few-step student is what it was distilled to be: its denoising steps, sizes and settings are fixed, and "
+    "it has no guidance and no negative prompt; it takes --prompt, --prompts, --seed, --seconds, --anchor, --image and "
+    "--video. Converted networks also take --config=FILE and after it --config.FIELD=VALUE"
+)
+# What other tools call the settings that a few-step student has not.
+_OF_OTHER_TOOLS = ("steps", "num-steps", "guidance", "guidance-scale", "cfg", "cfg-scale", "negative-prompt")
+
+_SUFFIXES = (".mp4", ".gif", ".webp")
+_SECONDS = 5.0
+
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m adastate_jax.sample",
-        description="Streams a video of any length from a prompt into an mp4 file.",
-        epilog=_EXAMPLE,
+        description="Streams videos of any length, one for each prompt and seed, into files.",
+        epilog=lambda: f"{_vocabulary()}\n\n{_EXAMPLE}",
     )
     parser.add_argument(
         "--checkpoint",
@@ -41,7 +62,9 @@ def _parser() -> CommandParser:
         "(a folder of that name goes before it); or a folder of networks that convert wrote (transformer, "
         "text_encoder, vae or tiny_vae) with the text encoder's tokenizer.json",
     )
-    parser.add_argument("--prompt", help="what to show")
+    parser.add_argument(
+        "--prompt", action="append", help="what to show; may be given several times, for a video of each"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -49,8 +72,10 @@ def _parser() -> CommandParser:
         help="instead of --prompt, a schedule: lines of SECOND [TRANSITION] | PROMPT, or a JSON list of objects; "
         f"transitions are {', '.join(TRANSITIONS)}",
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help=f"length at {FPS} frames per second (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--seconds", type=float, help=f"length of a video (default {_SECONDS:g})")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", metavar="SEED", help="of the noise (default 0); of several, a video of each"
+    )
     parser.add_argument(
         "--anchor",
         choices=STREAM_NAMES,
@@ -77,37 +102,75 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--text-cache", type=Path, metavar="DIR", help="keeps prompts' embeddings (default CHECKPOINT/text_cache)"
     )
+    parser.add_argument("--scale", type=int, metavar="N", help="repeats every pixel N times in both directions")
     parser.add_argument(
-        "--output", type=Path, default=Path("out.mp4"), metavar="FILE", help="mp4 file (default out.mp4)"
+        "--like",
+        type=Path,
+        metavar="VIDEO",
+        help="makes a video of this command again, from what it says of itself; to the same frames on the same machine",
+    )
+    output_argument(
+        parser,
+        "a file that ends in .mp4, .gif or .webp, or without ending a folder of PNG files; several videos are "
+        "numbered: FILE, FILE-2",
+        default="out.mp4",
     )
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.output.suffix != ".mp4":
-        raise UserError(f"--output={options.output}: must end in .mp4")
-    if not math.isfinite(options.seconds) or options.seconds <= 0:
+def _vocabulary() -> str:
+    """What the model that ships with the package was trained on."""
+    from adastate_jax.data.worlds import WorldConfig, caption_pattern
+
+    worlds = WorldConfig(**shipped_config("tiny")["data"]["worlds"])
+    return f"The model tiny knows these words alone, and of a picture keeps one frame:\n  {caption_pattern(worlds)}"
+
+
+def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Refuses what can be refused before JAX is imported."""
+    for argument in overrides:
+        name = argument.partition("=")[0].removeprefix("--")
+        if name in _OF_OTHER_TOOLS or (name.startswith("config.") and not options.config):
+            raise UserError(f"{argument}: {_FEW_STEPS}")
+        if not name.startswith("config."):
+            raise UserError(f"{argument}: unknown argument; --help lists what there is")
+    output = options.output or options.default_output
+    if output.suffix not in (*_SUFFIXES, ""):
+        raise UserError(
+            f"--output={output}: must end in {', '.join(_SUFFIXES)}, or be a folder of PNG files, without an ending"
+        )
+    if options.seconds is not None and (not math.isfinite(options.seconds) or options.seconds <= 0):
         raise UserError(f"--seconds={options.seconds}: must be positive")
-    if options.seed < 0:
-        raise UserError(f"--seed={options.seed}: must not be negative")
-    if (options.prompt is None) == (options.prompts is None):
+    for seed in options.seed or ():
+        if seed < 0:
+            raise UserError(f"--seed={seed}: must not be negative")
+    if options.scale is not None and options.scale < 1:
+        raise UserError(f"--scale={options.scale}: must be at least 1")
+    if not options.like and (options.prompt is None) == (options.prompts is None):
         raise UserError("--prompt: say what to show, or name a schedule with --prompts instead")
-    if options.prompt is not None and not options.prompt.strip():
+    if not all(prompt.strip() for prompt in options.prompt or ()):
         raise UserError("--prompt: is empty; say what to show")
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
-    for file in (options.image, options.video):
-        if file and not file.is_file():
+    for file in (options.image, options.video, options.prompts, options.like):
+        if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
-    if options.random_weights == (options.checkpoint is not None):
+    if (options.random_weights and options.checkpoint is not None) or not (
+        options.random_weights or options.checkpoint or options.like
+    ):
         raise UserError("--checkpoint: name a folder, or give --random-weights and --config instead")
     if options.random_weights and not options.config:
         raise UserError("--random-weights: needs --config, for example --config=configs/wan_1_3b.py")
+    if options.checkpoint:
+        folder = find_model(options.checkpoint)
+        if options.config and not (folder / "transformer").exists():
+            raise UserError(f"--config={options.config}: {_FEW_STEPS}")
 
 
-def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Model:
-    if overrides and not options.config:
-        raise UserError(f"{overrides[0]}: unknown argument, or needs --config; see --help")
+def _load(options: argparse.Namespace, overrides: Sequence[str]) -> "Model":
+    from adastate_jax.config.files import parse_config
+    from adastate_jax.generation.loading import load
+
     config = parse_config([f"--config={options.config}", *overrides]) if options.config else None
     if options.random_weights:
         print("random: transformer, codec and text embeddings; the video shows noise", file=sys.stderr)
@@ -120,8 +183,11 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Model:
     )
 
 
-def _start(options: argparse.Namespace, model: Model) -> np.ndarray | None:
+def _start(options: argparse.Namespace, model: "Model") -> "np.ndarray | None":
     """The frames to start from."""
+    from adastate_jax.generation.loading import num_given_frames
+    from adastate_jax.media import read_image, read_last_frames
+
     size = model.config.data.size
     if options.image:
         return read_image(options.image, *size)
@@ -131,26 +197,110 @@ def _start(options: argparse.Namespace, model: Model) -> np.ndarray | None:
     return None
 
 
+def _note_what_it_knows(model: "Model", options: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Says what a model of small worlds was trained on, where it is asked for something else."""
+    from adastate_jax.data.worlds import caption_pattern, knows_words
+
+    if model.config.data.kind != "worlds":
+        return
+    worlds = model.config.data.worlds
+    for prompt in prompts:
+        if not knows_words(worlds, prompt):
+            print(f"note: none of {prompt!r} is known to this model: {caption_pattern(worlds)}", file=sys.stderr)
+    if options.image:
+        print(
+            "note: this model keeps one frame of --image, and goes on with what it was trained on: "
+            f"{caption_pattern(worlds)}",
+            file=sys.stderr,
+        )
+
+
+def _remember(options: argparse.Namespace) -> tuple[Sequence[str], dict[str, str]]:
+    """Sets the options as the video of --like was made; returns overrides, and what must be as it was."""
+    from adastate_jax.generation.provenance import recall
+    from adastate_jax.media import read_metadata
+
+    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "config", "random_weights"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: --like takes it from the video; leave one of them out")
+    found = recall(options.like, read_metadata(options.like))
+    for name in ("checkpoint", "image", "video"):
+        found[name] = getattr(options, name) or found.get(name)
+    overrides = found.pop("overrides")
+    rest = {name: found.pop(name) for name in ("schedule", "model", "start", "made_with")}
+    for name, value in found.items():
+        setattr(options, name, [value] if name in ("prompt", "seed") else value)
+    return overrides, rest
+
+
+def _refuse_another(like: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuses to make a video again from anything else than it was made from."""
+    if then["model"] != now["model"]:
+        raise UserError(f"--like={like}: was made with another model; name that with --checkpoint")
+    if then["start"] != now.get("start", ""):
+        raise UserError(f"--like={like}: started from other frames; name their file with --image or --video")
+    if then["made_with"] != now["made_with"]:
+        print(f"note: {like} was made with {then['made_with']}; its frames may differ a little", file=sys.stderr)
+
+
+def _write(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    outputs: Sequence[Path],
+    then: Mapping[str, str],
+    command: Sequence[str],
+) -> None:
+    """Makes the videos."""
+    from adastate_jax.generation.provenance import describe, digest
+    from adastate_jax.generation.saved_streams import fingerprint
+    from adastate_jax.generation.video_stream import stream
+    from adastate_jax.media import FPS, enlarge, open_writer
+    from adastate_jax.streaming.prompts import parse_schedule, read_schedule
+
+    model = _load(options, overrides)
+    cues: Sequence[Cue] | None = None
+    if options.prompts:
+        cues = read_schedule(options.prompts)
+    elif then.get("schedule"):
+        cues = parse_schedule(then["schedule"], str(options.like))
+    start = _start(options, model)
+    _note_what_it_knows(model, options, options.prompt or [cue.prompt for cue in cues])
+    calls = [(prompt, seed) for prompt in options.prompt or [None] for seed in options.seed or [0]]
+    common = (overrides, cues, fingerprint(model), digest(start), command)
+    seconds = options.seconds or _SECONDS
+    for (prompt, seed), output in zip(calls, outputs, strict=True):
+        kept = {"prompt": prompt, "seed": seed, "seconds": seconds}
+        metadata = describe({**vars(options), **kept}, *common)
+        if options.like:
+            _refuse_another(options.like, then, metadata)
+        title = "sample" if len(calls) == 1 else output.name
+        with (
+            if_stopped(f"{output} was not written"),
+            open_writer(output, metadata) as writer,
+            progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
+        ):
+            for frames in stream(model, prompt, seconds, seed, options.anchor, start=start, prompts=cues):
+                writer.write(enlarge(frames, options.scale or 1))
+                bar.update(len(frames))
+        print(output, file=sys.stderr)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Parses the command line and writes the video."""
+    """Parses the command line and writes the videos."""
     options, overrides = _parser().parse_known_args(arguments)
-    _check(options)
-    prompts = read_schedule(options.prompts) if options.prompts else None
-    num_frames = math.ceil(options.seconds * FPS)
-    try:
-        with VideoWriter(options.output) as writer:  # opened first: what cannot be written need not be generated
-            model = _load(options, overrides)
-            start = _start(options, model)
-            with progress("sample (compiling)", num_frames, unit="frame") as bar:
-                shown = (model, options.prompt, options.seconds, options.seed, options.anchor)
-                for frames in stream(*shown, start=start, prompts=prompts):
-                    writer.write(frames)
-                    bar.set_description("sample")
-                    bar.update(len(frames))
-    except KeyboardInterrupt:
-        print(f"stopped; {options.output} was not written", file=sys.stderr)
-        return 130
-    print(f"{options.output}", file=sys.stderr)
+    then: Mapping[str, str] = {}
+    _check(options, overrides)
+    if options.like:
+        starting()
+        overrides, then = _remember(options)
+        _check(options, overrides)
+    count = len(options.prompt or [None]) * len(options.seed or [0])
+    folder = not (options.output or options.default_output).suffix
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(claimed_output(options, folder=folder, number=n + 1)) for n in range(count)]
+        if not options.like:
+            starting()
+        _write(options, overrides, outputs, then, ["python", "-m", "adastate_jax.sample", *arguments])
     return 0
 
 

@@ -3,6 +3,8 @@
 Optimizer moments and EMA weights carry the parameter's path as a suffix, so one table serves them all.
 """
 
+import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adastate_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -38,13 +42,30 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def all_devices() -> list[jax.Device]:
+    """All of this run's devices.
+
+    Raises:
+        UserError: the platform that JAX_PLATFORMS names is not on this machine.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform's plugin is there
+        platforms = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "JAX has no such plugin"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: no such device here ({reason}); unset it, or name one that is, such as cpu"
+        ) from None
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> jax.sharding.Mesh:
     """Mesh of `data` × `fsdp` × `model` devices (the first so many of `devices`, by default all of this run's).
 
     Raises:
         ValueError: there are too few devices, or several processes would leave some of theirs out.
+        UserError: there are none of the platform that JAX_PLATFORMS names.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     size = data * fsdp * model
     if size > len(devices) or (jax.process_count() > 1 and size != len(devices)):
         raise ValueError(f"mesh {data}x{fsdp}x{model} needs {size} devices, {len(devices)} are here")
@@ -88,12 +109,43 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def refuse_too_large(tree: Any, mesh: jax.sharding.Mesh) -> None:
+    """Counts the bytes of a tree of shapes, split over a mesh, before any of them is allocated.
+
+    Raises:
+        UserError: a device would have to hold more than its memory.
+    """
+    shardings = jax.tree.leaves(tree_shardings(tree, mesh))
+    leaves = jax.tree.leaves(tree)
+    held = sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    )
+    memory = _device_memory(mesh.devices.flat[0])
+    if held > memory:
+        raise UserError(
+            f"the network would take {held / 1e9:.3g} GB on every device, which has {memory / 1e9:.3g}; make the sizes "
+            "of its configuration smaller, or split it over more devices (config.mesh.fsdp)"
+        )
+
+
+def _device_memory(device: jax.Device) -> float:
+    """Bytes that a device has in all: what it says, else those of the host."""
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
+    if limit is None and device.platform == "cpu":
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return limit or math.inf
+
+
 def init_sharded(function: Callable[..., Any], mesh: jax.sharding.Mesh, *arguments: Any) -> Any:
     """Runs an initialiser under `jit` so that each leaf comes out in its place; the tree is whole on no device.
 
     Leaves of one layer may be, for a while: `draw_normal` draws flat, and not every axis can be split through that.
+    Raises UserError where they would not fit, see `refuse_too_large`.
     """
-    shardings = tree_shardings(jax.eval_shape(function, *arguments), mesh)
+    abstract = jax.eval_shape(function, *arguments)
+    refuse_too_large(abstract, mesh)
+    shardings = tree_shardings(abstract, mesh)
     with jax.set_mesh(mesh):
         return jax.jit(function, out_shardings=shardings)(*arguments)
 

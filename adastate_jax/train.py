@@ -1,11 +1,15 @@
 """The train command: runs a configuration's stages in order, and resumes where the work directory left off."""
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,15 @@ from adastate_jax.checkpoint import flatten
 from adastate_jax.config.files import load_config, parse_config, save_config
 from adastate_jax.config.run import Config
 from adastate_jax.console import CommandParser, run_command
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
+from adastate_jax.files import write_text
 from adastate_jax.generation.samples import sample
-from adastate_jax.sharding import make_mesh
+from adastate_jax.interrupts import if_stopped
+from adastate_jax.sharding import all_devices, make_mesh
+from adastate_jax.texts import read_json
 from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.training.loop import Metrics, Stopped, StopRequest
+from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.stages.distill import distill
 from adastate_jax.training.stages.initialize import initialize
 from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
@@ -42,8 +49,9 @@ def train(config: Config, workdir: Path) -> None:
 
     Raises:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
-        Stopped: after SIGTERM or Ctrl-C; the same call goes on.
+        Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
+    all_devices()
     if jax.process_count() > 1:
         raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
     with _open_workdir(workdir):
@@ -63,14 +71,14 @@ def _train(config: Config, workdir: Path) -> None:
         prompts = open_prompts(config, workdir, clips)
         _refuse_other_data(workdir, {"clips": clips, "prompts": prompts.source})
         frozen = make_frozen(config, workdir, clips, mesh)
-        save_config(config, workdir / "config.json")  # only now: until here the input may have been refused
+        with writing(workdir / "config.json"):  # only now: until here the input may have been refused
+            save_config(config, workdir / "config.json")
         texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
-        with StopRequest() as stop:
-            run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir), stop)
-            for stage in config.stages:
-                if not run.is_finished(stage):
-                    _STAGES[stage](run)
-                stop.check()
+        run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
+        for stage in config.stages:
+            if not run.is_finished(stage):
+                _STAGES[stage](run)
+            run.refuse_removed()
 
 
 def _refuse_uneven_batches(config: Config) -> None:
@@ -135,15 +143,17 @@ def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
     path = workdir / "data.json"
     names = {kind: source.dataset_info.full_name for kind, source in sources.items()}
     if not path.exists():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(names, indent=2) + "\n")
-        partial.replace(path)
+        with writing(path):
+            write_text(path, json.dumps(names, indent=2) + "\n")
         return
-    old = json.loads(path.read_text())
+    fix = "remove it, to go on with the data as they are now"
+    old = read_json(path, fix)
+    if not isinstance(old, dict) or old.keys() != names.keys():
+        raise UserError(f"{path}: is damaged; {fix}")
     for kind, name in names.items():
-        if old.get(kind) != name:
+        if old[kind] != name:
             raise UserError(
-                f"{workdir}: its {kind} have changed since it was begun: {old.get(kind)} is now {name}; bring them "
+                f"{workdir}: its {kind} have changed since it was begun: {shown(old[kind])} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
 
@@ -168,10 +178,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
     config = parse_config([f"--config={known.config}", *rest])
-    try:
+    with if_stopped(f"the same command resumes {known.workdir}"):
         train(config, known.workdir)
-    except Stopped:
-        print(f"stopped; the same command resumes {known.workdir}", file=sys.stderr)
     return 0
 
 

@@ -4,6 +4,11 @@ A fixture file is recognised by its name's stem and every case in it goes throug
 checked is printed as such and not counted as passed.
 """
 
+if __name__ == "__main__":  # before all other imports: a signal that comes during them ends the command, too
+    from adastate_jax import interrupts
+
+    interrupts.install()
+
 import contextlib
 import dataclasses
 import sys
@@ -19,7 +24,7 @@ import numpy as np
 from adastate_jax.console import CommandParser, run_command
 from adastate_jax.errors import UserError
 from adastate_jax.models.attention import BACKENDS
-from adastate_jax.verification import anchors, forcing, losses, names, networks, streams, videos
+from adastate_jax.verification import anchors, forcing, losses, names, networks, streams, training, videos
 from adastate_jax.verification.record import (
     ARITHMETIC_TOLERANCE,
     BFLOAT16_CODEC_TOLERANCE,
@@ -37,6 +42,7 @@ from adastate_jax.verification.record import (
 FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "scheduler": losses.scheduler,
     "dmd": losses.dmd,
+    "train_step": training.train_step,
     "wan_dit": networks.wan_dit,
     "wan_dit_nonorm": networks.wan_dit,
     "wan_dit_diffusers": networks.wan_dit_diffusers,
@@ -65,8 +71,12 @@ FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "manifest_taew2_1": names.manifest_taew2_1,
 }
 
+# Numbers of diffusers and transformers; tests/peers/write_fixtures.py wrote them.
+SHIPPED = Path(__file__).parent / "bundled" / "fixtures"
+
 _EXAMPLE = f"""\
-example:
+examples:
+  python -m adastate_jax.verify
   python -m adastate_jax.verify golden --only wan_dit adastate_rollout
 
   file              case                                max_abs_error  tolerance  result
@@ -81,6 +91,7 @@ tolerances, on the largest absolute error of a tensor:
   in bfloat16            {BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
                          text encoder and video autoencoders {BFLOAT16_CODEC_TOLERANCE:g} of it
   schedules and losses   {ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
+  training updates       as adastate_jax/verification/training.py states them; in float32 only
   positions and names    0
 The tolerance column shows the absolute number that results.
 
@@ -216,7 +227,15 @@ def main(argv: Sequence[str]) -> int:
         description="Compares this package's numbers, on this device, with fixtures from the official code.",
         epilog=_EXAMPLE,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of fixture files")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        metavar="FOLDER",
+        help="folder of fixture files (default: those that ship with this package, of networks of diffusers and "
+        "transformers with random weights)",
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="STEM", help="run these fixtures (file names without ending)"
     )

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.video_coding import decode, decoder_cache
 from benchmarks.long_stream import peak_mebibytes
 
 CHUNK = 3  # latent frames

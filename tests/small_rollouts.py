@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from conftest import LATENT_SHAPE
 
-from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, StaticAnchor
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.training.dmd import self_rollout
+from adastate_jax.streaming.sinks import StaticAnchor
+from adastate_jax.streaming.strategy import NoAnchor
+from adastate_jax.training.self_rollout import draw_rollout_noise, self_rollout
 
 STREAMS = {
     "adaptive": StreamConfig(denoising_steps=(1000.0, 600.0, 300.0)),
@@ -22,4 +24,5 @@ KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
 
 @functools.partial(jax.jit, static_argnames="stream")
 def record_of(student, text, exit_step, stream):
-    return self_rollout(student, student.text_keys_values(text), KEYS, exit_step, stream, LATENT_SHAPE, CHUNKS)
+    noise = draw_rollout_noise(KEYS, stream, LATENT_SHAPE, CHUNKS)
+    return self_rollout(student, student.text_keys_values(text), noise, exit_step, stream)

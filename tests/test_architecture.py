@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
-    ("errors", "files"),
-    ("fields",),
-    ("diffusion", "sharding", "console"),
+    ("errors", "interrupts"),
+    ("files", "fields", "checks", "texts"),
+    ("diffusion", "sharding", "console", "seals"),
     ("models",),
     ("streaming", "data"),
     ("config", "checkpoint", "media", "weights"),
@@ -29,7 +29,7 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
-            found |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names if not alias.name.startswith("__")}  # but __version__
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):

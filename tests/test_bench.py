@@ -15,7 +15,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from adastate_jax import bench
-from adastate_jax.benchmarking import flops, machine, measure
+from adastate_jax.benchmarking import flops, machine, measure, report
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
@@ -23,10 +23,12 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from adastate_jax.models.vae import VAE, VAEConfig, decode, decoder_cache
-from adastate_jax.streaming.anchors import AdaptiveAnchor, StaticAnchor
+from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.video_coding import decode, decoder_cache
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.prompts import schedule
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.streaming.sinks import StaticAnchor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ROOT.parent / "shared" / "perf_model.py"  # an independent count for Wan2.1's networks
@@ -282,7 +284,7 @@ def test_what_does_not_fit_is_said(tmp_path, small_probe, monkeypatch):
     record = run(tmp_path, "--repeats=1", "--only", "pass", "chunk")
     assert record["skipped"] == {"chunk": "out of memory"}
     assert [row["name"] for row in record["measurements"]] == ["DiT pass"]
-    assert "chunk: out of memory" in bench.table(record)
+    assert "chunk: out of memory" in report.table(record)
 
 
 def test_the_probe_finds_a_machine():
@@ -295,7 +297,7 @@ def test_the_probe_finds_a_machine():
     ("arguments", "message"),
     [
         (["--repeats=0"], "--repeats=0: must be at least 1"),
-        (["--output=nowhere/bench.json"], "no such folder nowhere"),
+        (["--output=/proc/bench.json"], "--output=/proc/bench.json: cannot be written"),
         (["--config.model.layers=1"], "layers"),
         (["--config.mesh.data=99", "--only", "pass"], "config.mesh: .* needs 99 devices"),
         (["--config.model.attention=cudnn", "--only", "pass"], "attention cudnn: it does not run on cpu"),

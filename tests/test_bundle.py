@@ -13,17 +13,18 @@ from flax import nnx
 
 import adastate_jax as ada
 from adastate_jax import bundle
-from adastate_jax.bundle import write_bundle
 from adastate_jax.checkpoint import save_tree
 from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
-from adastate_jax.generation import loading as generate
-from adastate_jax.generation.loading import Trained
+from adastate_jax.fields import to_dict
+from adastate_jax.generation import shipped
+from adastate_jax.generation.trained import Trained, load_run, write_bundle
 from adastate_jax.generation.video_stream import stream_batch
 from adastate_jax.models.patch_codec import PatchCodec
 from adastate_jax.models.text import TextEncoder
 from adastate_jax.sharding import make_mesh
 from adastate_jax.training.frozen import Frozen
+from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "adastate_jax" / "bundled"
@@ -63,7 +64,7 @@ def pack(run, output):
 def test_a_bundle_is_its_run_rounded_to_half_precision(run, tmp_path):
     output = tmp_path / "new" / "small.safetensors"
     assert pack(run, output) == 0
-    config, whole = generate.load_run(run, make_mesh())
+    config, whole = load_run(run, make_mesh())
     model = ada.load(output)
     assert model.config == config
     for exact, rounded in zip(
@@ -95,8 +96,8 @@ def test_the_shipped_model_streams_what_the_prompt_says(tmp_path, monkeypatch):
 
 
 def test_what_ships_is_small():
-    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 8e6
-    assert [file.name for file in SHIPPED.iterdir()] == ["tiny.safetensors"]
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 8e6
+    assert sorted(file.name for file in SHIPPED.iterdir()) == ["fixtures", "tiny.safetensors"]
 
 
 def test_ones_own_folder_goes_before_the_shipped_model(run, trained, tmp_path, monkeypatch):
@@ -139,13 +140,13 @@ def test_weights_beyond_half_precision_are_refused(run, trained, tmp_path):
 
 
 def test_a_damaged_bundle_is_named(tmp_path, monkeypatch):
-    shipped = SHIPPED / "tiny.safetensors"
+    whole = (SHIPPED / "tiny.safetensors").read_bytes()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "_BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(shipped, "_BUNDLED", tmp_path / "bundled")
     refuse("^tiny: no such folder", ada.load, "tiny")
     broken = tmp_path / "bundled" / "tiny.safetensors"
     broken.parent.mkdir()
-    broken.write_bytes(shipped.read_bytes()[:-1])
+    broken.write_bytes(whole[:-1])
     refuse(r"tiny\.safetensors: not a readable \.safetensors file", ada.load, "tiny")
     broken.write_bytes(b"")
     refuse(r"tiny\.safetensors: not a readable \.safetensors file", ada.load, "tiny")
@@ -154,14 +155,88 @@ def test_a_damaged_bundle_is_named(tmp_path, monkeypatch):
 def test_a_file_that_is_no_bundle_is_named(trained, run, tmp_path):
     config, _ = trained
     output = tmp_path / "small.safetensors"
-    bundle.write_safetensors(output, {}, [], {})
+    write_safetensors(output, {}, [], {})
     refuse("holds no configuration", ada.load, output)
-    fields = bundle.to_dict(config)
+    write_safetensors(output, {}, [], {"config": "[" * 100_000})
+    refuse("its configuration: is nested too deeply", ada.load, output)
+    fields = to_dict(config)
     fields["model"]["num_layers"] = 3
-    pack(run, output)
-    tensors = generate.SafeTensors(output)
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    deeper = tmp_path / "deeper.safetensors"
-    bundle.write_safetensors(deeper, layout, tensors.values(), {"config": json.dumps(fields)})
-    refuse("its tensors are not those of its configuration: student/blocks", ada.load, deeper)
+    repack(run, output, config=json.dumps(fields))
+    refuse("its tensors are not those of its configuration: student/blocks", ada.load, output)
     refuse("has its own configuration", ada.load, output, config)
+
+
+def repack(run, output, change=lambda tensors: None, **metadata):
+    """A bundle of the run with other numbers or another header."""
+    packed = output.with_name("packed.safetensors")
+    if not packed.exists():
+        pack(run, packed)
+    opened = SafeTensors(packed)
+    tensors = {name: np.array(opened[name]) for name in opened}
+    change(tensors)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    header = {key: value for key, value in (opened.metadata | metadata).items() if value is not None}
+    write_safetensors(output, layout, tensors.values(), header)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_do_not_stream(run, tmp_path, value):
+    output = tmp_path / "small.safetensors"
+    damage = lambda tensors: tensors["frozen/codec/mean"].__setitem__(3, value)  # noqa: E731
+    repack(run, output, damage, crc32=None)
+    refuse("small.safetensors: frozen/codec/mean holds NaN or infinity", ada.load, output)
+
+
+def test_any_flipped_bit_is_noticed_and_bundles_without_checksum_load(run, tmp_path):
+    output = tmp_path / "small.safetensors"
+    repack(run, output, lambda tensors: tensors["frozen/codec/mean"].__setitem__(3, 0.5))
+    refuse("small.safetensors: damaged: does not match its checksum; copy it again", ada.load, output)
+    config = SafeTensors(tmp_path / "packed.safetensors").metadata["config"]
+    repack(run, output, config=config.replace('"seed": 0', '"seed": 1', 1))
+    refuse("does not match its checksum", ada.load, output)
+    repack(run, output, crc32="x")
+    refuse("does not match its checksum", ada.load, output)
+    repack(run, output, crc32=None)
+    assert ada.load(output).config == ada.load(tmp_path / "packed.safetensors").config
+
+
+def test_a_model_says_what_it_is(run, trained, tmp_path):
+    _, parts = trained
+    output = tmp_path / "small.safetensors"
+    pack(run, output)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(parts.student))
+    for path, origin in ((run, f"{run}, distilled student at step 100"), (output, str(output))):
+        first, second, third = repr(ada.load(path)).splitlines()
+        assert first == f"Model from {origin}"
+        assert second == (
+            f"  transformer of {weights / 1e6:.3g} M weights (2 layers of 16, float32); videos of 32×32 pixels by the "
+            "patch decoder"
+        )
+        assert third == (
+            "  anchor adaptive (frames=1); chunks of 3 latent frames, a window of 3, denoising steps 1000, 750, 500, "
+            "250"
+        )
+
+
+def test_it_is_said_which_student_streams(run, trained, capsys):
+    config, parts = trained
+    assert ada.load(run) is not None
+    assert capsys.readouterr().err == ""
+    longer = dataclasses.replace(config.distill, steps=config.distill.steps + 1)
+    save_config(dataclasses.replace(config, distill=longer), run / "config.json")
+    assert "distilled student at step 100 of 101" in repr(ada.load(run))
+    shutil.rmtree(run / "distill")
+    save_tree(run / "initialize" / "3", {"ema": parts.student})
+    assert "initialised student at step 3 of" in repr(ada.load(run))
+    assert capsys.readouterr().err == (
+        f"note: {run}: has no finished checkpoint of distill; the student of initialize streams instead\n"
+    )
+
+
+def test_an_existing_output_stays_unless_told(run, tmp_path):
+    output = tmp_path / "small.safetensors"
+    output.write_text("mine")
+    refuse(r"--output=.*: exists; name another, or add --overwrite", pack, run, output)
+    assert output.read_text() == "mine"
+    assert bundle.main([f"--run={run}", f"--output={output}", "--overwrite"]) == 0
+    assert ada.load(output).config == ada.load(run).config

@@ -10,7 +10,7 @@ from adastate_jax.config.files import default_config, from_config_dict, load_con
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
 from adastate_jax.generation import loading as generate
-from adastate_jax.streaming.anchors import StaticAnchor
+from adastate_jax.streaming.sinks import StaticAnchor
 from adastate_jax.weights.kinds import KINDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -124,7 +124,7 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"broken\.py: not a configuration file \(invalid syntax"):
         parse_config([f"--config={tmp_path / 'broken.py'}"])
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not a configuration"):
+    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
         load_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"sed": 3}')
     with pytest.raises(UserError, match="sed: unknown field; did you mean seed"):

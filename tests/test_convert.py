@@ -16,12 +16,12 @@ from adastate_jax.checkpoint import flatten, save_tree
 from adastate_jax.config.files import default_config, from_config_dict, save_config
 from adastate_jax.convert import main
 from adastate_jax.errors import UserError
-from adastate_jax.generation import loading as generate
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.sharding import make_mesh, tree_shardings
+from adastate_jax.training.frozen import abstract_frozen
 from adastate_jax.weights import converted
 from adastate_jax.weights.converted import load_converted, open_converted
 from adastate_jax.weights.dit import dit_name_to_diffusers
@@ -330,7 +330,7 @@ def test_a_student_of_train_is_exported(tmp_path, run, refusal):
     save_config(config, workdir / "config.json")
     student = filled("transformer", random_tensors("transformer", config=config.model), config.model)
     save_tree(workdir / "initialize" / "7", {"ema": student, "step": np.zeros(1, np.int32)})
-    frozen = generate.abstract_frozen(config)
+    frozen = abstract_frozen(config)
     save_tree(workdir / "frozen", jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), frozen))
 
     network = load(run(run(workdir, "--to=safetensors")))
@@ -405,14 +405,25 @@ def test_adapters_of_every_spelling_are_merged_in_float32(tmp_path, run, spell, 
     [
         (lambda lora: lora.pop("blocks.0.self_attn.q.lora_B.weight"), "one factor without the other"),
         (lambda lora: lora.update({"blocks.9.ffn.0.lora_A.weight": np.zeros((2, 2), np.float32)}), "blocks.9.ffn.0"),
-        (lambda lora: lora.update({"blocks.0.ffn.0.diff": np.zeros(2, np.float32)}), "blocks.0.ffn.0.diff"),
+        (
+            lambda lora: lora.update({"blocks.0.ffn.0.diff": np.zeros(2, np.float32)}),
+            "the change of blocks.0.ffn.0's weight has shape [2], the base [48, 128]",
+        ),
+        (lambda lora: lora.update({"blocks.0.diff_b": np.zeros(2, np.float32)}), "blocks.0 has a change of its bias"),
+        (lambda lora: lora.update({"blocks.0.k_img.diff": np.zeros(2, np.float32)}), "made for another network"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.dora_scale": np.zeros(2, np.float32)}), "not of a plain LoRA"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.hada_w1_a": np.zeros(2, np.float32)}), "not of a plain LoRA"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.weight": np.zeros(2, np.float32)}), "no changes of an adapter"),
+        (lambda lora: lora.update({"blocks.0.ffn.0.alpha": np.ones(1, np.float32)}), "an alpha, but no factors"),
+        (lambda lora: lora["blocks.0.self_attn.q.lora_A.weight"].fill(np.nan), "self_attn.q holds NaN or infinity"),
+        (lambda lora: lora.update({"head.head.diff_b": np.full(16, np.inf, np.float32)}), "bias holds NaN or infinity"),
         (
             lambda lora: lora.update({"blocks.0.self_attn.q.lora_B.weight": np.zeros((128, 3), np.float32)}),
             "[128, 3] and [2, 128]",
         ),
         (
             lambda lora: lora.update({"blocks.0.self_attn.q.lora_A.weight": np.zeros((2, 128), np.int32)}),
-            "dtypes float32 and int32",
+            "a factor of blocks.0.self_attn.q has dtype int32",
         ),
         (
             lambda lora: lora.update({f"model.{name}": tensor for name, tensor in [*lora.items()]}),
@@ -482,13 +493,23 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
         (["--set", "num_heads=0"], "num_heads must be at least 1"),
         (["--set", "num_heads=x"], "must be a number"),
         (["--set", "num_heads"], "must be NAME=VALUE"),
-        (["--set", "num_hads=2"], "did you mean num_heads?"),
-        (["--set", "dim=[1]"], "dim: must be of type int"),
+        (["--set", "num_heads=" + "9" * 5000], "--set num_heads=9999"),
+        (["--set", "num_heads=" + "[" * 100_000], "must be a number"),
+        (["--set", "eps=1e999"], "--set.eps: must be a finite number"),
+        (["--set", "eps=NaN"], "--set.eps: must be a finite number"),
+        (["--set", "eps=" + "9" * 400], "--set.eps: 9999"),
+        (["--set", "num_layers=100000000000"], "num_layers 100000000000: its 96 tensors cannot be those of so many"),
+        (["--set", "dim=128000000000"], "no Wan2.1 transformer has such sizes"),
+        (["--set", 'param_dtype="float77"'], "param_dtype must be one of float32, bfloat16, float16, got 'float77'"),
+        (["--set", "num_hads=2"], "--set.num_hads: unknown field; did you mean num_heads?"),
+        (["--set", "dim=[1]"], "--set.dim: must be of type int"),
         (["--set", "num_layers=2"], "belong to no known part: blocks.2"),
         (["--part=generator"], "has no parts"),
         (["--names=diffusers"], "needs --to=safetensors"),
         (["--lora-alpha=2"], "needs --lora"),
-        (["--lora=missing.pt"], "missing.pt: no such file"),
+        (["--lora=missing.pt"], "--lora=missing.pt: no such file"),
+        (["--lora=missing.pt:0.5"], "--lora=missing.pt: no such file"),
+        (["--lora=missing.pt:nan"], "--lora=missing.pt:nan: its strength must be a finite number"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, refusal, options, culprit):
@@ -540,7 +561,7 @@ def test_wrong_indexes_are_named(tmp_path, refusal):
     index.write_text("{}")
     assert "not a readable index" in refusal(folder)
     index.write_text("[" * 100_000)
-    assert "not a readable index" in refusal(folder)
+    assert "index.json: is damaged; download it again" in refusal(folder)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "one.safetensors")}))
     save_file(tensors, folder / "other.safetensors")
     assert "several checkpoints (model.safetensors.index.json, other.safetensors)" in refusal(folder)
@@ -550,7 +571,42 @@ def test_an_existing_output_is_not_touched(tmp_path, refusal):
     save_file(random_tensors("vae"), tmp_path / "source.safetensors")
     (tmp_path / "refused").mkdir()
     (tmp_path / "refused" / "precious.txt").write_text("mine")
-    assert "exists; name a new folder" in refusal(tmp_path / "source.safetensors")
+    assert "exists; name another, or add --overwrite" in refusal(tmp_path / "source.safetensors")
+    message = refusal(tmp_path / "source.safetensors", "--overwrite")
+    assert "it holds 'precious.txt', which is of another kind" in message
+    (tmp_path / "refused" / "precious.txt").unlink()
+    (tmp_path / "refused" / "converted.json").mkdir()
+    assert "which is of another kind" in refusal(tmp_path / "source.safetensors", "--overwrite")
+
+
+def test_an_earlier_output_is_replaced_when_told(tmp_path, run):
+    save_file(random_tensors("vae"), tmp_path / "source.safetensors")
+    folder = run(tmp_path / "source.safetensors")
+    changed = {name: tensor + 1 for name, tensor in random_tensors("vae").items()}
+    save_file(changed, tmp_path / "source.safetensors")
+    assert main([f"--source={tmp_path / 'source.safetensors'}", f"--output={folder}", "--overwrite"]) == 0
+    assert equal(load(folder), filled("vae", changed))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "source.safetensors"]
+
+
+def test_two_processes_never_mix_their_outputs(tmp_path, refusal, monkeypatch):
+    save_file(random_tensors("vae"), tmp_path / "source.safetensors")
+    options = [f"--source={tmp_path / 'source.safetensors'}", f"--output={tmp_path / 'out'}"]
+    original, refusals = convert.write_converted, []
+
+    def write(network, folder, advance):
+        monkeypatch.setattr(convert, "write_converted", original)
+        with pytest.raises(UserError) as caught:
+            main(options)
+        refusals.append(str(caught.value))
+        original(network, folder, advance)
+
+    monkeypatch.setattr(convert, "write_converted", write)
+    assert main(options) == 0
+    assert len(refusals) == 1
+    assert "another process is writing it" in refusals[0]
+    assert equal(load(tmp_path / "out"), filled("vae", random_tensors("vae")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source.safetensors"]
 
 
 def test_an_unwritable_output_is_named(tmp_path, monkeypatch, refusal):
@@ -562,6 +618,10 @@ def test_an_unwritable_output_is_named(tmp_path, monkeypatch, refusal):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    # Before the source is looked at: these come first, however long reading that would take.
+    for output in (tmp_path / "source.safetensors", Path("/proc/x"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="--output="):
+            main([f"--source={tmp_path / 'missing.safetensors'}", f"--output={output}"])
     monkeypatch.setattr(converted, "write_safetensors", no_space)
     assert "No space left" in refusal(tmp_path / "source.safetensors")
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
@@ -574,8 +634,10 @@ def test_damage_to_a_converted_folder_is_named(tmp_path, run):
     description = folder / "converted.json"
     good = description.read_text()
 
-    def message(change):
+    def message(change, checked=False):
         values = json.loads(good)
+        if not checked:  # as earlier versions wrote it
+            del values["checksum"]
         change(values)
         description.write_text(json.dumps(values))
         with pytest.raises(UserError) as caught:
@@ -583,6 +645,8 @@ def test_damage_to_a_converted_folder_is_named(tmp_path, run):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    for change in (lambda v: v["config"].update(eps=1e-5), lambda v: v.update(crc32=7), lambda v: v.update(more=1)):
+        assert "damaged: does not match its checksum" in message(change, checked=True)
     assert "crc32" in message(lambda v: v.pop("crc32"))
     # What came before had one checksum of the whole file.
     assert message(lambda v: v.update(format=1, crc32=7)).endswith("convert it again")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -15,9 +16,11 @@ import pytest
 import small_wan
 
 from adastate_jax import sample
+from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
-from adastate_jax.media import VideoWriter, read_image, read_last_frames
+from adastate_jax.generation import video_stream
+from adastate_jax.media import VideoWriter, open_writer, read_image, read_last_frames, read_metadata
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
@@ -73,20 +76,77 @@ def test_a_dry_run_needs_no_files(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
+def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, picture, tmp_path):
+    output, again = tmp_path / "out.mp4", tmp_path / "again.mp4"
+    options = [f"--checkpoint={folder}", config, "--config.stream.past_frames=6", f"--text-cache={tmp_path / 'cache'}"]
+    options += ["--prompt=x", "--prompt=y", "--seed", "3", "4", f"--image={picture}", "--scale=2"]
+    assert sample.main([*options, "--seconds=0.7", f"--output={output}"]) == 0
+    videos = [tmp_path / f"out{number}.mp4" for number in ("", "-2", "-3", "-4")]
+    frames = [frames_of(video) for video in videos]
+    assert [one.shape for one in frames] == [(12, 32, 48, 3)] * 4
+    assert not np.array_equal(frames[2], frames[3])
+    metadata = read_metadata(videos[-1])
+    assert {"prompt": "y", "seed": "4", "seconds": "0.7", "scale": "2"}.items() <= metadata.items()
+    like = [f"--like={videos[-1]}", f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*like, f"--output={again}"]) == 0
+    np.testing.assert_array_equal(frames_of(again), frames[-1])
+    assert {**read_metadata(again), "command": ""} == {**metadata, "command": ""}
+
+    other = tmp_path / "other.png"
+    cv2.imwrite(str(other), np.full((32, 32, 3), 9, np.uint8))
+    for name, texts in (("changed.mp4", {**metadata, "model": "0"}), ("foreign.mp4", {}), ("bad.mp4", {"seed": "x"})):
+        with open_writer(tmp_path / name, texts and {**metadata, **texts}) as writer:
+            writer.write(frames[0])
+    for arguments, message in (
+        ([*like, "--prompt=z"], "--prompt: --like takes it from the video"),
+        ([*like, f"--image={other}"], r"out-4\.mp4: started from other frames"),
+        ([f"--like={tmp_path / 'changed.mp4'}"], r"changed\.mp4: was made with another model; name that with --check"),
+        ([f"--like={tmp_path / 'foreign.mp4'}"], r"foreign\.mp4: does not say how it was made"),
+        ([f"--like={tmp_path / 'bad.mp4'}"], r"bad\.mp4: what it says of how it was made is damaged"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([*arguments, f"--output={tmp_path / 'new.mp4'}"])
+        assert not (tmp_path / "new.mp4").exists()
+
+
+def test_a_schedule_is_remembered(folder, config, tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text("0 | x\n1 blend:2 | y\n")
+    common = [f"--checkpoint={folder}", config, f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*common, "--seconds=2", f"--prompts={story}", f"--output={tmp_path / 'one.mp4'}"]) == 0
+    story.unlink()
+    like = [f"--like={tmp_path / 'one.mp4'}", f"--text-cache={tmp_path / 'cache'}"]
+    assert sample.main([*like, f"--output={tmp_path / 'other.mp4'}"]) == 0
+    np.testing.assert_array_equal(frames_of(tmp_path / "one.mp4"), frames_of(tmp_path / "other.mp4"))
+
+
+def test_a_model_of_worlds_says_what_it_knows(capsys):
+    model = SimpleNamespace(config=parse_config([TINY]))
+    options = SimpleNamespace(image=None)
+    sample._note_what_it_knows(model, options, ["a camera pans left over green hills", "a RED thing"])
+    assert capsys.readouterr().err == ""
+    sample._note_what_it_knows(model, options, ["a zebra plays chess"])
+    told = capsys.readouterr().err
+    assert told.startswith("note: none of 'a zebra plays chess' is known to this model: a camera pans left/right over ")
+    assert told.count("\n") == 1
+    sample._note_what_it_knows(model, SimpleNamespace(image="fox.jpg"), ["red"])
+    assert "keeps one frame of --image" in capsys.readouterr().err
+
+
 def test_converted_networks_make_a_video(folder, config, clip, tmp_path):
     output = tmp_path / "out" / "fox.mp4"
     common = [f"--checkpoint={folder}", config, "--prompt=a red fox", f"--text-cache={tmp_path / 'cache'}"]
     assert sample.main([*common, "--seconds=1.3", f"--output={output}"]) == 0
     assert frames_of(output).shape == (21, 16, 24, 3)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert sample.main([*common, "--seconds=2", f"--output={output}", f"--video={clip}"]) == 0
+    assert sample.main([*common, "--seconds=2", f"--output={output}", "--overwrite", f"--video={clip}"]) == 0
     assert frames_of(output).shape == (32, 16, 24, 3)
 
 
 @pytest.mark.parametrize(("option", "count"), [("image", 1), ("video", 6)])
 def test_what_to_start_from_reaches_the_stream(option, count, picture, clip, tmp_path, monkeypatch):
     """A picture is one frame; of a clip, as many as fill the window: two chunks of three."""
-    monkeypatch.setattr(sample, "stream", lambda *_, start, prompts: iter([start]))
+    monkeypatch.setattr(video_stream, "stream", lambda *_, start, prompts: iter([start]))
     file = picture if option == "image" else clip
     output = tmp_path / "out.mp4"
     options = ["--random-weights", TINY, "--prompt=x", f"--{option}={file}", f"--output={output}"]
@@ -133,14 +193,21 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
         (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint: name a folder, or give"),
         (["--prompt=x", "--random-weights"], "--random-weights: needs --config"),
         (["--prompt=x", "--checkpoint=nowhere"], "nowhere: no such folder"),
-        (["--prompt=x", "--checkpoint=w", "--config.seed=3"], "--config.seed=3: unknown argument, or needs --config"),
+        (["--prompt=x", "--checkpoint=tiny", "--config.seed=3"], "--config.seed=3: a trained few-step student"),
+        (["--prompt=x", "--checkpoint=tiny", TINY], r"--config=.*: a trained few-step student"),
+        (["--prompt=x", "--checkpoint=tiny", "--steps=50"], "--steps=50: a trained few-step student"),
+        (["--prompt=x", "--checkpoint=tiny", "--negative-prompt", "blurred"], "--negative-prompt: a trained few-step"),
+        (["--prompt=x", "--checkpoint=tiny", "--scale=0"], "--scale=0: must be at least 1"),
+        (["--prompt=x", "--checkpoint=tiny", "--seed", "0", "-1"], "--seed=-1: must not be negative"),
+        (["--like=no.mp4"], "no.mp4: no such file"),
+        (["--prompt=x", "--checkpoint=tiny", "--output=x.avi"], r"--output=x.avi: must end in .mp4, .gif, .webp"),
         (["--prompt=x", "--random-weights", TINY, "--config.sed=3"], "sed"),
         (["--prompt=x", "--random-weights", TINY, "--loud"], "loud"),
         (["--prompt=x", "--random-weights", TINY, "--decoder=wan"], "decoder wan: .*must be the 16 channels"),
         (["--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
         (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
         (["--prompt= ", "--random-weights", TINY], "--prompt: is empty"),
-        (["--prompts=no.txt", "--random-weights", TINY], r"no\.txt: cannot be read"),
+        (["--prompts=no.txt", "--random-weights", TINY], r"no\.txt: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--image=no.png"], r"no\.png: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--video=no.mp4"], r"no\.mp4: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--video=a", "--image=b"], "starts from one of them"),
@@ -173,13 +240,14 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_interrupt_leaves_what_was_there_before(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_what_was_there_before(number, code, tmp_path):
     output = tmp_path / "out.mp4"
     output.write_text("of an earlier run")
     command = [sys.executable, "-m", "adastate_jax.sample", "--random-weights", TINY, "--prompt=x", "--seconds=100000"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
-        [*command, f"--output={output}"],
+        [*command, f"--output={output}", "--overwrite"],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.PIPE,
@@ -187,14 +255,14 @@ def test_an_interrupt_leaves_what_was_there_before(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 200
-    partial = tmp_path / ".out.partial.mp4"
-    while not partial.is_file() or not partial.stat().st_size:
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.*.partial.mp4")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == code
     assert errors.strip().splitlines()[-1] == f"stopped; {output} was not written"
+    assert "Traceback" not in errors
     assert output.read_text() == "of an earlier run"
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]

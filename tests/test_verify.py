@@ -1,5 +1,6 @@
 """The verify command: it passes on the official fixtures, and every kind of fault in a fixture makes it fail."""
 
+import functools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from adastate_jax import verify
 from adastate_jax.console import run_command
 from adastate_jax.errors import UserError
 from adastate_jax.verification.record import ARITHMETIC_TOLERANCE, NETWORK_TOLERANCE, Check
+from adastate_jax.verification.training import RELEASED_TOLERANCE
 from adastate_jax.weights.safetensors_file import SafeTensors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -52,12 +54,16 @@ def copy(stem, folder, edit=lambda tensors: None):
     save_file(tensors, folder / f"{stem}.safetensors", source.metadata)
 
 
-def change_one_number(tensor, rng):
+# Of the largest magnitude in a tensor; for networks there is an absolute tolerance beside it.
+LARGEST_TOLERANCE = {"train_step": RELEASED_TOLERANCE}
+
+
+def change_one_number(tensor, rng, tolerance=ARITHMETIC_TOLERANCE):
     """Moves a number anywhere in a tensor to twice what any check tolerates there."""
     place = rng.integers(tensor.size)
     whole = np.issubdtype(tensor.dtype, np.integer)
     largest = np.abs(tensor).max()
-    tensor.flat[place] += 1 if whole else 2 * max(NETWORK_TOLERANCE, ARITHMETIC_TOLERANCE * largest)
+    tensor.flat[place] += 1 if whole else 2 * max(NETWORK_TOLERANCE, tolerance * largest)
 
 
 def change_one_entry(entries, rng):
@@ -68,6 +74,19 @@ def change_one_entry(entries, rng):
 
 def failures(results):
     return {key: result for key, result in results.items() if result.startswith("FAIL")}
+
+
+def test_the_fixtures_that_ship_pass_and_one_changed_number_fails(capsys, tmp_path):
+    assert verify.main([]) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith("14 checks passed, 0 failed, 0 not checked")
+    shutil.copytree(verify.SHIPPED, tmp_path / "fixtures")
+    source = SafeTensors(verify.SHIPPED / "umt5.safetensors")
+    tensors = {name: source[name].copy() for name in source}
+    tensors["out.long.zeroed"].flat[7] += 1e-4
+    save_file(tensors, tmp_path / "fixtures" / "umt5.safetensors", source.metadata)
+    assert verify.main([str(tmp_path / "fixtures"), "--only", "umt5"]) == 1
+    assert capsys.readouterr().out.count("FAIL (in out.long.zeroed)") == 1
 
 
 @needs_golden
@@ -83,13 +102,14 @@ def test_all_fixtures_pass(run):
 def test_one_changed_number_in_every_tensor_fails_every_check(run, tmp_path):
     rng = np.random.default_rng(0)
 
-    def change(tensors):
+    def change(tensors, tolerance):
         for name, tensor in tensors.items():
             if name.startswith("out."):
-                change_one_number(tensor, rng)
+                change_one_number(tensor, rng, tolerance)
 
     for path in sorted(GOLDEN.glob("*.safetensors")):
-        copy(path.stem, tmp_path, change)
+        tolerance = LARGEST_TOLERANCE.get(path.stem, ARITHMETIC_TOLERANCE)
+        copy(path.stem, tmp_path, functools.partial(change, tolerance=tolerance))
     for path in sorted(GOLDEN.glob("*.json")):
         content = json.loads(path.read_text())
         if path.stem.startswith("manifest_"):
@@ -110,6 +130,76 @@ def test_one_changed_number_in_every_tensor_fails_every_check(run, tmp_path):
 
 
 @needs_golden
+def test_every_number_of_the_trainer_is_looked_at_alone(run, tmp_path):
+    """One changed number in a tensor fails its check and the L2 norm that it is part of, and nothing else."""
+    cases = {
+        "out.0.gradient.blocks.1.self_attn.k.weight": ["0.gradient", "0.gradient.relative_l2"],
+        "out.0.gradient_stop.blocks.0.self_attn.norm_k.weight": ["0.gradient_stop"],
+        "out.after1.critic.head.head.bias": ["after1.critic", "after1.critic.relative_l2"],
+        "out.ema.text_embedding.2.weight": ["ema", "ema.relative_l2"],
+        "out.1.latents": ["1.latents"],
+    }
+
+    def change(tensors):
+        for name in cases:
+            change_one_number(tensors[name], np.random.default_rng(1), 0.01)
+
+    copy("train_step", tmp_path, change)
+    _, results = run(tmp_path)
+    expected = {("train_step", case) for changed in cases.values() for case in changed}
+    assert failures(results).keys() == expected
+
+
+@needs_golden
+def test_timesteps_that_are_clipped_lie_off_the_grid(run, tmp_path):
+    """The reference's losses for raw timesteps beyond both limits, retold in numpy: the grid's nearest level counts."""
+
+    def change(tensors):
+        def grid_sigma(shift):
+            uniform = np.arange(1000, 0, -1) / 1000
+            grid = shift * uniform / (1 + (shift - 1) * uniform)
+            return grid[np.abs(1000 * grid - timestep[:, None]).argmin(axis=1)][:, None, None, None, None]
+
+        def in_float32(x):  # what the checks after it start from
+            return x.astype(np.float32).astype(np.float64)
+
+        tensors["in.raw_timestep"][:] = 3, 998
+        timestep = np.array([20.0, 980.0])
+        given = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+        clean, sigma, score_sigma = given["in.latent"], grid_sigma(5.0), grid_sigma(8.0)
+        assert abs(1000 * sigma.flat[0] - 20) > 0.1  # on the grid the first would be no case
+        out = {"timestep": np.repeat(timestep[:, None], clean.shape[1], axis=1)}
+        out["noisy_latent"] = noisy = (1 - sigma) * clean + sigma * given["in.noise"]
+        for case, network, text in (
+            ("fake", "fake", "in.context"),
+            ("real_cond", "real", "in.context"),
+            ("real_uncond", "real", "in.null_context"),
+        ):
+            mixing, projection, slope = (given[f"w.{network}.{name}"] for name in "APu")
+            bias = given[text].mean(axis=1) @ projection.T + slope * timestep[:, None] / 1000
+            flow = np.einsum("dc,bfchw->bfdhw", mixing, noisy) + bias[:, None, :, None, None]
+            out[f"flow_{case}"], out[f"x0_{case}"] = flow, in_float32(noisy - score_sigma * flow)
+        conditional, unconditional = out["x0_real_cond"], out["x0_real_uncond"]
+        out["x0_real_cfg"] = real = in_float32(conditional + 3 * (conditional - unconditional))
+        out["grad_unnormalised"] = out["x0_fake"] - real
+        out["normalizer"] = np.abs(clean - real).mean(axis=(1, 2, 3, 4), keepdims=True)
+        out["grad"] = gradient = out["grad_unnormalised"] / out["normalizer"]
+        out["gradient_norm_log"] = np.abs(gradient).mean()
+        weight = 1 + 2 * np.arange(clean.shape[1]) / (clean.shape[1] - 1)
+        for prefix, weights in (("", np.ones_like(weight)), ("horizon.", weight)):
+            weights = weights[:, None, None, None]
+            out[f"{prefix}loss"] = (weights * gradient**2 / 2).mean()
+            out[f"{prefix}dloss_dlatent"] = weights * gradient / gradient.size
+        for name, value in out.items():
+            tensors[f"out.{name}"] = np.asarray(value).astype(tensors[f"out.{name}"].dtype)
+
+    copy("dmd", tmp_path, change)
+    code, results = run(tmp_path)
+    assert not failures(results)
+    assert code == 0
+
+
+@needs_golden
 @pytest.mark.parametrize(
     ("stem", "tensor", "amount", "case"),
     [
@@ -120,6 +210,9 @@ def test_one_changed_number_in_every_tensor_fails_every_check(run, tmp_path):
         ("dmd", "out.horizon.dloss_dlatent", 1e-6, "horizon.dloss_dlatent"),
         ("dmd", "w.fake.A", 1e-4, "flow_fake"),
         ("umt5", "out.relative_bucket", 1, "relative_bucket"),
+        ("train_step", "out.3.loss", 1e-3, "3.loss"),
+        ("train_step", "in.6.renoise", 0.5, "6.loss"),
+        ("train_step", "w.teacher.blocks.1.ffn.0.weight", 0.1, "0.gradient"),
     ],
 )
 def test_one_changed_number_fails(run, tmp_path, stem, tensor, amount, case):

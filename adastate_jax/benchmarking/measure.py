@@ -35,7 +35,7 @@ from adastate_jax.streaming.denoising import denoise, read_context
 from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import layout_of, phase_of
-from adastate_jax.training.dmd import critic_step, student_step
+from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.state import TrainState, create_state
@@ -296,10 +296,12 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
     else:
 
         def student(state, key, text, critic, teacher):
-            return student_step(state, critic, teacher, text, text[:1], state.step, key, settings, config.stream, shape)
+            draws = draw_update(key, batch, settings, config.stream, shape)
+            return student_step(state, critic, teacher, text, text[:1], state.step, draws, settings, config.stream)
 
         def critic(state, key, text, student):
-            return critic_step(state, student, text, key, settings, config.stream, shape)
+            draws = draw_update(key, batch, settings, config.stream, shape)
+            return critic_step(state, student, text, draws, settings, config.stream)
 
         # Both states are held throughout, as in training.
         critic_state, teacher = state(settings.critic, False), jax.jit(_copy)(subject.student)

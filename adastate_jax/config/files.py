@@ -6,6 +6,8 @@ command line.
 
 import ast
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from ml_collections import config_flags
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import build, refuse_unknown, to_dict
+from adastate_jax.files import is_file, write_text
+from adastate_jax.texts import parse_json, read_text
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -41,7 +45,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     files = [argument for argument in arguments if argument.startswith("--config=")]
     if not files:
         raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
-    if not Path(files[-1].removeprefix("--config=").partition(":")[0]).is_file():
+    if not os.path.isfile(files[-1].removeprefix("--config=").partition(":")[0]):
         raise UserError(f"{files[-1]}: no such file")
     config = _parse_flags(files[-1:])
     for argument in arguments:
@@ -54,6 +58,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 
 def _parse_flags(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    # The file is imported under a name of ml_collections'; of one that was before, what this one lacks would remain.
+    sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     command_line = ["train", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command_line)
@@ -62,10 +68,13 @@ def _parse_flags(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     except flags.Error as error:
         message = _last_line(str(error)).removeprefix("flag ")
         raise UserError(message if "--config." in message else f"{arguments[0]}: {message}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        raise UserError(f"{arguments[0]}: not a configuration file ({_last_line(str(error))})") from None
+    # The file is a program of the user's, and values are literals of any depth: what they raise can be anything.
+    except Exception as error:
+        raise UserError(f"{arguments[0]}: not a configuration file ({_last_line(str(error) or repr(error))})") from None
     if rest:
         raise UserError(f"{rest[0]}: unknown argument; --help lists what there is")
+    if not isinstance(values.config, ml_collections.ConfigDict):
+        raise UserError(f"{arguments[0]}: get_config must return a ConfigDict, see default_config")
     return values.config
 
 
@@ -80,17 +89,18 @@ def _find_field(config: ml_collections.ConfigDict, flag: str) -> None:
 
 def _last_line(text: str) -> str:
     """What a failure was: a configuration file's comes with a whole traceback, an unknown field's in nested quotes."""
-    text = text.strip().splitlines()[-1]
-    while text[:1] in ("'", '"') and text[:1] == text[-1:]:
-        text = " ".join(str(ast.literal_eval(text)).split())
+    text = (text.strip().splitlines() or ["no reason given"])[-1]
+    while len(text) > 1 and text[0] in ("'", '"') and text[0] == text[-1]:
+        try:
+            text = " ".join(str(ast.literal_eval(text)).split())
+        except (ValueError, SyntaxError):
+            break
     return text
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes a configuration as JSON."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    partial.replace(path)
+    """Writes a configuration as JSON, whole or not at all; raises OSError if it cannot be written."""
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> Config:
@@ -99,12 +109,6 @@ def load_config(path: Path) -> Config:
     Raises:
         UserError: the file is missing or not a configuration of this version.
     """
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this a folder that train wrote?") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a configuration ({error})") from None
-    return build(Config, values, str(path))
+    if not is_file(path):
+        raise UserError(f"{path}: no such file; is this a folder that train wrote?")
+    return build(Config, parse_json(read_text(path), str(path)), str(path))

@@ -2,13 +2,13 @@
 
 import dataclasses
 
+from adastate_jax.checks import require_at_least_one, require_positive
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
     PretrainConfig,
     num_chunks,
     ode_sigmas,
-    require_positive,
     stream_of_clips,
 )
 from adastate_jax.data.videos import ClipConfig
@@ -19,7 +19,7 @@ from adastate_jax.models.text import ByteTokenizer, TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.presets import STREAM_NAMES
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.streaming.schedule import StreamConfig
 
 STAGES = ("pretrain", "initialize", "distill", "sample")
 DECODERS = ("patch", "wan", "tiny")
@@ -58,6 +58,7 @@ class DataConfig:
             raise ValueError(f"kind must be worlds, videos or none, got {self.kind!r}")
         if self.kind == "videos" and not self.folder:
             raise ValueError("folder is not set; name a folder of video files with --config.data.folder=DIR")
+        require_at_least_one(self, "num_worlds")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,6 +79,8 @@ class SampleConfig:
     Attributes:
         anchors: strategies, side by side in each video.
         horizon: length of the videos in training horizons.
+        frames: their length in content latent frames instead (the paper's 51 and 120), whatever the chunks: the last
+            one is cut to fit. 0 is by the horizon.
         prompts: what they show; empty takes captions of the data.
         count: how many captions are taken then.
         seed: of the noise, the same for every anchor.
@@ -86,6 +89,7 @@ class SampleConfig:
 
     anchors: tuple[str, ...] = ("adaptive", "static", "none")
     horizon: int = 3
+    frames: int = 0
     prompts: tuple[str, ...] = ()
     count: int = 4
     seed: int = 0
@@ -95,8 +99,11 @@ class SampleConfig:
         unknown = [name for name in self.anchors if name not in STREAM_NAMES]
         if unknown or not self.anchors:
             raise ValueError(f"anchors must be some of {', '.join(STREAM_NAMES)}, got {self.anchors}")
-        if self.horizon < 1 or self.scale < 1 or self.count < 1:
-            raise ValueError("horizon, scale and count must be at least 1")
+        require_at_least_one(self, "horizon", "scale", "count")
+        if self.frames < 0:
+            raise ValueError(f"frames must be at least 1, or 0 for the length in horizons, got {self.frames}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +133,7 @@ class LoggingConfig:
     keep: int = 2
 
     def __post_init__(self):
-        if min(self.log_every, self.save_every, self.keep) < 1:
-            raise ValueError("log_every, save_every and keep must be at least 1")
+        require_at_least_one(self, "log_every", "save_every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +170,8 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {self.seed}")
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or list(self.stages) != sorted(set(self.stages), key=STAGES.index):
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, in this order, got {self.stages}")
@@ -171,6 +179,12 @@ class Config:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.stages and self.data.kind == "none":
             raise ValueError("stages need clips, and data.kind is none; set stages to () or data.kind to videos")
+        trained = [name for name in self.stages if name != "sample"]
+        if trained and self.model.param_dtype != "float32":
+            raise ValueError(
+                f"model.param_dtype is {self.model.param_dtype}, but stage {trained[0]} trains the transformer, and "
+                "small updates vanish in fewer bits: set it to float32; model.dtype is what it computes in"
+            )
         frames = [("distill.rollout_frames", self.distill.rollout_frames)]
         if self.data.kind != "none":
             frames.append(("data clip frames", self.data.num_frames))
@@ -206,6 +220,12 @@ class Config:
         if height % side or width % side:
             raise ValueError(f"video of {height}x{width} is not tiled by latents of {side}x{side} pixels")
         return height // side, width // side, channels
+
+    @property
+    def sample_frames(self) -> int:
+        """Video frames of each video that a run ends with."""
+        latent_frames = self.sample.frames or self.sample.horizon * self.distill.rollout_frames
+        return 1 + (latent_frames - 1) * self.time_factor
 
     @property
     def time_factor(self) -> int:

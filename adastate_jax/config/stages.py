@@ -5,16 +5,10 @@ import itertools
 
 import numpy as np
 
+from adastate_jax.checks import require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, warp
-from adastate_jax.streaming.anchors import StaticAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-
-
-def require_positive(config, *fields: str) -> None:
-    """Raises ValueError naming the first of these fields that is not above zero."""
-    for field in fields:
-        if getattr(config, field) <= 0:
-            raise ValueError(f"{field} must be positive, got {getattr(config, field)}")
+from adastate_jax.streaming.sinks import StaticAnchor
 
 
 def require_decay(config) -> None:
@@ -122,6 +116,9 @@ class InitializeConfig:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 
 
+_MAX_ODE_STEPS = 100_000  # far beyond any solver's; the levels are listed when a configuration is checked
+
+
 def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     """Noise levels [ode_steps + 1] from 1 to 0 on which the student's own levels lie exactly.
 
@@ -133,6 +130,8 @@ def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     steps = config.denoising_steps
     if ode_steps % len(steps) or ode_steps < len(steps):
         raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
+    if ode_steps > _MAX_ODE_STEPS:
+        raise ValueError(f"ode_steps {ode_steps} must be at most {_MAX_ODE_STEPS}")
     if steps[0] != MAX_TIMESTEP:
         raise ValueError(f"trajectories start from pure noise, so denoising_steps must start at 1000, not {steps[0]}")
     per_step = ode_steps // len(steps)
@@ -157,7 +156,7 @@ def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
     return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames)) if anchor.state_frames else stream
 
 
-CACHE_GRADIENTS = ("stop", "straight_through")
+CACHE_GRADIENTS = ("stop", "window", "straight_through")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +175,12 @@ class DistillConfig:
         ema_decay: of the student's weights, from iteration `ema_start` on.
         shift: warp of the score's noise level.
         min_timestep, max_timestep: range that the score's timestep is clipped to.
-        cache_gradient: whether a chunk's loss reaches the keys and values of earlier chunks: `stop`, or
-            `straight_through` (evaluated at their clean values), as the released PyTorch trainers appear to do.
+        cache_gradient: whether a chunk's loss reaches the keys and values of earlier chunks. `stop`: it does not.
+            `straight_through`: it does, through all that the cache holds; the numbers are those of the clean pass, the
+            gradient that of the pass before it. Self-Forcing's released trainer does this: a chunk's last noisy pass
+            stays in the cache's autograd graph, and the clean pass overwrites its numbers only; in the reference file
+            `train_step` this is 13 % of the gradient's L2 norm. `window`: so through the window, but not through the
+            anchor: the released habit with the paper's detached recurrence.
     """
 
     steps: int = 1000
@@ -209,6 +212,15 @@ class DistillConfig:
     def updates_student(self, iteration: int) -> bool:
         """Whether this iteration (from 0) updates the student before the critic."""
         return iteration % self.critic_ratio == 0
+
+    def update_numbers(self, iteration: int) -> dict[str, int]:
+        """The place of this iteration's updates, by network, among all updates of the stage, from 0.
+
+        Each update draws prompts of its own, one batch after another, as Self-Forcing's trainer does.
+        """
+        before = iteration + -(-iteration // self.critic_ratio)
+        networks = ("student", "critic") if self.updates_student(iteration) else ("critic",)
+        return {network: before + i for i, network in enumerate(networks)}
 
 
 def num_chunks(frames: int, stream: StreamConfig) -> int:

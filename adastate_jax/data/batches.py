@@ -5,7 +5,6 @@ There is no iterator state to save: a run that resumes at step s asks for batch 
 
 import collections
 import contextlib
-import errno
 import fcntl
 import functools
 import itertools
@@ -19,12 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from adastate_jax.errors import UserError
+from adastate_jax import seals
+from adastate_jax.errors import UserError, reading, writing
 
 Result = TypeVar("Result")
-
-# What the system says of a folder that is no folder, is protected, or sits on a full or read-only disk.
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 
 
 def example_indices(
@@ -67,10 +64,15 @@ def read_batch(source: Sequence[Mapping[str, Any]], indices: np.ndarray) -> dict
 
     Arrays `[...]` become arrays `[B, ...]`, numbers arrays `[B]` (real ones float32), texts a list of B strings;
     nested features nested dictionaries. `source` is what `open_source` returns, or any sequence of dictionaries.
+    Raises `UserError` for damage: ArrayRecord checks a hash of all that it reads.
     """
     numbers = [int(index) for index in indices]
-    # A TFDS source reads a whole batch in parallel when asked for all of it at once.
-    examples = source.__getitems__(numbers) if hasattr(source, "__getitems__") else [source[n] for n in numbers]
+    if hasattr(source, "dataset_info"):
+        folder = source.dataset_info.data_dir
+        with reading(folder, _again(folder), RuntimeError):
+            examples = source.__getitems__(numbers)  # a whole batch at once is read in parallel
+    else:
+        examples = [source[number] for number in numbers]
     return {name: _stack([example[name] for example in examples]) for name in examples[0]}
 
 
@@ -118,35 +120,45 @@ def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str 
 
     TFDS builds into a directory named `incomplete.…` and renames it when everything is written, so an exception leaves
     nothing, and a killed build leaves only that directory, which never reads as a dataset and which the next build of
-    the same dataset removes. Processes on one machine wait for each other: one builds, the others read. Raises
-    `UserError` if `data_dir` cannot be written, or if the dataset has no such split.
+    the same dataset removes. Processes on one machine wait for each other: one builds, the others read. What describes
+    a dataset is sealed, and checked when it is opened; datasets that earlier versions built have no seal. Raises
+    `UserError` if `data_dir` cannot be written, if the dataset is damaged, or if it has no such split.
     """
     data_dir = pathlib.Path(data_dir)
-    try:
+    with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
+    with reading(data_dir, _again(data_dir), Exception):  # TFDS reads its descriptions, if any, and fails in many ways
         dataset = builder(data_dir=data_dir)
-        folder = pathlib.Path(dataset.data_dir)
-        if not folder.exists():
-            with _only_process(folder.parent):
-                for stale in folder.parent.glob(f"incomplete.*_{folder.name}"):
-                    shutil.rmtree(stale)
-                dataset = builder(data_dir=data_dir)  # another process may have built it while this one waited
-                if not folder.exists():
-                    dataset.download_and_prepare()
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise UserError(f"data_dir {data_dir} cannot hold the dataset ({error}): give a writable folder") from error
+    folder = pathlib.Path(dataset.data_dir)
+    if not folder.exists():
+        with writing(data_dir, RuntimeError), _only_process(folder.parent):
+            for stale in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                shutil.rmtree(stale)
+            dataset = builder(data_dir=data_dir)  # another process may have built it while this one waited
+            if not folder.exists():
+                dataset.download_and_prepare()
+                seals.write_seal(folder, {path.name: seals.fingerprint(path) for path in sorted(folder.glob("*.json"))})
+    if seals.is_sealed(folder):
+        for name, listed in seals.read_seal(folder, _again(folder)).items():
+            seals.verify_file(folder / name, listed, _again(folder))
     if split.split("[")[0] not in dataset.info.splits:
         known = ", ".join(dataset.info.splits)
         raise UserError(f"dataset {dataset.info.full_name} has no split {split!r}: use one of {known}")
-    return dataset.as_data_source(split=split)
+    with reading(folder, _again(folder), Exception):
+        return dataset.as_data_source(split=split)
+
+
+def _again(folder):
+    return f"remove {folder} and run again, to build it anew"
 
 
 @contextlib.contextmanager
 def _only_process(folder):
     """Holds the lock of `folder`; the system releases it when a process dies, however it dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from adastate_jax.data.builder import Examples, SequentialBuilder, named_configuration
 from adastate_jax.errors import UserError
+from adastate_jax.texts import is_text, parse_json, read_text
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
@@ -18,20 +18,12 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
 
     A file named `*.jsonl` holds one JSON object per line with a string under "prompt"; any other file one prompt per
     line, where a line that begins with # is a comment. Blank lines are skipped in both. Raises `UserError`, with the
-    line's number, for a file that is missing, empty, not UTF-8 or not such JSON.
+    line's number, for a file that is missing, empty, not text (see `texts.read_text`) or not such JSON.
     """
     path = pathlib.Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read ({error.strerror}): give an existing text file") from error
     prompts = []
-    # Decoding line by line is what tells the culprit's number; utf-8-sig drops the mark that some editors put first.
-    for number, line in enumerate(raw.splitlines(), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"prompt file {path}, line {number} is not UTF-8: save the file as UTF-8") from error
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        text = line.strip()
         if not text:
             continue
         if path.suffix == ".jsonl":
@@ -39,18 +31,16 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         elif not text.startswith("#"):
             prompts.append(text)
     if not prompts:
-        raise UserError(f"prompt file {path} has no prompts: write one per line")
+        raise UserError(f"{path}: has no prompts; write one per line")
     return prompts
 
 
 def _prompt_of(text, path, number):
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompt file {path}, line {number} is not JSON ({error.msg}): one object per line") from error
+    where = f"{path}: line {number}"
+    record = parse_json(text, where)
     prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f'prompt file {path}, line {number} has no text under "prompt": write {{"prompt": "..."}}')
+    if not is_text(prompt) or not prompt.strip():
+        raise UserError(f'{where} has no text under "prompt"; write {{"prompt": "..."}}')
     return prompt.strip()
 
 

@@ -5,14 +5,11 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
-from pathlib import Path
 
-import av
-import cv2
+import imageio.v3 as iio
 import numpy as np
 
-from adastate_jax.data.videos import decode_frames, frame_pixels
+from adastate_jax.data.decoding import decode_frames, frame_pixels, read_header, reasons, upright_size
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.drift import DriftMeter, first_against_last, shrink, summarize_drift
 from adastate_jax.evaluation.motion import (
@@ -148,10 +145,6 @@ class Measurement:
     notes: tuple[str, ...]
 
 
-class Unusable(Exception):
-    """A file that cannot be measured; the message is the reason."""
-
-
 def measure_frames(frames: np.ndarray, fps: float = 16, settings: Settings = Settings()) -> Measurement:
     """Measures frames uint8 RGB `[F, H, W, 3]` shown at `fps` per second.
 
@@ -170,67 +163,22 @@ def measure_video(
 ) -> Measurement:
     """Measures a video file, one frame at a time; `progress` is called with the number of frames newly measured.
 
-    Raises `Unusable` for a file that is empty, damaged, without video or with a single frame.
+    Raises `Unusable` (of `data.decoding`) for a file that is empty, damaged, without video or with a single frame.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise Unusable("it is empty (0 bytes)")
+    with reasons(path):
         header = read_header(path)
         with contextlib.closing(upright_frames(path)) as frames:
-            measured = _measure(_counted(frames, progress), float(header.fps), settings)
-    except av.FFmpegError as error:
-        raise Unusable(f"it cannot be decoded as video ({error.strerror})") from error
-    except OSError as error:
-        raise Unusable(f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise Unusable(str(error)) from error
-    if measured.num_frames < 0.9 * header.num_frames:
-        raise Unusable(
-            f"it ends after {measured.num_frames} of the {header.num_frames} frames that it states, so it is damaged"
-        )
-    return measured
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a video file says of itself: frames per second, number of frames (0 where it does not say), size in pixels,
-    names of the codec and of the pixel format."""
-
-    fps: Fraction
-    num_frames: int
-    height: int
-    width: int
-    codec: str
-    pixel_format: str
-
-
-def read_header(path: str | os.PathLike) -> Header:
-    """Reads a video file's header.
-
-    Raises `av.FFmpegError` where the file cannot be opened, and `ValueError` where it has no video.
-    """
-    with av.open(os.fspath(path)) as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("it has no video stream")
-        fps = Fraction(stream.average_rate or 25)
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-        codec = stream.codec_context
-        num_frames = stream.frames or round(float(seconds) * fps)
-        return Header(fps, num_frames, codec.height, codec.width, codec.name, codec.pix_fmt or "")
+            return _measure(_counted(frames, progress), float(header.fps), settings)
 
 
 def upright_frames(path: str | os.PathLike) -> Iterator[tuple[float, np.ndarray]]:
     """Decodes a video: (seconds since the first frame, uint8 RGB `[H, W, 3]`), all of the first frame's size.
 
-    Raises as `adastate_jax.data.videos.decode_frames` does.
+    Raises as `adastate_jax.data.decoding.decode_frames` does.
     """
     size = None
     for seconds, frame in decode_frames(path):
-        if size is None:
-            lying = round(frame.rotation / 90) % 2
-            size = (frame.width, frame.height) if lying else (frame.height, frame.width)
+        size = size or upright_size(frame)
         yield seconds, frame_pixels(frame, *size)
 
 
@@ -314,5 +262,4 @@ class _Thumbnails:
         frames = np.stack(self._kept)
         scale = max(1, _SMALL_SIDE // max(frames.shape[1:3]))
         sheet = contact_sheet([(f"0 s to {self._seconds:.1f} s", frames)], scale, min(_THUMBNAILS, len(frames)))
-        _, encoded = cv2.imencode(".jpg", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
-        return encoded.tobytes()
+        return iio.imwrite("<bytes>", sheet, plugin="pillow", extension=".jpg", quality=85)

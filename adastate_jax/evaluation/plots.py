@@ -1,4 +1,4 @@
-"""Pictures of measurements, as PNG bytes: over time, lock against motion, seams, and attention."""
+"""Pictures of measurements, as PNG bytes: over time, lock against motion, and seams."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
-from adastate_jax.evaluation.attention_probe import ChunkShares
 from adastate_jax.evaluation.measure import Measurement
 from adastate_jax.evaluation.motion import FLOOR_LEVELS
 
@@ -40,7 +40,7 @@ def group_colours(names: Sequence[str]) -> dict[str, str]:
 def over_time(groups: Groups) -> bytes:
     """Above, motion, lock and flicker, and below, drift, against time, a line per group (its videos' median): PNG."""
     colours = group_colours(list(groups))
-    figure = _figure(17, 5.2)
+    figure = new_figure(17, 5.2)
     axes = figure.subplots(2, 5, sharex=True)
     longest = max(video.seconds for videos in groups.values() for video in videos)
     for axis, (name, title) in zip(axes.flat, _PANELS, strict=True):
@@ -58,7 +58,7 @@ def over_time(groups: Groups) -> bytes:
             axis.set_ylim(bottom=0)
     for axis in axes[-1]:
         axis.set_xlabel("seconds")
-    return _png(figure)
+    return as_png(figure)
 
 
 def _binned(series, longest):
@@ -82,7 +82,7 @@ def lock_against_motion(groups: Groups) -> bytes:
     Upwards is more motion and rightwards a tighter lock; a frozen video sits at the lower right.
     """
     colours = group_colours(list(groups))
-    figure = _figure(6.2, 4.6)
+    figure = new_figure(6.2, 4.6)
     axis = figure.subplots()
     for group, videos in groups.items():
         x = np.array([video.metrics["lock_histogram_end"] for video in videos])
@@ -91,7 +91,10 @@ def lock_against_motion(groups: Groups) -> bytes:
         axis.scatter(x.mean(), y.mean(), s=110, color=colours[group], edgecolor="white", linewidth=1.2, label=group)
     axis.set(xlabel="colour lock to the first frame at the end", ylabel="motion, %h/s", xlim=(0, 1.02))
     axis.set_ylim(bottom=0)
-    return _png(figure)
+    for points in axis.collections:  # those of a frozen video lie on the edge, and are shown whole
+        points.set_clip_on(False)
+        points.set_zorder(3)
+    return as_png(figure)
 
 
 def chunk_profiles(groups: Groups) -> bytes:
@@ -100,7 +103,7 @@ def chunk_profiles(groups: Groups) -> bytes:
     Position 0 crosses the border between chunks; a seamless video is flat.
     """
     colours = group_colours(list(groups))
-    figure = _figure(6.2, 4.6)
+    figure = new_figure(6.2, 4.6)
     axis = figure.subplots()
     axis.axhline(1, color="#999999", linewidth=0.8)
     for group, videos in groups.items():
@@ -110,46 +113,31 @@ def chunk_profiles(groups: Groups) -> bytes:
             mean = (profiles / profiles.mean(1, keepdims=True)).mean(0)
             axis.plot(np.arange(len(mean)), mean, "o-", color=colours[group], markersize=4, label=group)
     axis.set(xlabel="frame within the chunk (0 is the border)", ylabel="flicker, 1 is the mean")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylim(bottom=0)
-    return _png(figure)
+    return as_png(figure)
 
 
-def attention_shares(streams: Mapping[tuple[str, int], Sequence[ChunkShares]]) -> bytes:
-    """Share of a chunk's attention by frame, a panel per anchor and a line per window size and chunk: PNG.
-
-    Args:
-        streams: (anchor, window frames) → what was probed; shares are averaged over denoising steps and layers.
-    """
-    anchors = list(dict.fromkeys(anchor for anchor, _ in streams))
-    figure = _figure(1.5 + 4.5 * len(anchors), 3.6)
-    panels = dict(zip(anchors, figure.subplots(1, len(anchors), squeeze=False, sharey=True)[0], strict=True))
-    colours = group_colours([str(window) for window in dict.fromkeys(window for _, window in streams)])
-    for (anchor, window), chunks in streams.items():
-        for number, found in enumerate(chunks):
-            shares = found.shares.mean(axis=(0, 1))[:-1]  # without the chunk's own frames
-            style = {"color": colours[str(window)], "alpha": 1 / (1 + number), "markersize": 5}
-            label = f"window of {window}" + (f", chunk {found.chunk}" if len(chunks) > 1 else "")
-            panels[anchor].plot(np.arange(len(shares)), shares, "o-", label=label, **style)
-    for anchor, axis in panels.items():
-        axis.set_title(anchor, fontsize=10, loc="left")
-        axis.set_xlabel("position in time")
-        axis.set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("share of attention")
-    return _png(figure)
-
-
-def _figure(width, height):
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose parts keep clear of each other."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
 
 
-def _png(figure):
+def as_png(figure: Figure) -> bytes:
+    """Draws a figure in the style of all of them, under one legend for what its panels name."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.tick_params(labelsize=8)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9, frameon=False)
+    named = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if len(named) > 1:
+        columns = min(len(named), 6)
+        figure.legend(
+            named.values(), named.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False
+        )
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

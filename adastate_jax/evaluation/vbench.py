@@ -18,17 +18,21 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 
+from adastate_jax.data.decoding import Unusable, best_stream, open_video, read_header, reasons
+from adastate_jax.data.folders import list_files, read_captions
 from adastate_jax.data.prompts import read_prompts as read_lines
-from adastate_jax.data.videos import list_files, read_captions
 from adastate_jax.errors import UserError
-from adastate_jax.evaluation.measure import read_header, upright_frames
+from adastate_jax.evaluation.measure import upright_frames
+from adastate_jax.files import temporary_folder, write_text
 from adastate_jax.media import FPS, VideoWriter
+from adastate_jax.texts import parse_json, read_text
 
 STANDARD_SAMPLES = 5
 STANDARD_SIZE = (480, 832)
@@ -85,12 +89,11 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix != ".json":
         return read_lines(path)
+    listed = parse_json(read_text(path), str(path))
     try:
-        return [entry["prompt_en"] for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read ({error.strerror}): give an existing file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'prompt file {path} is no list of {{"prompt_en": ...}}: give VBench_full_info.json') from None
+        return [entry["prompt_en"] for entry in listed]
+    except (KeyError, TypeError):
+        raise UserError(f'{path}: is no list of {{"prompt_en": ...}}; give VBench_full_info.json') from None
 
 
 def plan_export(
@@ -172,43 +175,48 @@ def export_files(
     config: ExportConfig,
     files: Mapping[Slot, Path],
     advance: Callable[[], None] = lambda: None,
-) -> None:
+) -> list[tuple[Path, str]]:
     """Copies every video that is not there yet from `files`; slots that it lacks are left out.
 
     An .mp4 of H.264 in yuv420p is copied byte by byte, anything else is encoded anew at its own frame rate. Resumes as
-    `export_generated` does. Raises `UserError` where a file cannot be read or the folder holds an export of another
-    plan, or one that was generated.
+    `export_generated` does.
+
+    Returns:
+        The files that were left out because they cannot be read, and why.
+
+    Raises:
+        UserError: the folder holds an export of another plan, or one that was generated.
     """
+    skipped = []
 
     def write(slot, path):
         source = files[slot]
         try:
-            header = read_header(source)
+            with reasons(source):
+                header = read_header(source)
             if (source.suffix, header.codec, header.pixel_format) == (".mp4", "h264", "yuv420p"):
                 shutil.copyfile(source, path)
             else:
                 _encode_anew(source, path, header.fps)
-        except (av.FFmpegError, ValueError) as error:
-            raise UserError(f"{source}: cannot be decoded as video ({error}); replace or remove it") from None
+        except Unusable as reason:
+            skipped.append((source, str(reason)))
 
     _export(Path(folder), slots, config, {}, write, advance, lambda slot: slot in files)
+    return skipped
 
 
 def _export(folder, slots, config, source, write, advance, available=lambda slot: True):
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(folder, slots, config, source)
     # Beside the folder, for VBench would take an unfinished file in it for a video.
-    scratch = folder.with_name(f".{folder.name}.partial")
-    try:
+    with temporary_folder(folder) as scratch:
         for slot in slots:
             if available(slot) and not (folder / slot.file).exists():
                 unfinished = scratch / "video.mp4"
-                scratch.mkdir(exist_ok=True)
                 write(slot, unfinished)
-                unfinished.replace(folder / slot.file)
+                if unfinished.exists():
+                    unfinished.replace(folder / slot.file)
             advance()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_manifest(folder, slots, config, source):
@@ -227,13 +235,11 @@ def _write_manifest(folder, slots, config, source):
 
 
 def _write_json(path, content):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _encode_anew(source, path, fps):
-    with VideoWriter(path, fps) as writer:
+    with VideoWriter(path, fps) as writer, reasons(source):
         for _, frame in upright_frames(source):
             height, width, _ = frame.shape
             writer.write(frame[None, : height // 2 * 2, : width // 2 * 2])  # H.264 in yuv420p has even sides
@@ -253,16 +259,16 @@ def match_files(source: str | Path, slots: Sequence[Slot]) -> tuple[dict[Slot, P
     source = Path(source)
     names = list_files(source)
     captions = read_captions(source, names)
-    lines = {text: slot.line for slot in slots for text in (slot.text, slot.prompt)}
+    lines = {_composed(text): slot.line for slot in slots for text in (slot.text, slot.prompt)}
     by_place = {(slot.line, slot.sample): slot for slot in slots}
     files: dict[Slot, Path] = {}
     unmatched = []
     for name in sorted(names, key=lambda name: captions[name] != ""):
         if captions[name]:
-            line = lines.get(captions[name])
+            line = lines.get(_composed(captions[name]))
             sample = next(sample for sample in itertools.count() if by_place.get((line, sample)) not in files)
         else:
-            line, sample = _place(Path(name).stem, lines)
+            line, sample = _place(_composed(Path(name).stem), lines)
         slot = by_place.get((line, sample))
         if slot is None:
             unmatched.append(name)
@@ -273,6 +279,11 @@ def match_files(source: str | Path, slots: Sequence[Slot]) -> tuple[dict[Slot, P
         else:
             files[slot] = source / name
     return files, unmatched
+
+
+def _composed(text):
+    """In one Unicode normal form: systems differ in that of file names."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _place(stem, lines):
@@ -336,8 +347,8 @@ def check_export(
 def _shape(path):
     """Height, width, frames per second and number of frames; raises `ValueError` where the file is cut short."""
     header = read_header(path)
-    with av.open(str(path)) as container:
-        held = sum(packet.size > 0 for packet in container.demux(container.streams.best("video")))
+    with open_video(path) as container:
+        held = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(best_stream(container)))
     if held < header.num_frames:
         raise ValueError(f"it ends after {held} of its {header.num_frames} frames")
     return header.height, header.width, round(float(header.fps), 3), header.num_frames

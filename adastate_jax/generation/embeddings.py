@@ -3,21 +3,21 @@
 import functools
 import hashlib
 import json
-import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
+from adastate_jax.files import is_file, whole_file
 from adastate_jax.models.text import ByteTokenizer, PieceTokenizer, TextConfig, TextEncoder, clean_prompt, encode_tokens
 from adastate_jax.sharding import make_mesh
 from adastate_jax.weights import parts
-from adastate_jax.weights.safetensors_file import SafeTensors
+from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 
 # B texts → embeddings [B, T, text_dim], zero past each text.
 Embed = Callable[[Sequence[str]], jax.Array]
@@ -81,14 +81,28 @@ class StoredTextEncoder:
         """Of a cleaned prompt, [tokens, text_dim]; from disk if it is there."""
         key = hashlib.sha256(json.dumps([*self._identity, prompt]).encode()).hexdigest()
         path = self._cache and self._cache / f"{key}.safetensors"
-        if path and path.is_file():
+        if path and is_file(path):
             try:
-                return SafeTensors(path)["embedding"]
+                return self._kept(path)
             except UserError as error:
-                print(f"note: {error}; encoding the prompt again", file=sys.stderr)
+                print(one_line(f"note: {error}; encoding the prompt again"), file=sys.stderr)
         embedding = self._encode(prompt)
         if path:
             _save(path, embedding, prompt)
+        return embedding
+
+    def _kept(self, path: Path) -> np.ndarray:
+        """An embedding from disk, [tokens, text_dim]; raises UserError if it is not what `_save` wrote."""
+        opened = SafeTensors(path)
+        tensor = opened.stored().get("embedding")
+        config = self._config
+        if tensor is None or tensor.dtype != jnp.dtype(config.dtype) or len(tensor.shape) != 2:
+            raise UserError(f"{path}: holds no embedding")
+        if not 0 < tensor.shape[0] <= config.text_length or tensor.shape[1] != config.dim:
+            raise UserError(f"{path}: holds an embedding of shape {list(tensor.shape)}")
+        embedding = np.array(tensor.read())
+        if not np.isfinite(embedding).all() or opened.metadata.get("crc32") != str(_checksum(embedding)):
+            raise UserError(f"{path}: damaged: its numbers are not those that were kept")
         return embedding
 
     def _encode(self, prompt: str) -> np.ndarray:
@@ -113,12 +127,16 @@ def _host_mesh() -> jax.sharding.Mesh:
         raise UserError("JAX_PLATFORMS: leaves out the host, which encodes prompts; append ,cpu to it") from None
 
 
+def _checksum(embedding: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(embedding).view(np.uint8))
+
+
 def _save(path: Path, embedding: np.ndarray, prompt: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    layout = {"embedding": (embedding.dtype, embedding.shape)}
+    metadata = {"prompt": prompt.encode(errors="replace").decode(), "crc32": str(_checksum(embedding))}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file({"embedding": embedding}, partial, {"prompt": prompt})
-        partial.replace(path)
+        with whole_file(path) as temporary:
+            write_safetensors(temporary, layout, [embedding], metadata)
     except OSError as error:  # it saves time, no more: a folder that is read-only stops nothing
         print(f"note: {path.parent}: embeddings are not kept ({error.strerror or error})", file=sys.stderr)
 

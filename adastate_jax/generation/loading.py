@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adastate_jax.checkpoint import latest_step, load_tree
-from adastate_jax.config.files import load_config, parse_config
+from adastate_jax.config.files import parse_config
 from adastate_jax.config.run import WAN_NEGATIVE_PROMPT, Config, DataConfig
 from adastate_jax.data.videos import ClipConfig
-from adastate_jax.errors import UserError, shortlist
-from adastate_jax.fields import build
+from adastate_jax.errors import UserError, one_line, shown
+from adastate_jax.fields import to_dict
 from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
+from adastate_jax.generation.shipped import find_model
+from adastate_jax.generation.trained import load_bundle, load_run
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
@@ -25,38 +25,21 @@ from adastate_jax.models.text import ByteTokenizer, TextConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
-from adastate_jax.sharding import init_sharded, make_mesh
+from adastate_jax.sharding import init_sharded, make_mesh, refuse_too_large
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.rollout import rollout
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
+from adastate_jax.training.frozen import embed_prompts
 from adastate_jax.weights.parts import has_part, load_part
-from adastate_jax.weights.safetensors_file import SafeTensors
-from adastate_jax.weights.slots import leaf_name, leaves
-
-# Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint).
-_STUDENTS = (("distill", "student/ema"), ("initialize", "ema"))
-
-# Models that ship with the package, a file each, see `bundle`.
-_BUNDLED = Path(__file__).parents[1] / "bundled"
 
 # What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
 _WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
 _HALF = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a run leaves behind to generate with: the causal student, and what no stage trains."""
-
-    student: DiT
-    frozen: Frozen
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """All that stands between a prompt and a video.
 
@@ -67,6 +50,7 @@ class Model:
         embed: texts → embeddings [B, T, text_dim], zero past each text.
         fits: whether nothing of a text is cut off.
         mesh: devices that the weights are split over.
+        origin: where it is from, for people.
     """
 
     config: Config
@@ -75,6 +59,23 @@ class Model:
     embed: Embed
     fits: Callable[[str], bool]
     mesh: jax.sharding.Mesh
+    origin: str = "memory"
+
+    def __repr__(self) -> str:
+        """Where it is from, its networks, and how it streams: a line each."""
+        config, network, stream = self.config, self.student.config, self.config.stream
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.student))
+        height, width = config.data.size
+        anchor = to_dict(stream.anchor)
+        settings = ", ".join(f"{name}={value}" for name, value in anchor.items() if name != "name")
+        steps = ", ".join(f"{step:g}" for step in stream.denoising_steps)
+        return (
+            f"Model from {one_line(self.origin)}\n"
+            f"  transformer of {weights / 1e6:.3g} M weights ({network.num_layers} layers of {network.dim}, "
+            f"{network.param_dtype}); videos of {height}×{width} pixels by the {config.decoder} decoder\n"
+            f"  anchor {anchor['name']}{f' ({settings})' if settings else ''}; chunks of {stream.chunk_frames} latent "
+            f"frames, a window of {stream.past_frames}, denoising steps {steps}"
+        )
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -132,60 +133,16 @@ def load(
         return _random_model(config, mesh or _mesh(config))
     if path is None:
         raise UserError("name a folder that train or convert wrote, or tiny")
-    path = _shipped(Path(path))
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; name one that train or convert wrote, or tiny")
+    path = find_model(path)
     if has_part(path, "transformer"):
         text_cache = Path(text_cache) if text_cache else path / "text_cache"
         return _load_parts(path, config, decoder, text_cache, mesh or _mesh(config), text_mesh)
     if config or decoder:
         raise UserError(f"{path}: what was trained here has its own configuration and decoder; name no others")
     mesh = mesh or _mesh(config)
-    config, trained = _load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
+    config, trained = load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
     embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
-    return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh)
-
-
-def _shipped(path: Path) -> Path:
-    """The bundle that ships with the package under this name, unless the name is somebody's own folder or file."""
-    bundle = _BUNDLED / f"{path}.safetensors"
-    return bundle if len(path.parts) == 1 and bundle.is_file() and not path.exists() else path
-
-
-def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
-    """Configuration and student of a folder that `train` wrote.
-
-    Raises:
-        UserError: the folder is no such one or damaged, or no student has been trained yet.
-    """
-    config = load_config(path / "config.json")
-    for stage, part in _STUDENTS:
-        step = latest_step(path / stage)
-        if step is not None:
-            student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
-            return config, Trained(student, load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh)))
-    raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
-
-
-def _load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
-    """What `bundle` wrote, in the configuration's dtype."""
-    stored = SafeTensors(path)
-    try:
-        fields = json.loads(stored.metadata["config"])
-    except (KeyError, ValueError, RecursionError):
-        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote") from None
-    config = build(Config, fields, str(path))
-    like = with_shardings(Trained(abstract_dit(config), abstract_frozen(config)), mesh)
-    wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
-    found = {name: tensor.shape for name, tensor in stored.stored().items()}
-    if wanted != found:
-        unlike = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-        raise UserError(f"{path}: its tensors are not those of its configuration: {shortlist(unlike)}; make it again")
-
-    def place(path, leaf):
-        return jax.device_put(stored[leaf_name(path)].astype(leaf.dtype), leaf.sharding)
-
-    return config, jax.tree_util.tree_map_with_path(place, like)
+    return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh, trained.origin)
 
 
 def _load_parts(
@@ -208,7 +165,7 @@ def _load_parts(
     encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
     decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
     embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
-    return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh)
+    return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh, f"{folder}, converted networks")
 
 
 def _wan_config(model: DiTConfig, decoder: str) -> Config:
@@ -242,12 +199,13 @@ def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
 
     student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
     embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
-    return Model(config, student, _random_codec(config, network), embed, fits, mesh)
+    return Model(config, student, _random_codec(config, network, mesh), embed, fits, mesh, "random weights")
 
 
-def _random_codec(config: Config, network) -> PatchCodec | WanCodec:
+def _random_codec(config: Config, network, mesh: jax.sharding.Mesh) -> PatchCodec | WanCodec:
     if config.decoder == "patch":
         size, channels = 3 * config.codec.patch**2, config.codec.channels
+        refuse_too_large(jax.ShapeDtypeStruct((size, channels), np.float64), mesh)
         basis, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, channels)))
         return PatchCodec(jnp.zeros(size), jnp.asarray(basis, jnp.float32), jnp.ones(channels))
     encoder = network(lambda rngs: VAE(config.vae, rngs=rngs), 1)
@@ -261,13 +219,20 @@ def _random_codec(config: Config, network) -> PatchCodec | WanCodec:
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="cache")
+def decode_checked(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
+    """As `decode_frames`, and whether all were finite before they became bytes, which a NaN would be hidden in."""
+    video, cache = codec.decode(latents, cache, first)
+    finite = jnp.isfinite(latents).all() & jnp.isfinite(video).all()
+    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache, finite
+
+
 def decode_frames(codec: PatchCodec | WanCodec, latents: jax.Array, cache, first: bool):
     """Latents [B, F, H, W, C] and the decoder's cache → frames [B, frames, height, width, 3] uint8, and the cache.
 
     The cache is donated: Wan2.1's takes 1.9 GB at 480×832 in bfloat16.
     """
-    video, cache = codec.decode(latents, cache, first)
-    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), cache
+    frames, cache, _ = decode_checked(codec, latents, cache, first)
+    return frames, cache
 
 
 @jax.jit
@@ -309,10 +274,14 @@ def make_sampler(config: Config):
     >>> latents.shape, int(carry.chunk)
     ((2, 12, 1, 1, 48), 4)
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config must be a configuration, a model's `config` for one, got {type(config).__name__}")
     latent_shape = config.latent_shape
 
     @functools.partial(jax.jit, static_argnames="num_chunks")
     def sample(student: DiT, text: KeyValues, keys: jax.Array, num_chunks: int) -> tuple[jax.Array, RolloutCarry]:
+        if type(num_chunks) is not int or num_chunks < 1:
+            raise UserError(f"num_chunks must be a whole number of at least 1, got {shown(num_chunks)}")
         carry = initial_carry(student.config, config.stream, keys, *latent_shape[:2])
         carry, latents = rollout(student, carry, text, config.stream, latent_shape, num_chunks)
         return latents, carry

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from adastate_jax.console import progress
+from adastate_jax.errors import writing
+from adastate_jax.files import write_text
 from adastate_jax.generation.loading import load
 from adastate_jax.generation.video_stream import stream_batch
-from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, read_metrics, side_by_side, write_image
+from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, side_by_side, write_image
+from adastate_jax.training.metrics import read_metrics
 from adastate_jax.training.stages.run import Run
 
 
@@ -19,7 +22,7 @@ def sample(run: Run) -> None:
     folder = run.workdir / "samples"
     model = load(run.workdir, mesh=run.mesh)
     prompts = list(settings.prompts) or _distinct(run.prompts, settings.count)
-    num_frames = settings.horizon * run.config.distill.rollout_frames
+    num_frames = run.config.sample_frames
     streams = [stream_batch(model, prompts, settings.seed, num_frames, anchor) for anchor in settings.anchors]
     rows: dict[tuple[int, str], list[np.ndarray]] = {}
     paths = [folder / f"{index:02d}.mp4" for index in range(len(prompts))]
@@ -40,15 +43,18 @@ def sample(run: Run) -> None:
                     rows.setdefault((index, name), []).append(frames)
             bar.update(panels[0].shape[1])
             bar.set_description("sample")
-            run.stop.check()
+            run.refuse_removed()
     sheet = [(f"{name}: {prompts[index]}", np.concatenate(parts)) for (index, name), parts in rows.items()]
-    write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))
-    (folder / "prompts.txt").write_text(
-        "".join(f"{path.name}\t{text}\n" for path, text in zip(paths, prompts, strict=True))
-    )
+    with writing(folder / "contact_sheet.png"):
+        write_image(folder / "contact_sheet.png", contact_sheet(sheet, max(settings.scale // 2, 1)))
+    with writing(folder / "prompts.txt"):
+        lines = (f"{path.name}\t{text}\n" for path, text in zip(paths, prompts, strict=True))
+        write_text(folder / "prompts.txt", "".join(lines))
     metrics = run.workdir / "metrics.jsonl"
     if metrics.is_file():
-        loss_curves(read_metrics(metrics), run.workdir / "loss_curves.png")
+        records = read_metrics(metrics)
+        with writing(run.workdir / "loss_curves.png"):
+            loss_curves(records, run.workdir / "loss_curves.png")
     print(f"videos: {folder}/*.mp4, {folder}/*/*.mp4, {folder}/contact_sheet.png", file=sys.stderr)
 
 

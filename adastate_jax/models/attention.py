@@ -2,6 +2,7 @@
 
 No mask tensor is ever built: what a query may not see is left out of its keys. Three backends compute the rest:
 `cudnn` on GPU and `splash` on TPU never write the scores to memory; `xla` does, runs everywhere, and is the exact one.
+It holds no more than `MOST_SCORE_BYTES` of them at once: where there would be more, queries come in blocks.
 """
 
 import dataclasses
@@ -17,13 +18,15 @@ import jax.numpy as jnp
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
-from adastate_jax.sharding import RULES
+from adastate_jax.sharding import RULES, constrain
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
 _FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
 
 _LANES = 128  # TPU tiles are so wide
+
+MOST_SCORE_BYTES = 2**30  # float32 scores that `xla` may hold at once on a device
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) ->
         dtype, head_dim: of the queries.
 
     Returns:
-        `xla`, `cudnn` or `splash`. The log says what `auto` became, and why where that is the slow one.
+        `xla`, `cudnn` or `splash`. The log says which, and why where that is the slow one.
 
     Raises:
         ValueError: an unknown name.
@@ -101,8 +104,8 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) ->
     if reason and name != "auto":
         raise UserError(f"attention {name}: {reason}; choose auto or xla")
     if reason:
-        _log.warning("attention: xla, slow and large, because %s cannot serve: %s", wanted, reason)
-    elif name == "auto":
+        _log.warning("attention: xla, slow, because %s cannot serve: %s", wanted, reason)
+    else:
         _log.info("attention: %s (%s, head dim %d, on %s)", wanted, dtype, head_dim, device.device_kind)
     return "xla" if reason else wanted
 
@@ -125,7 +128,61 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     if chosen == "splash":
         return splash_attention(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation=chosen)
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return _xla_attention(query, key, value)
+
+
+def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attention` by XLA: all queries at once where their scores fit, else block after block."""
+    queries, keys = query.shape[1], key.shape[1]
+    per_query = 4 * keys * _per_device("batch", query.shape[0]) * _per_device("heads", query.shape[2])
+    if queries * per_query <= MOST_SCORE_BYTES:
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+    block = max(MOST_SCORE_BYTES // per_query, 1)
+    _say_blocks(queries, keys, queries * per_query, block)
+    return attention_in_blocks(query, key, value, block)
+
+
+def _per_device(axis: str, size: int) -> int:
+    """How much of an activation's axis lies on one device of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    extent = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    return size // extent if size % extent == 0 else size
+
+
+@functools.cache  # once per shape, not once per trace
+def _say_blocks(queries: int, keys: int, score_bytes: int, block: int) -> None:
+    _log.info(
+        "attention: xla, %d queries at a time: the scores of %d queries and %d keys would take %.1f GB",
+        block,
+        queries,
+        keys,
+        score_bytes / 1e9,
+    )
+
+
+def attention_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, most_queries: int) -> jax.Array:
+    """`attention` by XLA of at most so many queries at a time; their scores are computed again for the gradient.
+
+    Args:
+        query, key, value: as `attention`, of one dtype.
+    """
+    queries = query.shape[1]
+    count = -(-queries // most_queries)
+    size = -(-queries // count)
+    padded = jnp.pad(query, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
+    blocks = einops.rearrange(padded, "b (n t) heads d -> n b t heads d", n=count)
+    # In float32, so that the blocks' gradients of keys and values are summed in it.
+    exact_key, exact_value = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # needless in the body of a scan
+    def attend_block(block: jax.Array) -> jax.Array:
+        key, value = exact_key.astype(block.dtype), exact_value.astype(block.dtype)
+        return jax.nn.dot_product_attention(block, key, value, implementation="xla")
+
+    outputs = jax.lax.map(attend_block, constrain(blocks, None, "batch", None, "heads"))
+    return einops.rearrange(outputs, "n b t heads d -> b (n t) heads d")[:, :queries]
 
 
 def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:

@@ -16,9 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.linear import Linear
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
 
@@ -35,8 +37,9 @@ class DiTConfig:
     Attributes:
         prediction: what the head's output is: `flow` (Wan2.1), or `clean` latents, turned into a flow by
             (x_σ − x̂_0) / max(σ, 0.05), which learns faster at toy sizes.
-        param_dtype, dtype: of the weights, and of matrix products and the residual stream. Modulation, norms,
-            rotations, timestep embedding and head run in float32 whatever `dtype` is.
+        param_dtype, dtype: of the weights (while they are trained always float32), and of matrix products and the
+            residual stream. Modulation, norms, rotations, timestep embedding and head run in float32 whatever `dtype`
+            is.
         attention: a backend of `models/attention.py`.
         remat: what the backward pass keeps of a block: `none` recomputes nothing, `block` keeps only block inputs,
             `attention` also keeps attention outputs.
@@ -62,9 +65,9 @@ class DiTConfig:
     remat: str = "block"
 
     def __post_init__(self):
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least_one(self, *_SIZES)
+        require_positive(self, "eps")
+        require_dtypes(self)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of num_heads {self.num_heads}")
         if self.patch_size[0] != 1 or min(self.patch_size) < 1:
@@ -112,7 +115,7 @@ def _modulation(rngs: nnx.Rngs, rows: int, config: "DiTConfig") -> nnx.Param:
 
 def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
     dtype = config.dtype if dtype is None else dtype
-    return functools.partial(nnx.Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
+    return functools.partial(Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
 
 
 class Attention(nnx.Module):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.checks import require_at_least_one
+
 
 @dataclasses.dataclass(frozen=True)
 class PatchCodecConfig:
@@ -27,6 +29,7 @@ class PatchCodecConfig:
     whitening: float = 0.5
 
     def __post_init__(self):
+        require_at_least_one(self, "patch", "channels")
         if not 1 <= self.channels <= 3 * self.patch**2:
             raise ValueError(
                 f"channels must lie in 1..{3 * self.patch**2} for patches of {self.patch}, got {self.channels}"

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adastate_jax.models.vae import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
+from adastate_jax.checks import require_at_least_one, require_dtypes
+from adastate_jax.models.video_layers import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
 from adastate_jax.sharding import constrain
 
 _BLOCKS_PER_LEVEL = 3
@@ -43,6 +44,8 @@ class TinyVAEConfig:
     tile: int = 0
 
     def __post_init__(self):
+        require_at_least_one(self, "latent_channels", "widths")
+        require_dtypes(self)
         check_tile(self.tile)
         if not len(self.widths) == len(self.temporal_upsample) == len(self.temporal_downsample) == 3:
             raise ValueError("widths, temporal_upsample and temporal_downsample need three entries, one per level")

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 
-from adastate_jax.models import vae
 from adastate_jax.models.tiny_vae import TinyVAE
+from adastate_jax.models.vae import VAE
+from adastate_jax.models.video_coding import decode, decoder_cache, encode_clip, tiled_decode, tiled_decoder_cache
+from adastate_jax.models.video_layers import FeatureCache
 
 
 @jax.tree_util.register_dataclass
@@ -18,24 +20,24 @@ class WanCodec:
         encoder: Wan2.1's autoencoder; None if nothing will be encoded.
     """
 
-    decoder: vae.VAE | TinyVAE
-    encoder: vae.VAE | None
+    decoder: VAE | TinyVAE
+    encoder: VAE | None
 
     def encode(self, video: jax.Array) -> jax.Array:
         """Video [B, 1 + t k, H, W, 3] in −1..1 → latents [B, 1 + k, h, w, C]; t = 4 for Wan2.1."""
-        return vae.encode_clip(self.encoder, video)
+        return encode_clip(self.encoder, video)
 
-    def decode_start(self, batch: int, height: int, width: int) -> vae.FeatureCache:
+    def decode_start(self, batch: int, height: int, width: int) -> FeatureCache:
         """The feature cache before the first latents, of height × width each."""
         if self._tiling:
-            return vae.tiled_decoder_cache(self.decoder, batch, height, width, **self._tiling)
-        return vae.decoder_cache(self.decoder, batch, height, width)
+            return tiled_decoder_cache(self.decoder, batch, height, width, **self._tiling)
+        return decoder_cache(self.decoder, batch, height, width)
 
-    def decode(self, latents: jax.Array, cache: vae.FeatureCache, first: bool) -> tuple[jax.Array, vae.FeatureCache]:
+    def decode(self, latents: jax.Array, cache: FeatureCache, first: bool) -> tuple[jax.Array, FeatureCache]:
         """Latents [B, F, h, w, C] → video [B, 1 + t (F − 1) if first, else t F, H, W, 3], unclipped, and the cache."""
         if self._tiling:
-            return vae.tiled_decode(self.decoder, latents, cache, first, **self._tiling)
-        return vae.decode(self.decoder, latents, cache, first)
+            return tiled_decode(self.decoder, latents, cache, first, **self._tiling)
+        return decode(self.decoder, latents, cache, first)
 
     @property
     def _tiling(self) -> dict[str, int]:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.rope import rotate, rotation
-from adastate_jax.streaming.anchors import NoAnchor
 from adastate_jax.streaming.layout import Layout
-from adastate_jax.streaming.strategy import Commit
+from adastate_jax.streaming.strategy import Commit, NoAnchor
 
 
 @jax.tree_util.register_dataclass

@@ -6,20 +6,11 @@ an entry in `PRESETS`, and its table of positions in the tests.
 
 import dataclasses
 
-from adastate_jax.streaming.anchors import (
-    ANCHORS,
-    AbsoluteAnchor,
-    AdaptiveAnchor,
-    EMAAnchor,
-    MemoryAnchor,
-    NoAnchor,
-    PingPongAnchor,
-    RestartAnchor,
-    RollingAnchor,
-    StaticAnchor,
-    make_anchor,
-)
+from adastate_jax.streaming.anchors import ANCHORS, make_anchor
+from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.streaming.sinks import AbsoluteAnchor, RestartAnchor, RollingAnchor, StaticAnchor
+from adastate_jax.streaming.strategy import NoAnchor
 
 
 @dataclasses.dataclass(frozen=True)

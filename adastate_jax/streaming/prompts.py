@@ -24,19 +24,20 @@ compiles anything.
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adastate_jax.errors import UserError
-from adastate_jax.streaming.anchors import AdaptiveAnchor
+from adastate_jax.errors import UserError, shown
+from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
+from adastate_jax.texts import is_text, parse_json, read_text
 
-TRANSITIONS = ("switch", "recache", "renew", "flush", "cut", "blend", "keep_state", "reset_state")
 _FLUSH_KEEPS = 2  # frames
 _MOST_SECONDS = 10**9
+_MOST_CHUNKS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def parse_schedule(text: str, name: str) -> tuple[Cue, ...]:
     Raises:
         UserError: an entry cannot be read, or `check_schedule` refuses it; the message names the entry.
     """
-    entries = _json_entries(text, name) if text.lstrip().startswith("[") else _line_entries(text, name)
+    entries = _json_entries(text, name) if text.lstrip()[:1] in ("[", "{") else _line_entries(text, name)
     cues = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -81,18 +82,13 @@ def parse_schedule(text: str, name: str) -> tuple[Cue, ...]:
 
 def read_schedule(path: Path) -> tuple[Cue, ...]:
     """`parse_schedule` of a file; raises UserError also if it cannot be read."""
-    try:
-        return parse_schedule(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+    return parse_schedule(read_text(path), str(path))
 
 
 def _json_entries(text: str, name: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: is not JSON ({error})") from None
+    entries = parse_json(text, name)
+    if not isinstance(entries, list):
+        raise UserError(f"{name}: must be a list of entries, [{{...}}, {{...}}]")
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise UserError(f'{name}: entry {number} must be an object like {{"second": 0, "prompt": "..."}}')
@@ -101,7 +97,7 @@ def _json_entries(text: str, name: str) -> list[dict[str, Any]]:
 
 def _line_entries(text: str, name: str) -> list[dict[str, Any]]:
     entries = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         head, bar, prompt = line.partition("|")
@@ -111,12 +107,14 @@ def _line_entries(text: str, name: str) -> list[dict[str, Any]]:
         except ValueError:
             bar = ""
         if not bar or len(words) > 1:
-            raise UserError(f"{name}: entry {len(entries) + 1} must be SECOND [TRANSITION] | PROMPT, got {line!r}")
+            where = f"{name}: entry {len(entries) + 1}"
+            raise UserError(f"{where} must be SECOND [TRANSITION] | PROMPT, got {shown(line)}")
         if words:
             entry["transition"], colon, chunks = words[0].partition(":")
             if colon:
-                if not chunks.isdecimal():
-                    raise UserError(f"{name}: entry {len(entries) + 1} blends over {chunks!r} chunks; give a number")
+                if not chunks.isdecimal() or len(chunks) > len(str(_MOST_CHUNKS)):
+                    where = f"{name}: entry {len(entries) + 1}"
+                    raise UserError(f"{where} blends over {shown(chunks)} chunks; give a number to {_MOST_CHUNKS:,}")
                 entry["chunks"] = int(chunks)
         entries.append(entry)
     return entries
@@ -128,18 +126,22 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
         raise UserError(f"{name}: has no entries; begin with one at second 0")
     for number, cue in enumerate(cues, 1):
         entry = f"{name}: entry {number}"
+        if not isinstance(cue, Cue):
+            raise UserError(f"{entry} must be a Cue, got {shown(cue)}")
         if not _is_number(cue.second) or not abs(cue.second) < _MOST_SECONDS:  # neither NaN nor infinity is less
-            raise UserError(f"{entry} has second {cue.second!r:.40}; give a number below {_MOST_SECONDS:,}")
+            raise UserError(f"{entry} has second {shown(cue.second)}; give a number below {_MOST_SECONDS:,}")
         if number == 1 and cue.second != 0:
             raise UserError(f"{entry} is at second {cue.second:g}; the first one must be at second 0")
         if number > 1 and cue.second <= cues[number - 2].second:
             raise UserError(f"{entry} is at second {cue.second:g}, not after {cues[number - 2].second:g}: sort them")
         if not isinstance(cue.prompt, str) or not cue.prompt.strip():
             raise UserError(f"{entry} has no prompt")
-        if cue.transition not in TRANSITIONS:
-            raise UserError(f"{entry} has transition {cue.transition!r}; use one of {', '.join(TRANSITIONS)}")
-        if type(cue.chunks) is not int or cue.chunks < 1:  # True is an int, too
-            raise UserError(f"{entry} blends over {cue.chunks!r} chunks; give a whole number of at least 1")
+        if not is_text(cue.prompt):
+            raise UserError(f"{entry} has a prompt with half a character in it: {shown(cue.prompt)}")
+        if not isinstance(cue.transition, str) or cue.transition not in TRANSITIONS:
+            raise UserError(f"{entry} has transition {shown(cue.transition)}; use one of {', '.join(TRANSITIONS)}")
+        if type(cue.chunks) is not int or not 1 <= cue.chunks <= _MOST_CHUNKS:  # True is an int, too
+            raise UserError(f"{entry} blends over {shown(cue.chunks)} chunks; give 1 to {_MOST_CHUNKS:,}")
 
 
 def _is_number(value: Any) -> bool:

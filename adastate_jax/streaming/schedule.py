@@ -3,8 +3,9 @@
 import dataclasses
 
 from adastate_jax.diffusion import MAX_TIMESTEP, denoising_sigmas
-from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor
 from adastate_jax.streaming.layout import Layout, consecutive
+from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.strategy import NoAnchor
 
 CUT_POSITION = 45  # of the first content frame behind a scene cut. Source: Infinity-RoPE, arXiv 2511.20649
 

@@ -1,92 +1,21 @@
-"""The loop around the training steps: progress, metrics, checkpoints, signals, and what stops a run.
+"""The loop around the training steps: progress, checkpoints, signals, and what stops a run.
 
 Nothing here decides what is computed: batches and keys are functions of the step, so a run that resumes at a step goes
 on exactly as the run that was not interrupted.
 """
 
 import contextlib
-import json
 import math
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 
+from adastate_jax import interrupts
 from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C), and has saved what there was to save."""
-
-
-class StopRequest:
-    """A context in which SIGTERM and SIGINT do not interrupt, but are noted for the loop to act on."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number, _) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.requested = True
-        print(f"{signal.Signals(number).name}: stopping as soon as all is saved", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raises `Stopped` if a signal has come."""
-        if self.requested:
-            raise Stopped
-
-
-class Metrics:
-    """Scalars of a run: `metrics.jsonl`, a line per step, and TensorBoard events; written by the first process only."""
-
-    def __init__(self, workdir: Path):
-        self._active = jax.process_index() == 0
-        self._path = workdir / "metrics.jsonl"
-        self._board_folder = workdir / "tensorboard"
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Forgets what was logged of a stage from `step` on: those steps are about to be repeated."""
-        if not self._active:
-            return
-        kept = []
-        if self._path.is_file():
-            for line in self._path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line that a kill cut short belongs to a repeated step
-                    record = json.loads(line)
-                    if record["stage"] != stage or record["step"] < step:
-                        kept.append(line)
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self._path)
-        self._boards[stage] = tensorboardX.SummaryWriter(str(self._board_folder / stage), purge_step=step)
-
-    def write(self, stage: str, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Appends the records (step, scalars) of a stage."""
-        if not self._active:
-            return
-        with self._path.open("a") as file:
-            for step, scalars in records:
-                file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
-                for name, value in scalars.items():
-                    self._boards[stage].add_scalar(name, value, step)
-        self._boards[stage].flush()
+from adastate_jax.training.metrics import Metrics
 
 
 def run_stage(
@@ -98,7 +27,6 @@ def run_stage(
     steps: int,
     checkpoints: Checkpoints,
     metrics: Metrics,
-    stop: StopRequest,
     log_every: int,
     save_every: int,
     compiling: Callable[[int], bool],
@@ -118,7 +46,8 @@ def run_stage(
         The state after the last step, which is also the newest checkpoint.
 
     Raises:
-        Stopped: after a signal; the state is saved.
+        Stopped: after a signal; the state is saved. Before the first step is done there is nothing to save, and a
+            signal raises at once.
         UserError: a loss or gradient norm is not finite; the last good checkpoint stays.
     """
     first = checkpoints.latest or 0
@@ -142,7 +71,12 @@ def run_stage(
         metrics.write(name, records)
         return {key: value for _, scalars in records for key, value in scalars.items()}
 
-    with contextlib.closing(batches(first)) as stream, progress(name, steps, first) as bar:
+    with (
+        contextlib.closing(batches(first)) as stream,
+        progress(name, steps, first) as bar,
+        contextlib.ExitStack() as unsaved,
+    ):
+        stop = None
         for step, batch in stream:
             if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
@@ -151,8 +85,8 @@ def run_stage(
             if compiles:
                 jax.block_until_ready(scalars)
                 bar.set_description(name)
-                bar.start_t, bar.initial = time.time(), step + 1  # the rate shall not include the compilation
             bar.update(1)
+            stop = stop or unsaved.enter_context(interrupts.deferred("stopping as soon as all is saved"))
             done = step + 1
             if done % log_every == 0 or done == steps:
                 latest = flush()
@@ -161,10 +95,8 @@ def run_stage(
                 if pending:
                     flush()  # a state is saved only after every loss before it was seen to be finite
                 checkpoints.save(done, state)
-            if done == steps:
-                break
-            if stop.requested:
+            if done == steps or stop.requested:
                 checkpoints.wait()
-                raise Stopped
+                break  # leaving `unsaved` raises `Stopped` if that was asked for
     checkpoints.wait()
     return state

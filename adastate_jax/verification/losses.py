@@ -151,20 +151,22 @@ def dmd(fixture: Fixture) -> Records:
 
     timestep = fixture["out.timestep"]
     yield fixture.arithmetic("timestep", _timesteps(fixture["in.raw_timestep"], config, timestep.shape))
-    clean = latents("in.latent")
-    yield fixture.arithmetic("noisy_latent", theirs(add_noise(clean, latents("in.noise"), timestep / MAX_TIMESTEP)))
+    # A clipped timestep is off the grid; the network sees it, while noise is added at the grid's nearest level.
+    clean, sigmas = latents("in.latent"), _grid_sigma(timestep, shift)
+    yield fixture.arithmetic("noisy_latent", theirs(add_noise(clean, latents("in.noise"), sigmas)))
 
     noisy = latents("out.noisy_latent")
-    sigma, score_sigmas = timestep[:, 0] / MAX_TIMESTEP, _grid_sigma(timestep, score_shift)
-    same = jnp.ones(clean.shape[0])
+    sigma, score_sigmas = sigmas[:, 0], _grid_sigma(timestep, score_shift)
+    # With a gain of 1 / σ the estimate is the noisy latents less the flow, and nothing is divided by a small σ.
+    stretch, gain = jnp.asarray(timestep[:, 0] / (MAX_TIMESTEP * sigma)), jnp.asarray(1 / sigma)
     for case, network, text in (
         ("fake", "fake", "context"),
         ("real_cond", "real", "context"),
         ("real_uncond", "real", "null_context"),
     ):
-        model = LinearScore(*(fixture[f"w.{network}.{name}"] for name in "APu"), same, same)
+        model = LinearScore(*(fixture[f"w.{network}.{name}"] for name in "APu"), stretch, gain)
         estimate = clean_estimate(model, noisy, sigma, fixture[f"in.{text}"])
-        yield fixture.arithmetic(f"flow_{case}", theirs(clean_to_flow(estimate, noisy, timestep / MAX_TIMESTEP)))
+        yield fixture.arithmetic(f"flow_{case}", theirs(noisy - estimate))
         estimate = flow_to_clean(latents(f"out.flow_{case}"), noisy, score_sigmas)
         yield fixture.arithmetic(f"x0_{case}", theirs(estimate))
 

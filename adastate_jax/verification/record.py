@@ -95,6 +95,9 @@ class Fixture(Mapping[str, np.ndarray]):
         self.asked.add(name)
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # asking whether it is there is not looking at it
+
     def __iter__(self):
         return iter(self._tensors)
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from adastate_jax.models import vae
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from adastate_jax.models.vae import VAE, Memory
+from adastate_jax.models.vae import VAE
+from adastate_jax.models.video_coding import decode, decoder_cache, encode_clip, encode_moments, encoder_cache
+from adastate_jax.models.video_layers import Memory
 from adastate_jax.verification.names import misnamed
 from adastate_jax.verification.record import (
     Check,
@@ -25,9 +26,9 @@ from adastate_jax.weights.slots import load_official
 from adastate_jax.weights.tiny_vae import tiny_vae_table, tiny_vae_tensors
 from adastate_jax.weights.vae import vae_name_from_diffusers, vae_table
 
-_decode = compiled(vae.decode, static_argnames="first")
-_encode_moments = compiled(vae.encode_moments, static_argnames="first")
-_encode_clip = compiled(vae.encode_clip)
+_decode = compiled(decode, static_argnames="first")
+_encode_moments = compiled(encode_moments, static_argnames="first")
+_encode_clip = compiled(encode_clip)
 
 
 def _load_vae(fixture: Fixture, part: str) -> VAE:
@@ -50,7 +51,7 @@ def wan_vae_encode(fixture: Fixture) -> Records:
     model = _load_vae(fixture, "encoder")
     video = channels_last(fixture["in.video"], 1)
     batch, space = video.shape[0], model.config.space_factor
-    cache = vae.encoder_cache(model, batch, video.shape[2] // space, video.shape[3] // space)
+    cache = encoder_cache(model, batch, video.shape[2] // space, video.shape[3] // space)
     mean, log_variance, _ = _encode_moments(model, video, cache, first=True)
     raw = np.asarray(mean) * np.array(model.config.latents_std) + np.array(model.config.latents_mean)
     yield fixture.codec("encode.mu", channels_first(mean, 1))
@@ -64,7 +65,7 @@ def wan_vae_decode(fixture: Fixture) -> Records:
     yield _diffusers_names(fixture)
     model = _load_vae(fixture, "decoder")
     latents = channels_last(fixture["in.latent"], 1)
-    start = vae.decoder_cache(model, latents.shape[0], *latents.shape[2:4])
+    start = decoder_cache(model, latents.shape[0], *latents.shape[2:4])
     video, _ = _decode(model, latents, start, first=True)
     yield fixture.codec("decode.whole", channels_first(video, 1))
 
@@ -107,7 +108,7 @@ def taehv(fixture: Fixture) -> Records:
 
     latents = channels_last(fixture["in.latent"], 2)
     yield fixture.codec("raw_sequential", channels_first(_raw_frames(model, latents), 2))
-    start = vae.decoder_cache(model, latents.shape[0], *latents.shape[2:4])
+    start = decoder_cache(model, latents.shape[0], *latents.shape[2:4])
     video, _ = _decode(model, latents, start, first=True)
     yield fixture.codec("video", official(video))
     cache = start

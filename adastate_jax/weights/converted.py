@@ -9,16 +9,18 @@ import dataclasses
 import json
 import mmap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, shown
 from adastate_jax.fields import build, to_dict
+from adastate_jax.files import is_file
 from adastate_jax.sharding import make_mesh, tree_shardings
+from adastate_jax.texts import read_json
 from adastate_jax.weights.identify import Network
 from adastate_jax.weights.kinds import KINDS
 from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
@@ -57,6 +59,7 @@ def write_converted(network: Network, folder: Path, advance: Callable[[int], Any
 
     write_safetensors(folder / _WEIGHTS, layout, layers(), {})
     description = {"format": _FORMAT, "kind": network.kind, "config": to_dict(network.config), "crc32": checksums}
+    description["checksum"] = _own_checksum(description)
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
@@ -71,7 +74,7 @@ def _fill(ours: np.ndarray, slot: Slot, name: str, tensor: Tensor) -> None:
 
 def is_converted(path: str | Path) -> bool:
     """Whether a folder is one that `convert` wrote."""
-    return (Path(path) / _DESCRIPTION).is_file()
+    return is_file(Path(path) / _DESCRIPTION)
 
 
 def load_converted(
@@ -161,22 +164,35 @@ def _open(path: Path) -> tuple[str, Any, dict[str, _Leaf]]:
     description, file = path / _DESCRIPTION, path / _WEIGHTS
     if not is_converted(path):
         raise UserError(f"{path}: not a folder that convert wrote (no {_DESCRIPTION})")
+    values = read_json(description, "convert it again")
     try:
-        values = json.loads(description.read_text())
         version, kind, fields, checksums = (values[name] for name in ("format", "kind", "config", "crc32"))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{description}: damaged ({error!r}); convert it again") from None
+        own = values.get("checksum")
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{description}: damaged ({shown(error)}); convert it again") from None
     if version != _FORMAT or kind not in [*KINDS]:
         raise UserError(
-            f"{description}: of another version of this package (format {version!r}, kind {kind!r}); convert it again"
+            f"{description}: of another version of this package (format {shown(version)}, kind {shown(kind)}); convert "
+            "it again"
         )
+    if own is not None and own != _own_checksum(values):  # folders of earlier versions have none
+        raise UserError(f"{description}: damaged: does not match its checksum; convert it again")
     config = build(KINDS[kind].config, fields, str(description))
     stored = SafeTensors(file).stored()
-    wanted = {name: (leaf.dtype, leaf.shape) for name, leaf in leaves(KINDS[kind].abstract(config)).items()}
+    try:
+        wanted = {name: (leaf.dtype, leaf.shape) for name, leaf in leaves(KINDS[kind].abstract(config)).items()}
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{description}: no {KINDS[kind].title} has such sizes ({error}); convert it again") from None
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
     if wanted != found or not isinstance(checksums, dict) or found.keys() != checksums.keys():
         raise UserError(f"{description}: describes another network than {file.name} holds; convert it again")
     return kind, config, {name: _Leaf(tensor, checksums[name]) for name, tensor in stored.items()}
+
+
+def _own_checksum(description: Mapping[str, Any]) -> int:
+    """CRC-32 of all that a description says, but for that checksum itself."""
+    said = {name: value for name, value in description.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def _checksum(array: np.ndarray, before: int = 0) -> int:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.fields import build
+from adastate_jax.fields import build, fields_of
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.weights.kinds import KINDS, Kind, Naming
 from adastate_jax.weights.sizes import Shapes
 from adastate_jax.weights.slots import Slot, mismatches
 from adastate_jax.weights.sources import Source
-from adastate_jax.weights.tensors import BFLOAT16, FLOATING, StoredTensor, Tensor, row_blocks
+from adastate_jax.weights.tensors import BFLOAT16, FLOAT8, FLOATING, StoredTensor, Tensor, row_blocks
 from adastate_jax.weights.tiny_vae import tiny_vae_tensors
 
 
@@ -56,6 +56,9 @@ def identify(source: Source, overrides: Mapping[str, Any] | None = None) -> Netw
     kind = KINDS[name]
     tensors = _official_tensors(source, kind, naming)
     config = _config_of(source, name, tensors, overrides or {})
+    layers = getattr(config, "num_layers", 0)
+    if layers > len(tensors):
+        raise UserError(f"{source.path}: num_layers {layers}: its {len(tensors)} tensors cannot be those of so many")
     if isinstance(config, TinyVAEConfig):
         tensors = tiny_vae_tensors(config, tensors)
     try:
@@ -64,7 +67,7 @@ def identify(source: Source, overrides: Mapping[str, Any] | None = None) -> Netw
         raise UserError(f"{source.path}: no {kind.title} has such sizes ({error})") from None
     faults = mismatches(slots, {name: tensor.shape for name, tensor in tensors.items()})
     faults += [
-        f"{name} has dtype {tensor.dtype.name}, it needs floating numbers of 16 bits or more"
+        f"{name} has dtype {tensor.dtype.name}, it needs floating numbers"
         for name, tensor in tensors.items()
         if tensor.dtype not in FLOATING
     ]
@@ -85,9 +88,9 @@ def _kind_of(source: Source) -> tuple[str, Naming]:
     raise UserError(f"{source.path}: not a checkpoint of a known network ({known}); it holds {held}")
 
 
-def _official_tensors(source: Source, kind: Kind, naming: Naming) -> dict[str, StoredTensor]:
+def _official_tensors(source: Source, kind: Kind, naming: Naming) -> dict[str, Tensor]:
     """The source's tensors by official name, without those of parts that the network has not."""
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, official in naming.to_official([*source.tensors]).items():
         if re.match(kind.unused, official):
             continue
@@ -98,18 +101,23 @@ def _official_tensors(source: Source, kind: Kind, naming: Naming) -> dict[str, S
     return tensors
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def _equal(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
         return False
-    return one == other or all(np.array_equal(one[block].read(), other[block].read()) for block in row_blocks(one))
+    if isinstance(one, StoredTensor) and one == other:  # the same bytes
+        return True
+    return all(
+        np.array_equal(one.rows(block.start, block.stop), other.rows(block.start, block.stop))
+        for block in row_blocks(one)
+    )
 
 
-def _config_of(source: Source, name: str, tensors: Mapping[str, StoredTensor], overrides: Mapping[str, Any]) -> Any:
+def _config_of(source: Source, name: str, tensors: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Any:
     kind = KINDS[name]
     fields = _told_fields(source, name) | kind.infer(Shapes(tensors, source.path))
-    narrow = all(tensor.dtype == BFLOAT16 for tensor in tensors.values())
+    narrow = all(tensor.dtype in (BFLOAT16, *FLOAT8) for tensor in tensors.values())
     fields["param_dtype"] = fields["dtype"] = "bfloat16" if narrow else "float32"
-    fields |= overrides
+    fields |= fields_of(kind.config, overrides, "--set")
     if kind.config is DiTConfig and "num_heads" not in fields and isinstance(fields["dim"], int):
         if fields["dim"] % 128:
             raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 
 from adastate_jax.errors import UserError
+from adastate_jax.files import is_file
 from adastate_jax.weights.tensors import BFLOAT16, StoredTensor
 
 _SAFETENSORS_DTYPES = {
@@ -41,7 +42,7 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise UserError(f"{path}: no such file")
         try:
             self._file = safetensors.safe_open(str(path), framework="numpy")

@@ -1,11 +1,10 @@
 """A network's configuration from the shapes of its official tensors."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from adastate_jax.errors import UserError
 from adastate_jax.weights.tensors import Tensor
@@ -43,7 +42,7 @@ def infer_dit(shapes: Shapes) -> dict[str, Any]:
         "dim": dim,
         "in_channels": in_channels,
         "patch_size": tuple(patch),
-        "out_channels": head // int(np.prod(patch)),
+        "out_channels": head // math.prod(patch),
         "ffn_dim": shapes.shape("blocks.0.ffn.0.weight", 2)[0],
         "text_dim": shapes.shape("text_embedding.0.weight", 2)[1],
         "freq_dim": shapes.shape("time_embedding.0.weight", 2)[1],

@@ -1,12 +1,15 @@
 """Files and folders of published weights, opened: `.safetensors`, what `torch.save` wrote, and indexes of several."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError, shortlist
+from adastate_jax.files import is_file
+from adastate_jax.texts import parse_json, read_json
+from adastate_jax.weights.packed import ScaledTensor, unpacked
 from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.tensors import StoredTensor
 from adastate_jax.weights.torch_file import load_torch_file
@@ -30,17 +33,19 @@ class Source:
 
     Attributes:
         path: what the user named.
-        tensors: by the names in the file, without what wrappers added.
+        tensors: by the names in the file, without what wrappers and packers added.
         settings: the content of a `config.json` beside the file, {} if there is none.
         header: our configuration, {} unless this package wrote the file.
-        part: the part of a training checkpoint that was taken, or "".
+        part: the part of a file with several networks that was taken, or "".
+        metadata: of a `.safetensors` file's header.
     """
 
     path: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | ScaledTensor]
     settings: Mapping[str, Any]
     header: Mapping[str, Any]
     part: str = ""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_source(path: str | Path, part: str = "", config_name: str = "config.json") -> Source:
@@ -48,44 +53,52 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
 
     Args:
         path: file or folder.
-        part: key of the top-level dict of a `.pt` file; empty takes the averaged generator if there is one, else the
-            generator.
+        part: of a file with several networks: key of the top-level dict of a `.pt` file, where empty takes the averaged
+            generator if there is one, else the generator; or what ComfyUI calls it, where empty takes the transformer.
         config_name: settings file to look for in the same folder.
 
     Raises:
         UserError: nothing is there, several checkpoints are, or one cannot be read.
     """
     path = Path(path)
-    file = _single_checkpoint(path) if path.is_dir() else path
-    if not file.is_file():
+    file = _single_checkpoint(path) if os.path.isdir(path) else path
+    if not is_file(file):
         raise UserError(f"{path}: no such file or folder")
     header: Mapping[str, Any] = {}
+    metadata: Mapping[str, str] = {}
     taken = ""
     if file.name.endswith(".index.json"):
         tensors = _open_shards(file)
     elif file.suffix == ".safetensors":
         opened = SafeTensors(file)
         tensors = opened.stored()
-        header = _own_header(opened)
+        header, metadata = _own_header(opened), opened.metadata
     elif file.suffix in TORCH_SUFFIXES:
         tensors, taken = _select_part(load_torch_file(file), part, file)
     else:
         endings = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UserError(f"{path}: unknown kind of file; known are folders and files that end in {endings}")
+    tensors, packed = unpacked(tensors, "" if taken else part, path)
+    taken = taken or packed
     if part and not taken:
         raise UserError(f"--part={part}: {file.name} has no parts; leave it out")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    return Source(path, _unwrapped(tensors, path), _read_settings(file.parent / config_name), header, taken)
+    settings = _read_settings(file.parent / config_name)
+    return Source(path, _unwrapped(tensors, path), settings, header, taken, metadata)
 
 
 def _single_checkpoint(folder: Path) -> Path:
     """The one checkpoint of a folder: an index of several files, or a file that no index lists."""
     if (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: a whole pipeline; name one of its folders: transformer, vae or text_encoder")
-    indexes = sorted(folder.glob("*.index.json"))
+    try:
+        content = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    indexes = [file for file in content if file.name.endswith(".index.json")]
     listed = {folder / name for index in indexes for name in _read_weight_map(index).values()}
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
+    files = [file for file in content if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
     found = [*indexes, *(file for file in files if file.is_file() and file not in listed)]
     if not found:
         raise UserError(f"{folder}: holds no weights (.safetensors, {', '.join(TORCH_SUFFIXES)})")
@@ -97,10 +110,8 @@ def _single_checkpoint(folder: Path) -> Path:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file name, of an index of several files."""
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: not a readable index of weights ({error}); download it again") from None
+    values = read_json(index, "download it again")
+    names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: not a readable index of weights (no file names); download it again")
     for name in names.values():
@@ -152,7 +163,9 @@ def _tensors(values: Mapping[Any, Any]) -> dict[str, StoredTensor]:
     return {key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
 
 
-def _unwrapped(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+def _unwrapped(
+    tensors: Mapping[str, StoredTensor | ScaledTensor], path: Path
+) -> dict[str, StoredTensor | ScaledTensor]:
     """The tensors without what wrappers put into their names, and without a module name that all of them start with."""
     names = {name: [word for word in name.split(".") if word not in _WRAPPERS] for name in tensors}
     while True:
@@ -169,18 +182,12 @@ def _unwrapped(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, Sto
 
 
 def _read_settings(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
+    if not is_file(file):
         return {}
-    try:
-        settings = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not a readable JSON file ({error}); download it again") from None
+    settings = read_json(file, "download it again, or remove it")
     return settings if isinstance(settings, dict) else {}
 
 
 def _own_header(file: SafeTensors) -> Mapping[str, Any]:
-    try:
-        header = json.loads(file.metadata.get(HEADER_KEY, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.path}: its header's {HEADER_KEY} cannot be read ({error}); export it again") from None
+    header = parse_json(file.metadata.get(HEADER_KEY, "{}"), f"{file.path}: its header's {HEADER_KEY}")
     return header if isinstance(header, dict) else {}

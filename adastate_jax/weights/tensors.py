@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +14,10 @@ from adastate_jax.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
 # Weights come in these.
-FLOATING = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16), np.dtype(np.float64))
+FLOATING = (np.dtype(np.float32), BFLOAT16, np.dtype(np.float16), np.dtype(np.float64), *FLOAT8)
 
 # Rows are handled so many bytes at a time: transposing such a block stays within the processor's caches.
 _BLOCK_BYTES = 1 << 22
@@ -55,6 +58,29 @@ class ArrayTensor:
         return self.array[start:stop]
 
 
+class Checked:
+    """Bytes of a file and their CRC-32, which is compared once, when the first of them is asked for.
+
+    They are mapped and go through the processor then; what is copied from them next comes from memory, so that the
+    disk is read once.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int, checksum: int):
+        self._path, self._offset, self._size, self._checksum = path, offset, size, checksum
+        self._verified = False
+
+    def verify(self) -> None:
+        """Raises UserError if the bytes are not those that were written."""
+        if self._verified or not self._size:
+            return
+        if zlib.crc32(np.memmap(self._path, np.uint8, "r", self._offset, (self._size,))) != self._checksum:
+            raise UserError(
+                f"{self._path}: damaged: {self._size} bytes from {self._offset} on do not match their checksum; "
+                "download or copy it again"
+            )
+        self._verified = True
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A strided array of bytes of a file. Reading maps the file into memory, and lets go of it with the result.
@@ -64,6 +90,7 @@ class StoredTensor:
         offset: byte of the first element.
         dtype: of the elements, little-endian.
         shape, strides: sizes of the axes, and steps along them in elements.
+        checked: the bytes that the elements are among, where the file has a checksum of them.
     """
 
     path: Path
@@ -71,6 +98,7 @@ class StoredTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    checked: Checked | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def dense(cls, path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> "StoredTensor":
@@ -85,16 +113,19 @@ class StoredTensor:
         return dataclasses.replace(self, offset=offset, shape=(max(stop - start, 0), *self.shape[1:]))
 
     def read(self) -> np.ndarray:
-        """All of it, read-only, in the file's dtype."""
+        """All of it, read-only, in the file's dtype; raises UserError if its bytes do not match their checksum."""
         size = self.dtype.itemsize
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
+        if self.checked is not None:
+            self.checked.verify()
         extent = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         mapped = np.memmap(self.path, np.uint8, "r", self.offset, (extent * size,))
         # A hand-written file may place elements where no processor would; those are copied into order.
-        flat = (mapped if self.offset % size == 0 else np.array(mapped)).view(self.dtype)
-        strides = [stride * size for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+        held = mapped if self.offset % size == 0 else np.array(mapped)
+        held.flags.writeable = False
+        # Not as_strided, which does not know all of ml_dtypes.
+        return np.ndarray(self.shape, self.dtype, held, 0, [stride * size for stride in self.strides])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Part [stop − start, ...] of the leading axis, read-only, in the file's dtype."""

@@ -9,8 +9,6 @@ or changes an object. Names of classes and functions are compared with a short l
 import dataclasses
 import math
 import pickletools
-import struct
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from adastate_jax.errors import UserError
-from adastate_jax.weights.tensors import BFLOAT16, StoredTensor
+from adastate_jax.files import is_file
+from adastate_jax.weights.tensors import BFLOAT16, Checked, StoredTensor
+from adastate_jax.weights.torch_archive import Record, read_directory, read_record
 
-# What `torch.save` wrote before version 1.6 starts with this number, pickled.
-_LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 # A state dict takes some hundred bytes per tensor; a pickle of this size can build objects of some gigabytes.
 _MAX_PICKLE_BYTES = 1 << 24
 # Weights have five at most. A list that a few bytes of pickle name over and over is copied each time.
 _MAX_AXES = 32
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +83,13 @@ _GLOBALS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Record:
-    """Bytes of the file."""
-
-    offset: int
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Storage:
     """A record of elements; without a dtype, the tensors in it bring theirs."""
 
     key: str
-    record: _Record
+    record: Record
     dtype: np.dtype | None
+    checked: Checked | None
 
 
 def load_torch_file(path: str | Path) -> Any:
@@ -114,89 +104,31 @@ def load_torch_file(path: str | Path) -> Any:
 
     Raises:
         UserError: the file is missing, cut short, damaged, of the older layout, or holds anything but tensors in plain
-            containers.
+            containers. Whether the elements of a tensor are damaged shows when they are read.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
-    records, prefix = _read_directory(path)
-    byteorder = records.get(f"{prefix}byteorder")
-    if byteorder is not None and (order := _read(path, byteorder, 16)) != b"little":
-        raise UserError(f"{path}: written on a big-endian machine ({order!r}); save it again on a little-endian one")
+    try:
+        records, prefix = read_directory(path)
+        byteorder = records.get(f"{prefix}byteorder")
+        if byteorder is not None and (order := read_record(path, byteorder, 16)) != b"little":
+            raise UserError(
+                f"{path}: written on a big-endian machine ({order!r}); save it again on a little-endian one"
+            )
+        program = read_record(path, records[f"{prefix}data.pkl"], _MAX_PICKLE_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     machine = _Machine(path, records, prefix)
-    content = machine.run(_read(path, records[f"{prefix}data.pkl"], _MAX_PICKLE_BYTES))
+    content = machine.run(program)
     machine.check_storages()
     return content
-
-
-def _read(path: Path, record: _Record, limit: int) -> bytes:
-    if record.size > limit:
-        raise UserError(f"{path}: not a file of weights (a part of {record.size} bytes where {limit} are allowed)")
-    with path.open("rb") as stream:
-        stream.seek(record.offset)
-        return stream.read(record.size)
-
-
-def _read_directory(path: Path) -> tuple[dict[str, _Record], str]:
-    """Where each record of the archive lies, by name, and what all names start with."""
-    with path.open("rb") as stream:
-        start = stream.read(len(_LEGACY_START))
-    if start == _LEGACY_START:
-        raise UserError(
-            f"{path}: written by PyTorch before 1.6; in a new one, torch.save(torch.load({path.name!r}, "
-            "weights_only=True), FILE) turns it into a file that can be read"
-        )
-    if not start.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path}: not a file that torch.save wrote (no zip archive); name another or download it again")
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
-            prefix = _prefix(path, archive.namelist())
-            records: dict[str, _Record] = {}
-            for info in archive.infolist():
-                if info.filename in records:
-                    raise UserError(f"{path}: holds {info.filename!r} twice; download it again")
-                records[info.filename] = _locate(path, stream, info, archive.start_dir)
-    # What zipfile raises depends on where the damage is; all of it means the same here.
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError, IndexError) as error:
-        raise UserError(f"{path}: cut short or damaged ({error}); download or copy it again") from None
-    return records, prefix
-
-
-def _prefix(path: Path, names: Sequence[str]) -> str:
-    """What the names of all records start with."""
-    indexes = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(indexes) != 1:
-        raise UserError(f"{path}: not a file that torch.save wrote (it has {len(indexes)} parts named data.pkl)")
-    prefix = indexes[0].removesuffix("data.pkl")
-    if f"{prefix}constants.pkl" in names:
-        raise UserError(f"{path}: a TorchScript program; save the weights alone: torch.save(model.state_dict(), FILE)")
-    return prefix
-
-
-def _locate(path: Path, stream, info: zipfile.ZipInfo, end: int) -> _Record:
-    """Where a record's bytes lie. Records that are compressed, encrypted or elsewhere than they say are refused."""
-    name = repr(info.filename)
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise UserError(f"{path}: {name} is compressed or encrypted, which torch.save never does; download it again")
-    if not 0 <= info.header_offset <= end - _LOCAL_HEADER.size:
-        raise UserError(f"{path}: cut short or damaged at {name}; download or copy it again")
-    stream.seek(info.header_offset)
-    header = stream.read(_LOCAL_HEADER.size)
-    signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    if signature != b"PK\x03\x04" or stream.read(name_length) != info.orig_filename.encode(
-        "utf-8" if info.flag_bits & 0x800 else "cp437"
-    ):
-        raise UserError(f"{path}: damaged at {name}; download or copy it again")
-    offset = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if offset + info.file_size > end:
-        raise UserError(f"{path}: {name} reaches past the end of the data; download or copy it again")
-    return _Record(offset, info.file_size)
 
 
 class _Machine:
     """Interprets the pickle of a state dict."""
 
-    def __init__(self, path: Path, records: dict[str, _Record], prefix: str):
+    def __init__(self, path: Path, records: dict[str, Record], prefix: str):
         self._path, self._records, self._prefix = path, records, prefix
         self._storages: dict[str, _Storage] = {}
         self._stack: list[Any] = []
@@ -359,7 +291,10 @@ class _Machine:
         if record.size != length * (dtype.itemsize if dtype else 1):
             unit = f"{dtype.name} elements" if dtype else "bytes"
             raise self._damaged(f"the storage {key} has {record.size} bytes, which are not {length} {unit}")
-        storage = self._storages.setdefault(key, _Storage(key, record, dtype))
+        if key not in self._storages:
+            whole = record.checksum is not None and Checked(self._path, record.offset, record.size, record.checksum)
+            self._storages[key] = _Storage(key, record, dtype, whole or None)
+        storage = self._storages[key]
         if storage.dtype != dtype:
             raise self._damaged(f"the storage {key} is of two types, {storage.dtype} and {dtype}")
         return storage
@@ -380,7 +315,8 @@ class _Machine:
                 f"a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} does not fit into "
                 f"storage {storage.key} of {length} elements"
             )
-        return StoredTensor(self._path, storage.record.offset + offset * dtype.itemsize, dtype, shape, strides)
+        start = storage.record.offset + offset * dtype.itemsize
+        return StoredTensor(self._path, start, dtype, shape, strides, storage.checked)
 
     def check_storages(self) -> None:
         """Refuses storages that share bytes of the file."""

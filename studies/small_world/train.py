@@ -13,7 +13,7 @@ from adastate_jax.errors import UserError
 from studies.small_world import CONFIG, ROOT, STARTS, once, share_cores
 from studies.small_world.measure import check_teacher
 
-_INTERRUPTED = 130  # the exit code of a command that Ctrl-C stopped
+_INTERRUPTED = (130, 143)  # the exit codes of a command that Ctrl-C or SIGTERM stopped
 
 
 def train(folder: Path, names: list[str], seeds: list[int], jobs: int) -> None:
@@ -61,7 +61,7 @@ def _train_one(folder: Path, name: str, seed: int) -> None:
     start = time.monotonic()
     with (folder / f"{workdir.name}.log").open("ab") as log:
         code = subprocess.run(command, stderr=log, env=environment).returncode
-    if code not in (0, _INTERRUPTED):
+    if code not in (0, *_INTERRUPTED):
         raise UserError(f"{workdir}: training failed; the end of {log.name} says why")
     seconds = time.monotonic() - start
     stage = "initialize" if once(name) else "distill"

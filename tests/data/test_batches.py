@@ -204,7 +204,7 @@ def test_of_two_that_want_the_same_dataset_one_builds(tmp_path, monkeypatch):
 def test_a_data_dir_that_cannot_be_and_an_unknown_split_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     dataset = worlds(TINY, 2, 1, 0)
-    with pytest.raises(UserError, match="file cannot hold the dataset"):
+    with pytest.raises(UserError, match="file: cannot be written"):
         open_source(dataset, tmp_path / "file", "train")
     with pytest.raises(UserError, match="no split 'test': use one of train, validation"):
         open_source(dataset, tmp_path, "test")

@@ -13,6 +13,14 @@ def test_blank_lines_and_comments_are_skipped(tmp_path):
     assert read_prompts(file) == ["a red ball", "un château"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_whatever_an_editor_saved_is_read(tmp_path, encoding, end):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(f"un château{end}a line\u2028in two{end}".encode(encoding))
+    assert read_prompts(file) == ["un château", "a line\u2028in two"]
+
+
 def test_json_lines_give_their_prompt_field(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "# a hash is text here", "seed": 3}\n\n{"prompt": "two"}\n', encoding="utf-8")
@@ -22,14 +30,22 @@ def test_json_lines_give_their_prompt_field(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, r"missing\.txt cannot be read"),
-        ("empty.txt", b"", r"empty\.txt has no prompts"),
-        ("comments.txt", b"# only\n\n", r"comments\.txt has no prompts"),
-        ("latin.txt", b"fine\nch\xe2teau\n", r"latin\.txt, line 2 is not UTF-8"),
-        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl, line 2 is not JSON"),
-        ("other.jsonl", b'{"text": "a"}\n', r'other\.jsonl, line 1 has no text under "prompt"'),
-        ("list.jsonl", b'["a"]\n', r'list\.jsonl, line 1 has no text under "prompt"'),
-        ("blank.jsonl", b'{"prompt": " "}\n', r'blank\.jsonl, line 1 has no text under "prompt"'),
+        ("missing.txt", None, r"missing\.txt: cannot be read"),
+        ("empty.txt", b"", r"empty\.txt: has no prompts"),
+        ("comments.txt", b"# only\n\n", r"comments\.txt: has no prompts"),
+        ("latin.txt", b"fine\nch\xe2teau\n", r"latin\.txt: line 2 is not UTF-8"),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl: line 2: is not JSON"),
+        ("other.jsonl", b'{"text": "a"}\n', r'other\.jsonl: line 1 has no text under "prompt"'),
+        ("list.jsonl", b'["a"]\n', r'list\.jsonl: line 1 has no text under "prompt"'),
+        ("blank.jsonl", b'{"prompt": " "}\n', r'blank\.jsonl: line 1 has no text under "prompt"'),
+        ("half.jsonl", b'{"prompt": "\\ud800"}\n', r'half\.jsonl: line 1 has no text under "prompt"'),
+        (
+            "twice.jsonl",
+            b'{"prompt": "a", "prompt": "b"}\n',
+            r"line 1: is not JSON \(it names 'prompt' twice",
+        ),
+        ("deep.jsonl", b'{"prompt": ' + b"[" * 100_000, r"deep\.jsonl: line 1: is nested too deeply"),
+        ("zeros.txt", b"a\0\n", r"zeros\.txt: holds zero bytes"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):

@@ -12,22 +12,12 @@ import av
 import numpy as np
 import pytest
 
-from adastate_jax.data import videos as videos_module
+from adastate_jax.data import footage as footage_module
 from adastate_jax.data.batches import open_source, read_batch
-from adastate_jax.data.videos import (
-    ClipConfig,
-    Footage,
-    clip_frames,
-    decode_frames,
-    fit_pixels,
-    frame_pixels,
-    list_files,
-    read_captions,
-    read_clips,
-    scan_folder,
-    scan_footage,
-    videos,
-)
+from adastate_jax.data.decoding import decode_frames, fit_pixels, frame_pixels
+from adastate_jax.data.folders import list_files, read_captions, scan_folder
+from adastate_jax.data.footage import ClipConfig, Footage, clip_frames, read_clips, scan_footage
+from adastate_jax.data.videos import videos
 from adastate_jax.data.worlds import WorldConfig, render_world
 from adastate_jax.errors import UserError
 
@@ -165,7 +155,7 @@ def test_reading_holds_one_clip_of_frames(tmp_path, monkeypatch):
         most[0] = max(most[0], len(live))
         return pixels
 
-    monkeypatch.setattr(videos_module, "frame_pixels", counted)
+    monkeypatch.setattr(footage_module, "frame_pixels", counted)
     numbers = np.arange(76)[:, None] + np.arange(10)  # every frame is wanted by ten clips
     assert sum(1 for _ in read_clips(path, numbers, 16, 16)) == 76
     assert most[0] <= 11

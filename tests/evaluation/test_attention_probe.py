@@ -13,14 +13,17 @@ from conftest import LATENT_SHAPE, SMALL
 from adastate_jax import probe
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation.attention_probe import context_shares, frame_masses, probe_chunk, probe_stream
+from adastate_jax.generation import loading
 from adastate_jax.generation.loading import load
 from adastate_jax.models.attention import attend_all
 from adastate_jax.models.rope import rotate
-from adastate_jax.streaming.anchors import AdaptiveAnchor, NoAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
 from adastate_jax.streaming.denoising import live_noise, read_context
+from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.rollout import stream_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
+from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
+from adastate_jax.streaming.strategy import NoAnchor
 
 TOKENS = SMALL.frame_tokens(*LATENT_SHAPE[:2])
 
@@ -119,9 +122,9 @@ def test_a_first_chunk_is_probed_at_its_own_noise_levels(student, text):
 
 def test_the_command_writes_each_chunks_noise_levels(tmp_path, monkeypatch):
     config = str(Path(__file__).parents[2] / "configs" / "tiny.py")
-    monkeypatch.setattr(probe, "load", lambda _: load(config=config, random_weights=True))
+    monkeypatch.setattr(loading, "load", lambda _: load(config=config, random_weights=True))
     output = tmp_path / "probe"
-    command = ["--checkpoint=runs", "--prompt=x", f"--output={output}", "--anchors", "causal_forcing_one_step"]
+    command = ["--checkpoint=tiny", "--prompt=x", f"--output={output}", "--anchors", "causal_forcing_one_step"]
     with pytest.raises(UserError, match="chunk 0 of a frame-wise stream sees no other frame"):
         probe.main([*command, "--chunks", "1", "0"])
     assert not output.exists()

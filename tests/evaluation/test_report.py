@@ -13,7 +13,9 @@ import pytest
 from evaluation.clips import moving, still
 
 from adastate_jax.evaluation.measure import METRICS, Settings, measure_frames
-from adastate_jax.evaluation.report import Video, _summary_cell, by_group, summarize_group, write_report
+from adastate_jax.evaluation.page import _summary_cell
+from adastate_jax.evaluation.report import write_report
+from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 
 SETTINGS = Settings(3, 4)
 FILES = {

@@ -18,10 +18,9 @@ from adastate_jax.errors import UserError
 from adastate_jax.generation import loading as generate
 from adastate_jax.generation import video_stream
 from adastate_jax.generation.embeddings import StoredTextEncoder, random_embed
-from adastate_jax.models import vae
 from adastate_jax.models.text import PieceTokenizer
+from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming.anchors import RestartAnchor
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
@@ -29,6 +28,7 @@ from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Cue, Schedule
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.streaming.sinks import RestartAnchor
 from adastate_jax.weights.parts import load_part
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_a_stream_is_text_then_rollout_then_the_whole_clips_decoding(folder, mod
     )
     latents, carry = ada.make_sampler(model.config)(model.student, text, seed_keys(3, 2), num_chunks=4)
     assert carry.chunk == 4
-    video = jax.jit(vae.decode_clip)(load_part(folder, "vae", small_wan.CONFIG.vae, None), latents)
+    video = jax.jit(decode_clip)(load_part(folder, "vae", small_wan.CONFIG.vae, None), latents)
     expected = np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5))[:, :40]
     assert expected.std() > 1
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=1)
@@ -148,8 +148,8 @@ def test_a_restart_begins_with_the_first_frame_that_both_rollouts_show(model):
 
     @jax.jit
     def expected(codec, latents, text):
-        frames = jnp.clip(vae.decode_clip(codec.decoder, latents), -1, 1)
-        picture = vae.encode_clip(codec.encoder, frames[:, 12:13])  # 9 to 12 are of the fourth latent
+        frames = jnp.clip(decode_clip(codec.decoder, latents), -1, 1)
+        picture = encode_clip(codec.encoder, frames[:, 12:13])  # 9 to 12 are of the fourth latent
         overlaps = latents[:, 3:].at[:, :1].set(picture), latents[:, 3:]
         return [student(overlap, jnp.zeros((1, 3)), text, (0, 1, 2))[1].key for overlap in overlaps]
 
@@ -363,7 +363,7 @@ def test_a_video_begins_with_the_last_of_the_frames_it_starts_from(model):
     frames = np.concatenate(list(ada.stream(model, "a fox", seconds=2, start=start)))
     assert len(frames) == 32
     network, video = model.codec.encoder, jnp.asarray(start[None, -21:]) / 127.5 - 1
-    seen = vae.decode_clip(network, vae.encode_clip(network, video))
+    seen = decode_clip(network, encode_clip(network, video))
     np.testing.assert_allclose(frames[:21], np.round((np.clip(seen[0], -1, 1) + 1) * 127.5), rtol=0, atol=1)
     with pytest.raises(UserError, match=r"starts with 21 given frames; ask for more than 1.3125 seconds"):
         next(ada.stream(model, "a fox", seconds=1, start=start))

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from adastate_jax.errors import UserError
-from adastate_jax.models.attention import attend_all, attention, resolve_backend, shortcoming, splash_attention
+from adastate_jax.models import attention as attention_lib
+from adastate_jax.models.attention import (
+    MOST_SCORE_BYTES,
+    attend_all,
+    attention,
+    attention_in_blocks,
+    resolve_backend,
+    shortcoming,
+    splash_attention,
+)
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import make_mesh
 
@@ -56,13 +65,8 @@ def test_splash_is_attention_in_16_bits():
 
 def test_splash_has_the_gradient_of_attention():
     inputs = draw(1, 40, 130)
-    weight = jax.random.normal(jax.random.key(1), inputs[0].shape)
-
-    def gradient(function):
-        return jax.jit(jax.grad(lambda *x: (weight * function(*x)).sum(), argnums=(0, 1, 2)))(*inputs)
-
-    ours = gradient(lambda *x: splash_attention(*x, interpret=True))
-    for mine, exact in zip(ours, gradient(lambda *x: attention(*x, "xla")), strict=True):
+    ours = gradients(lambda *x: splash_attention(*x, interpret=True), inputs)
+    for mine, exact in zip(ours, gradients(lambda *x: attention(*x, "xla"), inputs), strict=True):
         np.testing.assert_allclose(mine, exact, atol=2e-5)
 
 
@@ -73,6 +77,75 @@ def test_splash_runs_on_a_mesh(batch):
     with jax.set_mesh(make_mesh(2, 2, 2)):
         split = jax.jit(lambda *x: splash_attention(*x, interpret=True))(*inputs)
     np.testing.assert_allclose(split, attention(*inputs, "xla"), atol=5e-6)
+
+
+def gradients(function, inputs):
+    weight = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    return jax.jit(jax.grad(lambda *x: (weight * function(*x)).sum(), argnums=(0, 1, 2)))(*inputs)
+
+
+@pytest.mark.parametrize(("queries", "most"), [(96, 32), (100, 30), (7, 1), (20, 500)])
+def test_blocks_of_queries_are_attention(queries, most):
+    """With blocks that are full, with padding, and of one query; the gradient too."""
+    inputs = draw(2, queries, 130)
+    blocked = jax.jit(lambda *x: attention_in_blocks(*x, most))
+    np.testing.assert_allclose(blocked(*inputs), attention(*inputs, "xla"), atol=1e-6)
+    whole = gradients(lambda *x: attention(*x, "xla"), inputs)
+    for ours, exact in zip(gradients(blocked, inputs), whole, strict=True):
+        np.testing.assert_allclose(ours, exact, atol=5e-6)
+
+
+def test_blocks_of_queries_lose_no_more_in_16_bits():
+    inputs = draw(1, 400, 60)
+    exact = gradients(lambda *x: attention(*x, "xla"), inputs)
+    low = [x.astype(jnp.bfloat16) for x in inputs]
+
+    def error(function):
+        return max(
+            np.abs(ours.astype(np.float32) - x).max() / np.abs(x).max()
+            for ours, x in zip(gradients(function, low), exact, strict=True)
+        )
+
+    assert error(lambda *x: attention_in_blocks(*x, 5)) < 1.2 * error(lambda *x: attention(*x, "xla"))
+
+
+def sizes_of_all_arrays(jaxpr):
+    """Bytes of everything that a traced program computes, the bodies of its loops among it."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size * variable.aval.dtype.itemsize for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from sizes_of_all_arrays(inner)
+
+
+def test_scores_that_would_not_fit_are_never_held(caplog):
+    """A sample of the 14B teacher at 480×832 in float32, whose scores are 172 GB a layer: forwards and backwards."""
+    shape = jax.ShapeDtypeStruct((1, 21 * 30 * 52, 40, 128), jnp.float32)
+
+    def loss(query, key, value):
+        return attention(query, key, value, "auto").sum()
+
+    with caplog.at_level(logging.INFO):
+        program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
+    sizes = list(sizes_of_all_arrays(program.jaxpr))
+    held = max(size for size in sizes if size > 4 * shape.size)  # beyond queries, keys and values themselves
+    assert 0.9 * MOST_SCORE_BYTES < held <= MOST_SCORE_BYTES
+    assert "204 queries at a time: the scores of 32760 queries and 32760 keys would take 171.7 GB" in caplog.text
+
+
+def test_a_mesh_holds_a_device_s_share_of_the_scores(monkeypatch):
+    inputs = draw(8, 64, 64, heads=4)
+    whole = 4 * 64 * 64 * 8 * 4
+    monkeypatch.setattr(attention_lib, "MOST_SCORE_BYTES", whole // 8)
+    blocked = str(jax.make_jaxpr(lambda *x: attention(*x, "xla"))(*inputs))
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        split = jax.make_jaxpr(lambda *x: attention(*x, "xla"))(*inputs)
+        monkeypatch.setattr(attention_lib, "MOST_SCORE_BYTES", whole // 30)
+        in_blocks = jax.jit(lambda *x: attention(*x, "xla"))(*inputs)
+    assert "scan" in blocked
+    assert "scan" not in str(split)
+    np.testing.assert_allclose(in_blocks, attention(*inputs, "xla"), atol=1e-6)
 
 
 def test_auto_is_the_platforms_own_backend():

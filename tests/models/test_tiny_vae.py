@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adastate_jax.models import tiny_vae, vae
+from adastate_jax.models import tiny_vae
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from adastate_jax.models.video_coding import decode, decoder_cache
 from adastate_jax.sharding import path_name
 from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.slots import load_official
@@ -26,7 +27,7 @@ TINY = TinyVAEConfig(latent_channels=4, widths=(8, 6, 4))
 
 # These networks run in milliseconds: optimising them would take longer than all the tests.
 QUICK = {"xla_backend_optimization_level": 0}
-decode = jax.jit(vae.decode, static_argnames="first", compiler_options=QUICK)
+decode = jax.jit(decode, static_argnames="first", compiler_options=QUICK)
 encode = jax.jit(tiny_vae.encode, compiler_options=QUICK)
 
 
@@ -74,7 +75,7 @@ def official_range(video):
 @needs_golden
 def test_decoding_a_clip_equals_the_official_decoder(golden, official):
     latents = einops.rearrange(golden["in.latent"], "b f c h w -> b f h w c")
-    video, _ = decode(official, latents, vae.decoder_cache(official, 1, 3, 4), first=True)
+    video, _ = decode(official, latents, decoder_cache(official, 1, 3, 4), first=True)
     video = einops.rearrange(official_range(video), "b f h w c -> b f c h w")
     np.testing.assert_allclose(video, golden["out.raw_sequential"][:, 3:], rtol=0, atol=5e-5)
     np.testing.assert_allclose(np.clip(video, 0, 1), golden["out.video"], rtol=0, atol=5e-5)
@@ -83,7 +84,7 @@ def test_decoding_a_clip_equals_the_official_decoder(golden, official):
 @needs_golden
 def test_decoding_a_stream_equals_the_official_streaming_decoder(golden, official):
     latents = einops.rearrange(golden["in.latent"], "b f c h w -> b f h w c")
-    cache = vae.decoder_cache(official, 1, 3, 4)
+    cache = decoder_cache(official, 1, 3, 4)
     for index in range(3):
         video, cache = decode(official, latents[:, index : index + 1], cache, first=index == 0)
         video = einops.rearrange(np.clip(official_range(video), 0, 1), "b f h w c -> b f c h w")
@@ -121,16 +122,16 @@ def test_surplus_rows_of_a_growing_layer_are_dropped(golden, official):
 def clip(tiny):
     """Latents [2, 4, 3, 2, 4] and what decoding them in one call gives."""
     latents = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 4)).astype(np.float32)
-    return latents, *decode(tiny, latents, vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    return latents, *decode(tiny, latents, decoder_cache(tiny, 2, 3, 2), first=True)
 
 
 def test_a_stream_decodes_to_the_clip_with_two_compilations(tiny, clip):
     latents, whole, whole_cache = clip
     assert whole.shape == (2, 13, 24, 16, 3)
     stream = jax.jit(
-        functools.partial(vae.decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
+        functools.partial(decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
     )
-    cache, parts = vae.decoder_cache(tiny, 2, 3, 2), []
+    cache, parts = decoder_cache(tiny, 2, 3, 2), []
     for index in range(4):
         part, cache = stream(tiny, latents[:, index : index + 1], cache, first=index == 0)
         parts.append(part)
@@ -162,7 +163,7 @@ def test_the_encoder_in_one_pass_equals_one_pass_per_latent(tiny):
 def test_half_precision_stays_close_and_gives_float32_frames(clip):
     latents, exact, _ = clip
     half = random_network(lambda: TinyVAE(dataclasses.replace(TINY, dtype="bfloat16"), rngs=nnx.Rngs(0)))
-    cache = vae.decoder_cache(half, 2, 3, 2)
+    cache = decoder_cache(half, 2, 3, 2)
     assert all(x.dtype == jnp.bfloat16 for x in cache.frames)
     video, _ = decode(half, latents[:, :1], cache, first=True)
     assert video.dtype == jnp.float32

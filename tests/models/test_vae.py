@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adastate_jax.models import vae
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.video_coding import (
+    decode,
+    decoder_cache,
+    encode,
+    encode_clip,
+    encode_moments,
+    encoder_cache,
+    tiled_decode,
+    tiled_decoder_cache,
+)
+from adastate_jax.models.video_layers import FeatureCache, kernel_init
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import path_name
 from adastate_jax.weights.safetensors_file import SafeTensors
@@ -28,8 +38,8 @@ TINY = VAEConfig(dim=4, dim_multipliers=(1, 2), num_res_blocks=1, temporal_downs
 
 # These networks run in milliseconds: optimising them would take longer than all the tests.
 QUICK = {"xla_backend_optimization_level": 0}
-decode = jax.jit(vae.decode, static_argnames="first", compiler_options=QUICK)
-encode_moments = jax.jit(vae.encode_moments, static_argnames="first", compiler_options=QUICK)
+decode = jax.jit(decode, static_argnames="first", compiler_options=QUICK)
+encode_moments = jax.jit(encode_moments, static_argnames="first", compiler_options=QUICK)
 
 
 def random_network(build, seed=0):
@@ -90,7 +100,7 @@ def tiny():
 def test_decoding_equals_the_official_decoder_and_its_cache(decoding):
     golden, model = decoding
     latents = channels_last(np.concatenate([golden["in.latent"], golden["in.latent_extra"]], axis=2))
-    cache, parts = vae.decoder_cache(model, 1, 4, 4), []
+    cache, parts = decoder_cache(model, 1, 4, 4), []
     for index in range(4):
         video, cache = decode(model, latents[:, index : index + 1], cache, first=index == 0)
         parts.append(channels_first(video))
@@ -107,7 +117,7 @@ def test_decoding_equals_the_official_decoder_and_its_cache(decoding):
 def test_encoding_equals_the_official_encoder(encoding):
     golden, model = encoding
     video = channels_last(golden["in.video"])
-    first, first_variance, cache = encode_moments(model, video[:, :1], vae.encoder_cache(model, 1, 4, 4), first=True)
+    first, first_variance, cache = encode_moments(model, video[:, :1], encoder_cache(model, 1, 4, 4), first=True)
     np.testing.assert_allclose(channels_first(first), golden["out.encode.first_frame_mu"], rtol=0, atol=5e-5)
     rest, rest_variance, _ = encode_moments(model, video[:, 1:], cache, first=False)
     mean = np.concatenate([first, rest], axis=1)
@@ -153,16 +163,16 @@ def test_the_default_statistics_are_the_official_ones():
 def clip(tiny):
     """Latents [2, 5, 3, 2, 16] and what decoding them in one call gives."""
     latents = np.random.default_rng(1).normal(size=(2, 5, 3, 2, 16)).astype(np.float32)
-    return latents, *decode(tiny, latents, vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    return latents, *decode(tiny, latents, decoder_cache(tiny, 2, 3, 2), first=True)
 
 
 def test_a_stream_decodes_to_the_clip_with_two_compilations(tiny, clip):
     latents, whole, whole_cache = clip
     assert whole.shape == (2, 9, 6, 4, 3)
     stream = jax.jit(
-        functools.partial(vae.decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
+        functools.partial(decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
     )
-    cache, parts = vae.decoder_cache(tiny, 2, 3, 2), []
+    cache, parts = decoder_cache(tiny, 2, 3, 2), []
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
     for index in range(5):
         part, cache = stream(tiny, latents[:, index : index + 1], cache, first=index == 0)
@@ -175,7 +185,7 @@ def test_a_stream_decodes_to_the_clip_with_two_compilations(tiny, clip):
 
 def test_chunks_of_any_size_decode_to_the_clip(tiny, clip):
     latents, whole, _ = clip
-    start, cache = decode(tiny, latents[:, :3], vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    start, cache = decode(tiny, latents[:, :3], decoder_cache(tiny, 2, 3, 2), first=True)
     rest, _ = decode(tiny, latents[:, 3:], cache, first=False)
     np.testing.assert_allclose(np.concatenate([start, rest], axis=1), whole, rtol=0, atol=1e-5)
     # The step itself takes any number of latents: the scan is there for memory, not for correctness.
@@ -187,9 +197,9 @@ def test_chunks_of_any_size_decode_to_the_clip(tiny, clip):
 
 def test_a_stream_encodes_to_the_clip(tiny):
     video = np.random.default_rng(2).uniform(-1, 1, (1, 7, 4, 6, 3)).astype(np.float32)
-    whole, *_ = encode_moments(tiny, video, vae.encoder_cache(tiny, 1, 2, 3), first=True)
+    whole, *_ = encode_moments(tiny, video, encoder_cache(tiny, 1, 2, 3), first=True)
     assert whole.shape == (1, 4, 2, 3, 16)
-    cache, parts, start = vae.encoder_cache(tiny, 1, 2, 3), [], 0
+    cache, parts, start = encoder_cache(tiny, 1, 2, 3), [], 0
     for size in (1, 2, 2, 2):
         part, _, cache = encode_moments(tiny, video[:, start : start + size], cache, first=start == 0)
         parts.append(part)
@@ -207,7 +217,7 @@ def test_only_the_first_stream_of_its_size_traces_the_network():
 
     for seed, height in ((0, 3), (0, 3), (1, 3), (1, 4)):
         model = random_network(lambda: Traced(TINY, rngs=nnx.Rngs(0)), seed)
-        cache = vae.decoder_cache(model, 1, height, 2)
+        cache = decoder_cache(model, 1, height, 2)
         assert cache.frames[0].shape == (1, 2, height, 2, 16)
         assert not any(x.any() for x in cache.frames)
     assert len(traced) == 2
@@ -216,7 +226,7 @@ def test_only_the_first_stream_of_its_size_traces_the_network():
 def test_later_latents_change_no_earlier_frame(tiny, clip):
     latents, video, _ = clip
     shifted = latents + np.array([0, 0, 1, 0, 0], np.float32)[:, None, None, None]
-    changed, _ = decode(tiny, shifted, vae.decoder_cache(tiny, 2, 3, 2), first=True)
+    changed, _ = decode(tiny, shifted, decoder_cache(tiny, 2, 3, 2), first=True)
     np.testing.assert_array_equal(video[:, :3], changed[:, :3])
     assert not np.allclose(video[:, 3:], changed[:, 3:])
 
@@ -224,7 +234,7 @@ def test_later_latents_change_no_earlier_frame(tiny, clip):
 def test_half_precision_stays_close_and_gives_float32_frames(clip):
     latents, exact, _ = clip
     half = random_network(lambda: VAE(dataclasses.replace(TINY, dtype="bfloat16"), rngs=nnx.Rngs(0)))
-    cache = vae.decoder_cache(half, 2, 3, 2)
+    cache = decoder_cache(half, 2, 3, 2)
     assert all(x.dtype == jnp.bfloat16 for x in cache.frames)
     video, _ = decode(half, latents[:, :1], cache, first=True)
     assert video.dtype == jnp.float32
@@ -233,14 +243,14 @@ def test_half_precision_stays_close_and_gives_float32_frames(clip):
 
 def test_one_tile_is_exact_and_many_cover_the_stream(tiny, clip):
     latents, whole, _ = clip
-    tiled_decode = jax.jit(vae.tiled_decode, static_argnames=("first", "tile", "overlap"), compiler_options=QUICK)
-    cache = vae.tiled_decoder_cache(tiny, 2, 3, 2, tile=8, overlap=2)
-    video, _ = tiled_decode(tiny, latents[:, :1], cache, first=True, tile=8, overlap=2)
+    decode_in_tiles = jax.jit(tiled_decode, static_argnames=("first", "tile", "overlap"), compiler_options=QUICK)
+    cache = tiled_decoder_cache(tiny, 2, 3, 2, tile=8, overlap=2)
+    video, _ = decode_in_tiles(tiny, latents[:, :1], cache, first=True, tile=8, overlap=2)
     np.testing.assert_allclose(video, whole[:, :1], rtol=0, atol=1e-5)
 
-    cache = vae.tiled_decoder_cache(tiny, 2, 3, 2, tile=2, overlap=1)
-    start, cache = tiled_decode(tiny, latents[:, :1], cache, first=True, tile=2, overlap=1)
-    rest, cache = tiled_decode(tiny, latents[:, 1:], cache, first=False, tile=2, overlap=1)
+    cache = tiled_decoder_cache(tiny, 2, 3, 2, tile=2, overlap=1)
+    start, cache = decode_in_tiles(tiny, latents[:, :1], cache, first=True, tile=2, overlap=1)
+    rest, cache = decode_in_tiles(tiny, latents[:, 1:], cache, first=False, tile=2, overlap=1)
     video = np.concatenate([start, rest], axis=1)
     assert video.shape == whole.shape
     # approximate by design: it resembles the exact video, far more than another video would
@@ -286,7 +296,7 @@ def test_tiles_take_less_memory_than_the_frame():
 
 
 def test_tiles_of_a_constant_video_blend_to_that_constant():
-    ones = vae.FeatureCache(())
+    ones = FeatureCache(())
 
     class Flat:
         config = TINY
@@ -295,31 +305,31 @@ def test_tiles_of_a_constant_video_blend_to_that_constant():
         def decode_step(latents, cache, first):
             return jnp.full((1, 1, 2 * latents.shape[2], 2 * latents.shape[3], 3), 0.7), cache
 
-    video, _ = vae.tiled_decode(Flat, jnp.zeros((1, 1, 7, 10, 16)), ones, first=True, tile=4, overlap=2)
+    video, _ = tiled_decode(Flat, jnp.zeros((1, 1, 7, 10, 16)), ones, first=True, tile=4, overlap=2)
     np.testing.assert_allclose(video, np.full((1, 1, 14, 20, 3), 0.7), rtol=1e-6)
 
 
 def test_fresh_kernels_keep_the_variance_of_their_input():
-    kernel = vae.kernel_init(jax.random.key(0), (3, 3, 3, 8, 40), "float32")
+    kernel = kernel_init(jax.random.key(0), (3, 3, 3, 8, 40), "float32")
     assert kernel.shape == (3, 3, 3, 8, 40)
     np.testing.assert_allclose(np.square(kernel).mean() * 3 * 3 * 3 * 8, 1, rtol=0.05)
 
 
 def test_misuse_is_refused(tiny):
-    cache = vae.decoder_cache(tiny, 1, 2, 2)
+    cache = decoder_cache(tiny, 1, 2, 2)
     with pytest.raises(ValueError, match="at least one frame"):
-        vae.decode(tiny, jnp.zeros((1, 0, 2, 2, 16)), cache, first=True)
+        decode(tiny, jnp.zeros((1, 0, 2, 2, 16)), cache, first=True)
     with pytest.raises(ValueError, match="16"):
-        vae.decode(tiny, jnp.zeros((1, 1, 2, 2, 8)), cache, first=True)
-    cache = vae.encoder_cache(tiny, 1, 2, 2)
+        decode(tiny, jnp.zeros((1, 1, 2, 2, 8)), cache, first=True)
+    cache = encoder_cache(tiny, 1, 2, 2)
     with pytest.raises(ValueError, match="1 \\+ 2 k frames"):
-        vae.encode(tiny, jnp.zeros((1, 4, 8, 8, 3)), cache, first=True)
+        encode(tiny, jnp.zeros((1, 4, 8, 8, 3)), cache, first=True)
     with pytest.raises(ValueError, match="2 k frames"):
-        vae.encode(tiny, jnp.zeros((1, 5, 8, 8, 3)), cache, first=False)
+        encode(tiny, jnp.zeros((1, 5, 8, 8, 3)), cache, first=False)
     with pytest.raises(ValueError, match="tiled"):
-        vae.encode_clip(tiny, jnp.zeros((1, 5, 8, 9, 3)))
+        encode_clip(tiny, jnp.zeros((1, 5, 8, 9, 3)))
     with pytest.raises(ValueError, match="overlap"):
-        vae.tiled_decoder_cache(tiny, 1, 8, 8, tile=4, overlap=4)
+        tiled_decoder_cache(tiny, 1, 8, 8, tile=4, overlap=4)
     with pytest.raises(ValueError, match="tile must be"):
         VAEConfig(tile=-1)
     with pytest.raises(ValueError, match="parts"):

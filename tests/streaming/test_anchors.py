@@ -22,27 +22,16 @@ from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.rope import MAX_POSITION, rotate, rotation
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.anchors import (
-    ANCHORS,
-    AbsoluteAnchor,
-    AdaptiveAnchor,
-    EMAAnchor,
-    MemoryAnchor,
-    NoAnchor,
-    PingPongAnchor,
-    RestartAnchor,
-    RollingAnchor,
-    StaticAnchor,
-    make_anchor,
-)
+from adastate_jax.streaming.anchors import ANCHORS, make_anchor
 from adastate_jax.streaming.carry import ChunkNoise, draw_noise, initial_carry, seed_keys
 from adastate_jax.streaming.denoising import generate_chunk
+from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
 from adastate_jax.streaming.presets import PRESETS, STREAM_NAMES, named_stream
 from adastate_jax.streaming.rollout import rollout as traced_rollout
 from adastate_jax.streaming.rollout import rollout_step, stream, stream_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, clean_layout_of, layout_of, phase_of
-from adastate_jax.streaming.sinks import Receding
-from adastate_jax.streaming.strategy import Commit
+from adastate_jax.streaming.sinks import AbsoluteAnchor, Receding, RestartAnchor, RollingAnchor, StaticAnchor
+from adastate_jax.streaming.strategy import Commit, NoAnchor
 
 rollout = jax.jit(traced_rollout, static_argnames=("config", "latent_shape", "num_chunks", "first_chunk"))
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 from small_rollouts import CHUNKS, KEYS, STREAMS, record_of
 
-from adastate_jax.config.stages import DistillConfig, OptimizerConfig, num_chunks
+from adastate_jax.config.stages import CACHE_GRADIENTS, DistillConfig, OptimizerConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise
 from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
@@ -22,14 +22,15 @@ from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 from adastate_jax.training.dmd import (
     dmd_gradient,
     dmd_loss,
-    gradient_pass,
+    draw_update,
     horizon_weights,
-    rollout_latents,
     score_sigma,
-    self_rollout,
     student_step,
 )
+from adastate_jax.training.self_rollout import draw_rollout_noise, gradient_pass, rollout_latents, self_rollout
 from adastate_jax.training.state import create_state
+
+DRAW = jax.jit(draw_update, static_argnums=(1, 2, 3, 4))
 
 
 def naive_latents(student, text, exit_step, stream, cache_gradient="stop"):
@@ -54,9 +55,11 @@ def naive_latents(student, text, exit_step, stream, cache_gradient="stop"):
         contents.append(split_live(clean, layout).content)
         fixed = jax.lax.stop_gradient(context)
         _, fresh = denoise(frozen, jax.lax.stop_gradient(clean), 0.0, frozen_text, layout, fixed)
-        if cache_gradient == "straight_through":
+        if cache_gradient != "stop":
             fresh = jax.tree.map(lambda v, path: v + path - jax.lax.stop_gradient(path), fresh, exit_fresh)
         cache = cache_lib.advance(carry.cache, stream.anchor, layout, fresh, phase.first_frame)
+        if cache_gradient == "window":
+            cache = dataclasses.replace(cache, anchor=jax.lax.stop_gradient(cache.anchor))
         carry = dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1)
     return jnp.concatenate(contents, axis=1)
 
@@ -78,8 +81,15 @@ def differ(a, b) -> float:
     return max(jax.tree.leaves(jax.tree.map(leaf, a, b)))
 
 
-@pytest.mark.parametrize("cache_gradient", ["stop", "straight_through"])
-@pytest.mark.parametrize(("name", "exit_step"), [("adaptive", 1), ("adaptive_wide", 2), ("static", 0), ("none", 2)])
+@pytest.mark.parametrize(
+    ("name", "exit_step", "cache_gradient"),
+    [
+        *((name, step, "stop") for name, step in (("adaptive", 1), ("adaptive_wide", 2), ("static", 0), ("none", 2))),
+        *((name, step, "window") for name, step in (("adaptive", 1), ("static", 0))),
+        *((name, step, "straight_through") for name, step in (("adaptive", 1), ("adaptive_wide", 2), ("static", 0))),
+        ("none", 2, "straight_through"),
+    ],
+)
 def test_two_phases_give_the_naive_gradient(name, exit_step, cache_gradient, student, text):
     stream = STREAMS[name]
 
@@ -102,7 +112,7 @@ def test_the_gradient_pass_repeats_the_rollout(student, text):
     stream = STREAMS["adaptive"]
     record = record_of(student, text, jnp.int32(2), stream)
     again = jax.jit(gradient_pass, static_argnames=("stream", "cache_gradient"))
-    for mode in ("stop", "straight_through"):
+    for mode in CACHE_GRADIENTS:
         latents = again(student, student.text_keys_values(text), record, stream, mode)
         np.testing.assert_allclose(latents, rollout_latents(record, stream), atol=1e-5)
 
@@ -138,8 +148,10 @@ def test_stopped_gradient_reaches_no_earlier_chunk(student, text):
         return jnp.square(split_live(clean, layout).content).mean()
 
     assert differ(gradient, jax.jit(jax.grad(alone))(student)) < 1e-5
-    leaking, _, _ = _gradient_of_last_chunk(student, text, "straight_through")
-    assert differ(leaking, gradient) > 1e-2
+    window, _, _ = _gradient_of_last_chunk(student, text, "window")
+    whole, _, _ = _gradient_of_last_chunk(student, text, "straight_through")
+    assert differ(window, gradient) > 1e-2
+    assert differ(whole, window) > 1e-2  # the state carries some of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +229,36 @@ def test_dmd_gradient_and_loss():
     weights = horizon_weights(4, 2.0)
     loss_gradient = jax.grad(dmd_loss)(jnp.asarray(latents), gradient, weights)
     np.testing.assert_allclose(loss_gradient, weights[:, None, None, None] * expected / latents.size, rtol=1e-4)
-    assert np.all(dmd_gradient(latents, np.full_like(fake, np.nan), real) == 0)
+
+
+def test_a_gradient_that_is_not_finite_becomes_so():
+    """As torch.nan_to_num makes it: NaN is 0, and an infinity the largest number of its sign."""
+    largest = np.finfo(np.float32).max
+    zeros, ones = np.zeros((1, 1, 1, 1, 3), np.float32), np.ones((1, 1, 1, 1, 3), np.float32)
+    fake = np.array([np.nan, np.inf, -np.inf], np.float32).reshape(zeros.shape)
+    np.testing.assert_array_equal(dmd_gradient(ones, fake, zeros).ravel(), [0, largest, -largest])
+    # Latents that equal the teacher's clean latents have a scale of zero.
+    fake = np.array([0, 1, -1], np.float32).reshape(zeros.shape)
+    np.testing.assert_array_equal(dmd_gradient(zeros, fake, zeros).ravel(), [0, largest, -largest])
+
+
+def test_an_update_draws_what_a_stream_would():
+    """The rollout's noise is that of streams with the same keys; exit steps and levels cover their range."""
+    stream, config = STREAMS["adaptive"], DistillConfig(rollout_frames=9)
+    keys = jax.random.split(jax.random.key(8), 2)
+    noise = draw_rollout_noise(keys, stream, LATENT_SHAPE, 3)
+    carry = initial_carry(SMALL, stream, keys, *LATENT_SHAPE[:2])
+    for chunk in range(3):
+        alone = draw_noise(dataclasses.replace(carry, chunk=jnp.int32(chunk)), stream, LATENT_SHAPE)
+        np.testing.assert_array_equal(noise.content[chunk], alone.content)
+        np.testing.assert_array_equal(noise.state[chunk], alone.state)
+    draws = [DRAW(jax.random.key(i), 2, config, stream, LATENT_SHAPE) for i in range(20)]
+    assert {int(draw.exit_step) for draw in draws} == set(range(len(stream.sigmas)))
+    sigma = np.array([draw.sigma for draw in draws])
+    assert sigma.min() >= 0.02
+    assert sigma.max() <= 0.98
+    assert len(np.unique(sigma)) > 30
+    assert draws[0].score_noise.shape == (2, 9, *LATENT_SHAPE)
 
 
 @jax.tree_util.register_dataclass
@@ -238,26 +279,23 @@ class Opinion:
 def test_student_step_follows_the_weighted_difference_of_the_scores(student, text):
     """Loss, gradient and EMA of a student update, told apart from the scores' opinions and the rollout alone."""
     stream, frames, decay = STREAMS["adaptive"], 3, 0.75  # one chunk
+    draws = DRAW(jax.random.key(4), 2, DistillConfig(rollout_frames=frames), stream, LATENT_SHAPE)
     optimizer = OptimizerConfig(learning_rate=1e-3, betas=(0.5, 0.999), max_gradient_norm=1e9)
     config = DistillConfig(rollout_frames=frames, student=optimizer, ema_decay=decay, ema_start=3, horizon_alpha=1.5)
     critic, teacher = (Opinion(jax.random.normal(jax.random.key(i), (frames, *LATENT_SHAPE))) for i in (1, 2))
-    null_text, key = jnp.full((1, *text.shape[1:]), 0.3), jax.random.key(4)
+    null_text = jnp.full((1, *text.shape[1:]), 0.3)
     state = create_state(student, optimizer, True)
     state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 1.0, student))
 
     @jax.jit
     def step(state, iteration):
-        return student_step(state, critic, teacher, text, null_text, iteration, key, config, stream, LATENT_SHAPE)
+        return student_step(state, critic, teacher, text, null_text, iteration, draws, config, stream)
 
     (before, scalars), (after, _) = step(state, jnp.int32(2)), step(state, jnp.int32(3))
 
     @jax.jit
     def expected(student):
-        exit_key, noise_key = jax.random.split(jax.random.split(key, 3)[0])
-        exit_step = jax.random.randint(exit_key, (), 0, len(stream.sigmas))
-        keys = jax.random.split(noise_key, text.shape[0])
-        text_kv = student.text_keys_values(text)
-        record = self_rollout(student, text_kv, keys, exit_step, stream, LATENT_SHAPE, frames // stream.chunk_frames)
+        record = self_rollout(student, student.text_keys_values(text), draws.noise, draws.exit_step, stream)
         latents = rollout_latents(record, stream)
         said, unsaid = (x.mean(axis=(1, 2))[:, None, None, None, None] for x in (text, null_text))
         fake, real = critic.clean + said, teacher.clean + said + config.guidance_scale * (said - unsaid)
@@ -307,3 +345,13 @@ def test_impossible_distillations_are_refused():
 def test_the_student_is_updated_once_per_ratio():
     config = DistillConfig(critic_ratio=5)
     assert [i for i in range(12) if config.updates_student(i)] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 5])
+def test_every_update_draws_prompts_of_its_own(ratio):
+    """Batches are numbered through, none is left out, and the student's come first in an iteration."""
+    config = DistillConfig(critic_ratio=ratio)
+    updates = [(config.update_numbers(i)) for i in range(11)]
+    assert [number for numbers in updates for number in numbers.values()] == list(range(sum(map(len, updates))))
+    assert all(list(numbers) == ["critic"] or list(numbers) == ["student", "critic"] for numbers in updates)
+    assert [i for i, numbers in enumerate(updates) if "student" in numbers] == list(range(0, 11, ratio))

@@ -9,7 +9,7 @@ from conftest import LATENT_SHAPE
 
 from adastate_jax.config.stages import InitializeConfig, OptimizerConfig, PretrainConfig, ode_sigmas
 from adastate_jax.diffusion import add_noise, clean_to_flow, denoising_sigmas, draw_normal, flow_to_clean
-from adastate_jax.streaming.rollout import StreamConfig
+from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.state import apply_gradients, create_state
@@ -91,6 +91,39 @@ def test_adam_without_momentum_keeps_none_and_computes_the_same():
         updates, their_state = update(gradients, their_state, theirs)
         theirs = jax.jit(optax.apply_updates)(theirs, updates)
         np.testing.assert_allclose(state.params["w"], theirs["w"], rtol=1e-6)  # another compiler may fuse otherwise
+
+
+def test_weights_of_any_dtype_are_trained_in_float32(student, latents, text):
+    """Loaded in 16 bits, their masters, moments and average are float32, and an update of 2e-6 moves them."""
+    optimizer = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
+    config = PretrainConfig(optimizer=optimizer)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        state = create_state(jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), student), optimizer, True)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    after, _ = STEP(state, latents, text, text[:1], jax.random.key(0), config)
+    assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+    moved = [after != before for before, after in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True)]
+    assert np.mean(np.concatenate([x.ravel() for x in moved])) > 0.99
+    in_16_bits = [
+        after.astype(jnp.bfloat16) != before.astype(jnp.bfloat16)
+        for before, after in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True)
+    ]
+    assert np.mean(np.concatenate([x.ravel() for x in in_16_bits])) < 0.1  # what 16 bits would have kept of it
+
+
+def test_the_second_moment_of_16_bit_weights_grows_to_its_value():
+    """1 − 0.999ⁿ of a gradient of one; in bfloat16 it stalls at half of that."""
+    optimizer = OptimizerConfig(weight_decay=0.0, max_gradient_norm=100.0)
+    state = create_state({"w": jnp.ones(4, jnp.bfloat16)}, optimizer, False)
+    gradients = {"w": jnp.ones(4)}
+    state = jax.jit(
+        lambda state: jax.lax.fori_loop(
+            0, 3000, lambda _, state: apply_gradients(state, gradients, optimizer)[0], state
+        )
+    )(state)
+    (second,) = (part.nu["w"] for part in state.optimizer if hasattr(part, "nu"))
+    np.testing.assert_allclose(second, 1 - 0.999**3000, rtol=1e-3)
+    np.testing.assert_allclose(state.params["w"], 1 - 3000 * 2e-6, rtol=2e-4)
 
 
 def test_rates_are_scheduled():

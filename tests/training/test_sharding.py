@@ -1,5 +1,6 @@
 """Every training step on 8 devices gives what one device gives, and what is split stays split."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LATENT_SHAPE, SMALL
+from conftest import LATENT_SHAPE, SMALL, make_dit
 from flax import nnx
 
 from adastate_jax.config.stages import DistillConfig, InitializeConfig, OptimizerConfig, PretrainConfig
 from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.linear import Linear
 from adastate_jax.models.text import TextConfig, TextEncoder
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.sharding import (
@@ -28,7 +30,7 @@ from adastate_jax.sharding import (
 from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
 from adastate_jax.streaming.denoising import generate_chunk
 from adastate_jax.streaming.schedule import StreamConfig, phase_of
-from adastate_jax.training.dmd import critic_step, student_step
+from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.stages.run import compile_step
@@ -44,19 +46,22 @@ def place(tree, mesh):
     return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
-def compare(function, states, batch, one, eight):
-    """Runs function(states, batch) on both meshes and compares all it returns."""
-    results = []
-    for mesh in (one, eight):
-        with jax.set_mesh(mesh):
-            placed, sharded = place(states, mesh), shard_batch(batch, mesh)
-            result = jax.jit(function)(placed, sharded)
-            if mesh is eight:
-                kernels = [x for x in jax.tree.leaves(result) if x.ndim >= 2 and x.size > 1000]
-                assert any(not x.sharding.is_fully_replicated for x in kernels)
-            results.append(jax.tree.map(np.asarray, result))
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+def run_on(mesh, function, states, batch):
+    """What function(states, batch) returns on a mesh, as it lies on its devices."""
+    with jax.set_mesh(mesh):
+        return jax.jit(function)(place(states, mesh), shard_batch(batch, mesh))
+
+
+def differing(tree, other, atol=1e-5, rtol=1e-4):
+    """Paths of the leaves of two trees that are not the same numbers."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(other), strict=True)
+    return [path_name(path) for (path, x), y in leaves if not np.allclose(x, y, atol=atol, rtol=rtol)]
+
+
+def split_kernels(tree):
+    """Paths of the kernels of which no device holds the whole."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [path_name(path) for path, x in leaves if x.size > 1000 and not x.sharding.is_fully_replicated]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +104,9 @@ def test_pretrain_step(student, batch, meshes):
             results.append(jax.tree.map(np.asarray, (state, scalars)))
             step(state, sharded)
             assert step._cache_size() == 1
-    for result in results[1:]:
-        for a, b in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+    one, eight, of_every_kind = results
+    assert differing(one, eight) == []
+    assert differing(one, of_every_kind) == []
 
 
 def test_tensor_parallel_layers_gather_nothing(student, batch):
@@ -134,7 +139,9 @@ def test_initialize_step(context, student, batch, meshes):
     def step(state, batch):
         return initialize_step(state, batch["trajectory"], batch["text"], jax.random.key(1), config, STREAM)
 
-    compare(step, create_state(student, OPTIMIZER, True), batch, *meshes)
+    one, eight = (run_on(mesh, step, create_state(student, OPTIMIZER, True), batch) for mesh in meshes)
+    assert split_kernels(eight)
+    assert differing(one, eight) == []
 
 
 def test_distill_steps(student, critic, teacher, batch, meshes):
@@ -149,18 +156,78 @@ def test_distill_steps(student, critic, teacher, batch, meshes):
             batch["text"],
             NULL_TEXT,
             jnp.int32(3),
-            jax.random.key(1),
+            draw_update(jax.random.key(1), BATCH, config, STREAM, LATENT_SHAPE),
             config,
             STREAM,
-            LATENT_SHAPE,
         )
+        draws = draw_update(jax.random.key(2), BATCH, config, STREAM, LATENT_SHAPE)
         critic_state, critic_scalars = critic_step(
-            critic_state, student_state.params, batch["text"], jax.random.key(2), config, STREAM, LATENT_SHAPE
+            critic_state, student_state.params, batch["text"], draws, config, STREAM
         )
         return student_state, critic_state, scalars, critic_scalars
 
     states = (create_state(student, OPTIMIZER, True), create_state(critic, OPTIMIZER, False), teacher)
-    compare(step, states, batch, *meshes)
+    one, eight = (run_on(mesh, step, states, batch) for mesh in meshes)
+    assert split_kernels(eight)
+    assert differing(one, eight) == []
+
+
+def reductions(program):
+    """Of a compiled program, the values that devices add up: {name: whether it was bfloat16 just before}."""
+    operations, roots, computation = {}, {}, None  # name -> (type, kind, operands, the computation that it calls)
+    for line in program.splitlines():
+        if header := re.match(r"(?:ENTRY )?(%\S+) \(", line):
+            computation = header[1]
+        if found := re.match(r"\s+(ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line):
+            root, name, dtype, kind, rest = found.groups()
+            called = re.search(r"calls=(%[^\s,]+)", rest)
+            operations[name] = dtype, kind, re.findall(r"%[^\s,)]+", rest.partition("), ")[0]), called and called[1]
+            if root:
+                roots[computation] = name
+
+    def was_rounded(name):
+        dtype, kind, operands, called = operations[name]
+        if dtype.startswith("bf16"):
+            return True
+        if kind == "fusion":
+            return was_rounded(roots[called])
+        passes_on = ("convert", "bitcast", "copy", "dynamic-slice", "reshape", "slice", "transpose")
+        return kind in passes_on and was_rounded(operands[0])
+
+    added = [operands for _, kind, operands, _ in operations.values() if kind in ("all-reduce", "reduce-scatter")]
+    return {name: was_rounded(name) for names in added for name in names}
+
+
+@pytest.mark.parametrize(("kind", "in_16_bits"), [(nnx.Linear, True), (Linear, False)])
+def test_what_is_added_up_in_16_bits_is_found(kind, in_16_bits, meshes):
+    """Of one layer's gradient: flax's is, ours is not. XLA on CPU adds in float32, but what was rounded before."""
+    layer = kind(64, 32, dtype="bfloat16", rngs=nnx.Rngs(0))
+
+    def gradient(layer, x):
+        return jax.grad(lambda layer: jnp.square(layer(x).astype(jnp.float32)).mean())(layer)
+
+    with jax.set_mesh(meshes[1]):
+        x = shard_batch(np.ones((BATCH, 6, 64), np.float32), meshes[1])
+        found = reductions(jax.jit(gradient).lower(place(layer, meshes[1]), x).compile().as_text())
+    assert len(found) == 2  # kernel and bias
+    assert any(found.values()) == in_16_bits
+
+
+def test_gradients_are_added_up_in_float32(batch, meshes):
+    """Whatever dtype the network computes in: the weights' gradients, and with them all that devices add up."""
+    config = PretrainConfig(optimizer=OPTIMIZER)
+    network = make_dit(dataclasses.replace(SMALL, dtype="bfloat16"), 0)
+
+    def step(state, batch):
+        return pretrain_step(state, batch["latents"], batch["text"], NULL_TEXT, jax.random.key(1), config)
+
+    with jax.set_mesh(meshes[1]):
+        state = place(create_state(network, OPTIMIZER, True), meshes[1])
+        program = jax.jit(step).lower(state, shard_batch(batch, meshes[1])).compile().as_text()
+    assert "bf16" in program
+    found = reductions(program)
+    assert len(found) > len(jax.tree.leaves(network))
+    assert [name for name, in_16_bits in found.items() if in_16_bits] == []
 
 
 def test_states_are_born_in_their_shards(meshes):

@@ -1,12 +1,11 @@
 """Stage `distill`: the teacher into the student, on the student's own rollouts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adastate_jax.sharding import tree_shardings
-from adastate_jax.training.dmd import critic_step, student_step
+from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.stages.inputs import read_prompts
 from adastate_jax.training.stages.run import Run, abstract_states, compile_step, copy_tree, trained
 from adastate_jax.training.state import TrainState, create_state
@@ -28,17 +27,18 @@ def distill(run: Run) -> None:
         shardings = tree_shardings(abstract, run.mesh)
         return jax.jit(states, out_shardings=shardings)(trained(run, "initialize", "ema"), teacher)
 
+    def update_key(step: jax.Array, update: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, step), update)
+
     def update_student(student, critic, teacher, frozen, null_text, batch, step):
         text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        update_key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
-        return student_step(
-            student, critic, teacher, text, null_text, step, update_key, config, stream, run.latent_shape
-        )
+        draws = draw_update(update_key(step, 0), config.batch_size, config, stream, run.latent_shape)
+        return student_step(student, critic, teacher, text, null_text, step, draws, config, stream)
 
     def update_critic(critic, student, frozen, batch, step):
         text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
-        update_key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-        return critic_step(critic, student, text, update_key, config, stream, run.latent_shape)
+        draws = draw_update(update_key(step, 1), config.batch_size, config, stream, run.latent_shape)
+        return critic_step(critic, student, text, draws, config, stream)
 
     compiled_student = compile_step(run, update_student, abstract["student"])
     compiled_critic = compile_step(run, update_critic, abstract["critic"])
@@ -55,11 +55,14 @@ def distill(run: Run) -> None:
         scalars = {}
         if config.updates_student(step):
             student, scalars = compiled_student(
-                student, critic.params, teacher, run.frozen, run.negative_text, batch, number
+                student, critic.params, teacher, run.frozen, run.negative_text, batch["student"], number
             )
-        critic, critic_scalars = compiled_critic(critic, student.params, run.frozen, batch, number)
+        critic, critic_scalars = compiled_critic(critic, student.params, run.frozen, batch["critic"], number)
         scalars = {**scalars, **{f"critic_{name}": value for name, value in critic_scalars.items()}}
         return {"student": student, "critic": critic}, scalars
 
-    read = functools.partial(read_prompts, run, "distill", config.batch_size)
+    def read(step: int) -> dict[str, dict[str, np.ndarray]]:
+        numbers = config.update_numbers(step)
+        return {name: read_prompts(run, "distill", config.batch_size, number) for name, number in numbers.items()}
+
     run.run_stage("distill", create, step_function, read, config.steps, compiling)

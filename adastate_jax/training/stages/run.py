@@ -20,7 +20,8 @@ from adastate_jax.models.dit import DiT
 from adastate_jax.models.text import ByteTokenizer
 from adastate_jax.sharding import replicated, shard_batch, tree_shardings
 from adastate_jax.training.frozen import Frozen, with_shardings
-from adastate_jax.training.loop import Metrics, StopRequest, run_stage
+from adastate_jax.training.loop import run_stage
+from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.state import create_state
 
 
@@ -44,7 +45,6 @@ class Run:
     empty_text: jax.Array
     negative_text: jax.Array
     metrics: Metrics
-    stop: StopRequest
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -53,6 +53,11 @@ class Run:
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; step s uses fold_in(key, s)."""
         return key_of(self.config, stage)
+
+    def refuse_removed(self) -> None:
+        """Raises UserError if the work directory is gone: what is written on would be a folder of half a run."""
+        if not (self.workdir / "config.json").is_file():
+            raise UserError(f"{self.workdir}: was removed during the run; run again to begin anew")
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has made its last checkpoint."""
@@ -94,7 +99,6 @@ class Run:
                 steps,
                 checkpoints,
                 self.metrics,
-                self.stop,
                 logging.log_every,
                 logging.save_every,
                 compiling,

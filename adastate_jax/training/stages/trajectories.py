@@ -1,16 +1,19 @@
 """The teacher's ODE trajectories, drawn once per work directory."""
 
 import functools
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from adastate_jax import seals
 from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.console import progress
 from adastate_jax.diffusion import draw_normal
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reading, writing
+from adastate_jax.files import whole_file
 from adastate_jax.sharding import batch_sharding, shard_batch
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.stages.run import Run, trained
@@ -20,9 +23,14 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     """Draws the teacher's trajectories into files, each whole or absent, and returns how to read them.
 
     Trajectory i is for caption i (modulo their number), from noise of key i: a missing file is made again, the same.
+    One that the folder's seal does not list counts as missing, so those of versions without a seal are drawn again.
 
     Returns:
-        Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32.
+        Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32; a file is checked against the seal when it
+        is first read.
+
+    Raises:
+        UserError: trajectories are not finite, or a file is damaged or cannot be written; the function that reads, too.
     """
     config, stream = run.config.initialize, run.config.stream
     try:
@@ -33,7 +41,6 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     shape = (run.config.data.num_frames, *run.latent_shape)
     key = run.key("trajectories")
     folder = run.workdir / "trajectories"
-    folder.mkdir(exist_ok=True)
     per_file = config.batch_size
     num_files = -(-config.trajectories // per_file)
 
@@ -44,14 +51,17 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
         return sample_trajectory(teacher, noise, text, null_text, sigmas, config.guidance_scale, keep_every)
 
     def file(index: int) -> Path:
-        return folder / f"{index:06d}.npy"
+        return folder / _name(index)
 
-    missing = [i for i in range(num_files) if not file(i).is_file()]
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
+    missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
     if missing:
         teacher = trained(run, "pretrain", "ema")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
-                run.stop.check()
+                run.refuse_removed()
                 numbers = np.arange(index * per_file, (index + 1) * per_file)
                 token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
                 batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
@@ -61,20 +71,57 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                partial = folder / ".partial.npy"
-                np.save(partial, drawn)
-                partial.replace(file(index))
+                write_trajectories(file(index), drawn, sealed)
                 bar.set_description("trajectories")
                 bar.update(per_file)
+
+    return read_trajectories(folder, per_file, (len(stream.sigmas) + 1, *shape))
+
+
+def write_trajectories(file: Path, drawn: np.ndarray, sealed: dict[str, seals.Fingerprint]) -> None:
+    """Writes trajectories into a file, and adds it to what its folder's seal lists; raises UserError if it cannot."""
+    content = io.BytesIO()
+    np.save(content, drawn)  # into a file, it would not say why it could not
+    with writing(file):
+        with whole_file(file) as temporary:
+            temporary.write_bytes(content.getbuffer())
+            sealed[file.name] = seals.fingerprint(temporary)
+        seals.write_seal(file.parent, sealed)
+
+
+def read_trajectories(folder: Path, per_file: int, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """How to read the trajectories of a folder, `per_file` of them in each of its files, each of a shape.
+
+    Raises:
+        UserError: the seal or (from the function that reads) a file is missing or damaged.
+    """
+    sealed = seals.read_seal(folder, _fix(folder))
+
+    @functools.cache
+    def checked(index: int) -> Path:
+        file = folder / _name(index)
+        if file.name not in sealed:
+            raise UserError(f"{file}: missing; {_fix(folder)}")
+        seals.verify_file(file, sealed[file.name], _fix(file))
+        return file
 
     def read(numbers: np.ndarray) -> np.ndarray:
         rows = []
         for number in numbers:
             index, row = divmod(int(number), per_file)
-            try:
-                rows.append(np.load(file(index), mmap_mode="r")[row])
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file(index)}: damaged ({error}); remove it and run again") from None
+            file = checked(index)
+            with reading(file, _fix(file), ValueError, IndexError):
+                rows.append(np.load(file, mmap_mode="r")[row])
+            if rows[-1].shape != shape:
+                raise UserError(f"{file}: holds trajectories of another shape; {_fix(file)}")
         return np.stack(rows)
 
     return read
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}.npy"
+
+
+def _fix(path: Path) -> str:
+    return f"remove {path} and run again, to draw anew"

@@ -1,0 +1,85 @@
+"""What a video says of itself: all that it takes to make it again, as texts in the file's metadata."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from adastate_jax import __version__
+from adastate_jax.errors import UserError
+from adastate_jax.streaming.prompts import Cue
+
+# Options of the sample command, under the names that they have there and as keys.
+_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "image", "video")
+_NUMBERS = {"seed": int, "seconds": float, "scale": int}
+
+
+def made_with() -> str:
+    """What a video's frames depend on beside the model: versions and device."""
+    return f"adastate_jax {__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}"
+
+
+def digest(frames: np.ndarray | None) -> str:
+    """Tells frames to start from [n, height, width, 3] apart; empty for none."""
+    return "" if frames is None else hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()[:16]
+
+
+def describe(
+    options: Mapping[str, Any],
+    overrides: Sequence[str],
+    cues: Sequence[Cue] | None,
+    model: str,
+    start: str,
+    command: Sequence[str],
+) -> dict[str, str]:
+    """The metadata of a video.
+
+    Args:
+        options: of the sample command, by name; None is not kept.
+        overrides: of configuration fields.
+        cues: the schedule that it follows, if it is no single prompt.
+        model: fingerprint.
+        start: `digest` of the frames that it starts from.
+        command: its arguments, for people.
+    """
+    kept = {name: str(options[name]) for name in (*_TEXTS, *_NUMBERS) if options.get(name) is not None}
+    if options.get("random_weights"):
+        kept["random_weights"] = "true"
+    if overrides:
+        kept["overrides"] = json.dumps(list(overrides))
+    if cues:
+        kept["schedule"] = json.dumps([dataclasses.asdict(cue) for cue in cues])
+    if start:
+        kept["start"] = start
+    for name in ("checkpoint", "image", "video", "config"):  # so that it is found from another folder, too
+        if name in kept and Path(kept[name]).exists():
+            kept[name] = str(Path(kept[name]).absolute())
+    return {**kept, "model": model, "made_with": made_with(), "command": shlex.join(command)}
+
+
+def recall(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options that `describe` put into metadata, with `overrides`, `schedule` (JSON), `model` and `start`.
+
+    Raises:
+        UserError: the metadata are of no video of this package, or damaged.
+    """
+    if "model" not in metadata or "made_with" not in metadata or not {"prompt", "schedule"} & metadata.keys():
+        raise UserError(f"{path}: does not say how it was made; name a video that the sample command wrote")
+    found: dict[str, Any] = {name: metadata[name] for name in _TEXTS if name in metadata}
+    try:
+        found |= {name: kind(metadata[name]) for name, kind in _NUMBERS.items() if name in metadata}
+        overrides = json.loads(metadata.get("overrides", "[]"))
+        if not all(isinstance(one, str) for one in overrides):
+            raise ValueError("overrides")
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: what it says of how it was made is damaged; name another video") from None
+    found |= {name: Path(found[name]) for name in ("checkpoint", "image", "video") if name in found}
+    found["random_weights"] = metadata.get("random_weights") == "true"
+    others = {name: metadata.get(name, "") for name in ("schedule", "model", "start", "made_with")}
+    return {**found, **others, "overrides": overrides}

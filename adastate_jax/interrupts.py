@@ -1,0 +1,241 @@
+"""Ctrl-C and SIGTERM: one of them ends a command within seconds, at whatever moment it comes, without a traceback.
+
+Python's own way, a KeyboardInterrupt in the main thread, does not; each of its gaps is closed here:
+
+- During a command's first imports it ends in a traceback: handlers are installed before them, and end the process.
+- In a callback from C (JAX has one in the garbage collector) Python can only report it and drop it, and some libraries
+  print it: the hooks that it is reported to have the signal raised again.
+- While the main thread is in C, which a compilation is for minutes, no handler runs. The signal's number is in the pipe
+  of `signal.set_wakeup_fd` nevertheless; a thread reads it there, and ends the process itself if the main thread has
+  not done so within seconds. What must not be left behind is registered with `at_forced_end`.
+
+Whoever has something to save asks for `deferred` signals. A second Ctrl-C ends the process at once, always.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + number, as shells count a process that a signal ended
+_PATIENCE = 3.0  # seconds that the main thread gets for leaving its contexts
+_ECHO = 0.2  # seconds within which a signal is the same one again: some launchers send it to a process and to its group
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop by a signal; what there was to save is saved."""
+
+
+class Deferral:
+    """What a `deferred` context yields: `requested` is whether a signal has come."""
+
+    requested = False
+
+    def __init__(self, message: str):
+        self.message = message
+
+
+class _State:
+    """Of this process: what is installed, and what has come."""
+
+    received: int | None = None  # the first signal's number
+    raised = False  # whether the handler has raised for it
+    dropped = False  # whether that was lost in a callback
+    deferral: Deferral | None = None
+    note = ""
+    previous: dict[int, object] | None = None  # handlers to restore; None is not installed
+    raising = False  # whether somebody is there to catch what the handler raises
+
+
+_ending = threading.Lock()
+_at_forced_end: list[Callable[[], None]] = []
+
+_state = _State()
+
+
+def install() -> bool:
+    """Installs handlers and the watching thread, if they are not; a signal that the process ignores stays ignored.
+
+    Returns whether they were installed now.
+    """
+    if _state.previous is not None:
+        return False
+    _hold_standard_descriptors()
+    _state.previous = _set_handlers()
+    _state.received, _state.raised, _state.dropped, _state.note = None, False, False, ""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    sys.unraisablehook, sys.excepthook = _report, _report_uncaught
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+    return True
+
+
+def uninstall() -> None:
+    """Undoes `install`."""
+    os.close(signal.set_wakeup_fd(-1))  # ends the thread
+    sys.unraisablehook, sys.excepthook = sys.__unraisablehook__, sys.__excepthook__
+    _restore_handlers(_state.previous)
+    _state.previous = None
+
+
+def received() -> int | None:
+    """The number of the signal that has come, or None."""
+    return _state.received
+
+
+def at_forced_end(function: Callable[[], None]) -> None:
+    """Registers what is called before a process ends without leaving its contexts, in another thread than the main."""
+    _at_forced_end.append(function)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """A context that a signal leaves by `Stopped`, so that what is open gets closed; outside, it ends the process."""
+    _state.raising = True
+    try:
+        yield
+    finally:
+        _state.raising = False
+
+
+@contextlib.contextmanager
+def if_stopped(note: str) -> Iterator[None]:
+    """What is said after "stopped" of a signal that comes within this context."""
+    before, _state.note = _state.note, note
+    yield
+    _state.note = before  # not after an exception: it is said when the contexts are left
+
+
+@contextlib.contextmanager
+def deferred(message: str) -> Iterator[Deferral]:
+    """A context in which a signal raises nothing: it is noted, and `message` is said. Leaving it then raises `Stopped`.
+
+    Does nothing outside of the main thread, to which signals do not come.
+    """
+    own = _state.previous is None and threading.current_thread() is threading.main_thread()
+    handlers = _set_handlers() if own else None
+    _state.deferral = deferral = Deferral(message)
+    try:
+        yield deferral
+    finally:
+        _state.deferral = None
+        if own:
+            _restore_handlers(handlers)
+            _state.received = None
+    if deferral.requested:
+        _state.raised = not own
+        raise Stopped
+
+
+def end(number: int) -> None:
+    """Says "stopped" and ends the process, as one that this signal ended; does not return.
+
+    Neither threads nor dispatched computations are waited for, as JAX would at the interpreter's end.
+    """
+    if not _ending.acquire(blocking=False):
+        while True:  # another thread is at it
+            time.sleep(1.0)
+    for function in _at_forced_end:
+        with contextlib.suppress(Exception):
+            function()
+    _say(f"stopped; {_state.note}" if _state.note else "stopped")
+    os._exit(EXIT_CODES[number])
+
+
+def _say(text: str) -> None:
+    """A line on stderr, past Python's stream: the main thread may be within a call of that, or hold its lock."""
+    with contextlib.suppress(OSError):
+        if select.select([], [2], [], 0)[1]:
+            before = "\n" if os.isatty(2) else ""  # a progress bar may be there
+            os.write(2, f"{before}{text}\n".encode(errors="backslashreplace"))
+
+
+def _hold_standard_descriptors() -> None:
+    """Opens nowhere as stdin, stdout or stderr where they are closed.
+
+    Otherwise the next file that is opened has their number, and what libraries say on stderr is written into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _set_handlers() -> dict[int, object]:
+    heeded = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, _handle) for number in heeded}
+
+
+def _restore_handlers(handlers: dict[int, object]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _handle(number: int, _) -> None:
+    """In the main thread, once it runs Python."""
+    _state.received = _state.received or number
+    if _state.deferral is not None:
+        if not _state.deferral.requested:
+            _state.deferral.requested = True
+            _say(f"{signal.Signals(number).name}: {_state.deferral.message}")
+        elif _state.previous is None and number == signal.SIGINT:
+            raise Stopped  # the second; where nothing watches
+    elif _state.previous is None:
+        raise Stopped
+    elif not _state.raising:
+        end(number)
+    elif not _state.raised:
+        _state.raised = True
+        raise Stopped
+
+
+def _report(unraisable) -> None:
+    """`sys.unraisablehook`: an exception that Python cannot raise."""
+    if _state.received is None or _state.deferral is not None:
+        sys.__unraisablehook__(unraisable)
+    elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _state.dropped = True
+
+
+def _report_uncaught(kind, error, trace) -> None:
+    """`sys.excepthook`, which C code calls, too, for an exception that it goes on after."""
+    if _state.received is None or _state.deferral is not None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        _state.dropped = True
+
+
+def _watch(reading: int) -> None:
+    """The thread: sees every signal when it comes, and that one of them ends the process."""
+    first = last = free = None  # when the first and the newest came, and since when nothing defers them
+    while True:
+        ready, _, _ = select.select([reading], [], [], None if first is None else 0.1)
+        now = time.monotonic()
+        if ready:
+            content = os.read(reading, 64)
+            if not content:  # closed by `uninstall`
+                os.close(reading)
+                return
+            numbers = [number for number in content if number in EXIT_CODES]
+            if not numbers:
+                continue
+            again = last is not None and now - last > _ECHO
+            _state.received = _state.received or numbers[0]
+            first, last = first or now, now
+            if again and signal.SIGINT in numbers:
+                end(_state.received)
+        if first is None:
+            continue
+        free = None if _state.deferral is not None else free or now
+        if free is not None and now - free > _PATIENCE:
+            end(_state.received)
+        if _state.dropped:
+            _state.raised = _state.dropped = False
+            last = now
+            signal.pthread_kill(threading.main_thread().ident, _state.received)

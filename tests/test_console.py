@@ -1,0 +1,350 @@
+"""How commands behave in a terminal: where output goes, what is said, how they end."""
+
+import importlib
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from adastate_jax import __main__, interrupts, sample
+from adastate_jax.__main__ import COMMANDS
+from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
+from adastate_jax.data.worlds import WorldConfig, caption_pattern
+from adastate_jax.errors import UserError
+from adastate_jax.generation.shipped import shipped_config
+from adastate_jax.streaming import names, presets
+
+ROOT = Path(__file__).parents[1]
+
+
+def options_of(arguments, default="out.mp4"):
+    parser = CommandParser(prog="x")
+    output_argument(parser, "mp4 file", default)
+    return parser.parse_args(arguments)
+
+
+def claim(*arguments, **settings):
+    with claimed_output(options_of(arguments), **settings) as path:
+        return str(path)
+
+
+def test_a_default_output_is_numbered_and_a_named_one_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert claim() == "out.mp4"
+    (tmp_path / "out.mp4").touch()
+    assert claim() == "out-2.mp4"
+    assert claim("--overwrite") == "out.mp4"
+    with pytest.raises(UserError, match=r"^--output=out.mp4: exists; name another, or add --overwrite"):
+        claim("--output=out.mp4")
+    assert claim("--output=out.mp4", "--overwrite") == "out.mp4"
+    assert claim("--output=out.mp4", number=3) == "out-3.mp4"
+    with pytest.raises(UserError, match="required: --output"):
+        options_of([], default=None)
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "report.html").touch()
+    assert claim("--output=folder", folder=True) == "folder"
+    for arguments, folder, message in (
+        (["--output=folder"], False, "folder: is a folder; name a file"),
+        (["--output=file", "--overwrite"], True, "file: is a file; name a folder"),
+        (["--output=full"], True, "full: exists; name another, or add --overwrite"),
+        (["--output=file/x.mp4"], False, r"file/x.mp4: cannot be written \(File exists\)"),
+        (["--output=/proc/x.mp4"], False, "/proc/x.mp4: cannot be written"),
+        ([f"--output={'x' * 252}.mp4"], False, r"cannot be written \(File name too long\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claim(*arguments, folder=folder)
+    with claimed_output(options_of(["--output=new.mp4"])), pytest.raises(UserError, match="another process is writing"):
+        claim("--output=new.mp4")
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+# What a command does when the signal comes; it has a claimed and a half-written file open, and says so.
+WORK = {
+    "sleeps": "time.sleep(60)",
+    # A callback of C's, as JAX has one there: what is raised in it is reported, and dropped.
+    "drops it": "gc.callbacks.append(lambda *_: time.sleep(0.5)); ready(); gc.collect(); time.sleep(60)",
+    "swallows it": """
+    try:
+      ready(); time.sleep(60)
+    except BaseException:
+      pass
+    time.sleep(60)""",
+    # As long as a compilation, and as deaf to signals, which are handled between two operations of Python.
+    "computes in C": "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+}
+COMMAND = """
+import gc, hashlib, sys, time
+from pathlib import Path
+from adastate_jax.console import run_command
+from adastate_jax.files import claimed, whole_file
+from adastate_jax.interrupts import if_stopped
+
+def ready():
+  Path(sys.argv[1], "ready").touch()
+
+def main(arguments):
+  out = Path(sys.argv[1], "out.mp4")
+  with if_stopped(f"{out} was not written"), claimed(out), whole_file(out) as half:
+    half.write_text("half")
+    WORK
+
+run_command(main)
+"""
+
+
+def start(code, folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_ends_a_command_whatever_it_does(work, number, code, tmp_path):
+    work = WORK[work] if "ready()" in WORK[work] else f"ready(); {WORK[work]}"
+    process = start(COMMAND.replace("WORK", work), tmp_path)
+    wait_for(tmp_path / "ready")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=8)
+    assert process.returncode == code
+    assert errors == f"stopped; {tmp_path / 'out.mp4'} was not written\n"
+    assert os.listdir(tmp_path) == ["ready"]
+
+
+SAVING = """
+import sys, time
+from pathlib import Path
+from adastate_jax import interrupts
+from adastate_jax.console import run_command
+
+def main(arguments):
+  folder = Path(sys.argv[1])
+  with interrupts.deferred("stopping as soon as all is saved") as stop:
+    (folder / "ready").touch()
+    while not stop.requested:
+      time.sleep(0.05)
+    time.sleep(float(arguments[1]))
+    (folder / "saved").touch()
+
+run_command(main)
+"""
+
+
+def test_what_there_is_to_save_is_saved_first(tmp_path):
+    process = start(SAVING, tmp_path, "4")  # longer than a command that saves nothing gets
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)  # schedulers repeat it
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert errors == "SIGTERM: stopping as soon as all is saved\nstopped\n"
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_interrupt_does_not_wait_for_that(tmp_path):
+    process = start(SAVING, tmp_path, "60")
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert not (tmp_path / "saved").exists()
+
+
+def test_signals_are_deferred_without_a_command_too():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    done = []
+
+    def train():
+        with interrupts.deferred("stopping") as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stop.requested:
+                time.sleep(0.01)
+            done.append("saved")
+
+    with pytest.raises(interrupts.Stopped):
+        train()
+    assert done == ["saved"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert interrupts.received() is None
+
+
+@pytest.mark.parametrize("delay", [0.2, 1.0])
+def test_an_interrupt_during_imports_shows_no_traceback(delay, tmp_path):
+    output = tmp_path / "out.mp4"
+    process = start(
+        f"import runpy, sys; sys.argv[1:] = ['--checkpoint=tiny', '--prompt=x', '--output={output}']; "
+        "runpy.run_module('adastate_jax.sample', run_name='__main__')",
+        tmp_path,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=8)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("stopped\n")
+    assert not os.listdir(tmp_path)
+
+
+# --- standard streams -------------------------------------------------------------------------------------------------
+
+SPEAKING = """
+import os, sys
+from pathlib import Path
+from adastate_jax.console import progress, run_command
+
+def main(arguments):
+  with open(sys.argv[1], "w") as file, progress("work", 3) as bar:
+    for step in range(3):
+      os.write(2, b"a library's words")  # where stderr is closed, this must not come into the file
+      file.write("work")
+      bar.update(1)
+  print("x" * 100_000)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [
+        (">&-", 0),
+        ("2>&-", 0),
+        (">&- 2>&- <&-", 0),
+        (">/dev/full", 1),
+        ("2>/dev/full", 0),
+        ("2> >(exec true)", 0),
+        ("> >(exec true); sleep 0.1", 141),
+        (">/dev/null", 0),
+    ],
+)
+def test_the_work_is_done_whoever_listens(redirection, code, tmp_path):
+    command = f"sleep 0.1; exec {shlex.quote(sys.executable)} -c {shlex.quote(SPEAKING)} {tmp_path / 'out'}"
+    where, _, _ = redirection.partition(";")
+    done = subprocess.run(["bash", "-c", f"({command}) {where}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "out").read_text() == "work" * 3
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.endswith("note: stdout: cannot be written (No space left on device)\n")
+
+
+def test_progress_into_a_pipe_is_a_few_lines(capsys):
+    logger = logging.getLogger("adastate_jax.models.attention")
+
+    def main(arguments):
+        logging.basicConfig()  # as Orbax does when it is imported
+        with progress("sample", 1000, unit="frame", compiles=True) as bar:
+            for step in range(1000):
+                if step == 500:
+                    logger.info("attention: xla")
+                bar.update(1)
+
+    with pytest.raises(SystemExit):
+        run_command(main, [])
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 13
+    assert lines[0].startswith("sample (compiling):   0%")
+    assert lines[-1].startswith("sample: 100%")
+    assert lines.count("attention: xla") == 1
+
+
+def test_compilations_are_not_counted(capsys):
+    with progress("sample", 10) as bar:
+        time.sleep(0.3)
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 0.25)
+        bar.update(5)
+        assert 0.04 < bar.format_dict["elapsed"] < 0.2
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9.0)
+        assert bar.format_dict["elapsed"] >= 0
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9.0)  # nobody listens
+
+
+# --- what is refused and said without JAX -----------------------------------------------------------------------------
+
+
+def test_commands_are_imported_without_jax():
+    code = (
+        "import sys, adastate_jax, adastate_jax.__main__, adastate_jax.sample, adastate_jax.probe, adastate_jax.bench\n"
+        "assert {*adastate_jax.__all__} <= {*dir(adastate_jax)}\n"
+        "print(sorted({'jax', 'numpy', 'cv2', 'av'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_package_has_what_it_lists():
+    import adastate_jax as ada
+
+    for name in ada.__all__:
+        assert getattr(ada, name).__module__.startswith("adastate_jax.")
+    with pytest.raises(AttributeError, match="no attribute 'sampler'"):
+        _ = ada.sampler
+
+
+def test_names_that_are_known_without_jax_are_the_real_ones():
+    assert tuple(presets.PRESETS) == names.PRESET_NAMES
+    assert tuple(presets.ANCHORS) == names.STRATEGY_NAMES
+    assert names.STREAM_NAMES == presets.STREAM_NAMES
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as exited:
+        importlib.import_module(f"adastate_jax.{name}").main(["--help"])
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert f"python -m adastate_jax.{name} " in text.partition("example")[2]
+
+
+def test_all_commands_are_listed(capsys):
+    texts = {path.stem: path.read_text() for path in (ROOT / "adastate_jax").glob("*.py")}
+    assert {*COMMANDS} == {name for name, text in texts.items() if "run_command(main)" in text}
+    assert all("interrupts.install()" in texts[name] for name in COMMANDS)
+    for arguments in ([], ["--help"]):
+        assert __main__._dispatch(arguments) == 0
+        assert capsys.readouterr().out.count("\n  ") == len(COMMANDS)
+    with pytest.raises(UserError, match="nonsense: no such command; use one of sample, train"):
+        __main__._dispatch(["nonsense"])
+    with pytest.raises(UserError, match="--anchor: invalid choice: 'x'"):
+        __main__._dispatch(["sample", "--anchor=x"])
+
+
+def test_the_words_that_the_shipped_model_knows_are_told(capsys):
+    words = caption_pattern(WorldConfig(**shipped_config("tiny")["data"]["worlds"]))
+    assert words == "a camera pans left/right over green hills/sand dunes/purple mountains with a red/white ball"
+    assert words in (ROOT / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    assert words in capsys.readouterr().out
