@@ -109,6 +109,6 @@ def load_config(path: Path) -> Config:
     Raises:
         UserError: the file is missing or not a configuration of this version.
     """
-    if not is_file(path):
+    if not is_file(path) and not os.path.isdir(path):  # a folder in its place is named as what it is
         raise UserError(f"{path}: no such file; is this a folder that train wrote?")
     return build(Config, parse_json(read_text(path), str(path)), str(path))

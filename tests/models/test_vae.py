@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from adastate_jax.models import video_coding
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.video_coding import (
@@ -170,7 +171,7 @@ def test_a_stream_decodes_to_the_clip_with_two_compilations(tiny, clip):
     latents, whole, whole_cache = clip
     assert whole.shape == (2, 9, 6, 4, 3)
     stream = jax.jit(
-        functools.partial(decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
+        functools.partial(video_coding.decode), static_argnames="first", donate_argnames="cache", compiler_options=QUICK
     )
     cache, parts = decoder_cache(tiny, 2, 3, 2), []
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
