@@ -18,33 +18,42 @@ from adastate_jax.errors import UserError, shown
 _MAX_INTEGER = 1 << 53
 
 
-class Named:
-    """A dataclass that is one of several kinds; a mapping tells which by the entry `name`.
+_CHOICE = "choice"  # key of a field's metadata
 
-    `default_kind`, of a class and no field, is the kind of a mapping without that entry.
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a field that holds one of several dataclasses is read: a mapping tells which by the entry `name`.
+
+    Attributes:
+        kinds: the dataclasses by name.
+        make: (name, its settings) → one of them; raises ValueError where a name or setting is unknown or out of range.
+        default: the name where the mapping has none.
     """
 
-    default_kind = ""
+    kinds: Mapping[str, type]
+    make: Callable[..., Any]
+    default: str
 
-    @classmethod
-    def kinds(cls) -> Mapping[str, type]:
-        """The kinds by name."""
-        raise NotImplementedError
 
-    @classmethod
-    def from_settings(cls, name: str, **settings: Any) -> "Named":
-        """One of the kind `name`; raises ValueError where the name or a setting is unknown or out of range."""
-        raise NotImplementedError
+def one_of(kinds: Mapping[str, type], make: Callable[..., Any], default: str) -> Any:
+    """A dataclass field that holds one of several kinds, by default that of the name `default`; see `Choice`."""
+    metadata = {_CHOICE: Choice(kinds, make, default)}
+    return dataclasses.field(default_factory=kinds[default], metadata=metadata)
 
 
 def to_dict(config: Any) -> Any:
     """A configuration as plain dicts, lists and numbers, as `build` reads it."""
-    if isinstance(config, Named):
-        name = next(name for name, kind in config.kinds().items() if type(config) is kind)
-        return {"name": name, **dataclasses.asdict(config)}
     if dataclasses.is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {field.name: _field_to_dict(field, getattr(config, field.name)) for field in dataclasses.fields(config)}
     return tuple(to_dict(x) for x in config) if isinstance(config, tuple) else config
+
+
+def _field_to_dict(field: dataclasses.Field, value: Any) -> Any:
+    if _CHOICE not in field.metadata:
+        return to_dict(value)
+    name = next(name for name, kind in field.metadata[_CHOICE].kinds.items() if type(value) is kind)
+    return {"name": name, **to_dict(value)}
 
 
 def build(kind: type, values: Any, where: str) -> Any:
@@ -53,16 +62,12 @@ def build(kind: type, values: Any, where: str) -> Any:
     Raises:
         UserError: a field is unknown, of a wrong type, or out of range; the message names it, after `where`.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: must be a group of fields, got {shown(values)}")
-    for name in values:
-        if not isinstance(name, str):
-            raise UserError(f"{where}: a field's name must be a word, got {shown(name)}")
-    if issubclass(kind, Named):
-        make, settings = _named_fields(kind, dict(values), where)
-    else:
-        make, settings = kind, fields_of(kind, values, where)
-        _refuse_missing(kind, settings, where)
+    settings = fields_of(kind, values, where)
+    _refuse_missing(kind, settings, where)
+    return _made(kind, settings, where)
+
+
+def _made(make: Callable[..., Any], settings: Mapping[str, Any], where: str) -> Any:
     try:
         return make(**settings)
     except (ValueError, ArithmeticError, UserError) as error:
@@ -71,9 +76,26 @@ def build(kind: type, values: Any, where: str) -> Any:
 
 def fields_of(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Some fields of the dataclass `kind`, each of its type; raises UserError as `build` does, but for their ranges."""
-    types_ = typing.get_type_hints(kind)
-    refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
-    return {name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()}
+    types_, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    refuse_unknown(_group(values, where), list(fields), where)
+
+    def converted(name: str) -> Any:
+        choice = fields[name].metadata.get(_CHOICE)
+        if choice is not None:
+            return _chosen(choice, values[name], f"{where}.{name}")
+        return _convert(types_[name], values[name], f"{where}.{name}")
+
+    return {name: converted(name) for name in values}
+
+
+def _group(values: Any, where: str) -> Mapping[str, Any]:
+    """The values themselves, if they are named."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: must be a group of fields, got {shown(values)}")
+    for name in values:
+        if not isinstance(name, str):
+            raise UserError(f"{where}: a field's name must be a word, got {shown(name)}")
+    return values
 
 
 def _refuse_missing(kind: type, settings: Mapping[str, Any], where: str) -> None:
@@ -83,17 +105,16 @@ def _refuse_missing(kind: type, settings: Mapping[str, Any], where: str) -> None
             raise UserError(f"{where}.{field.name}: is missing")
 
 
-def _named_fields(
-    kind: type[Named], settings: dict[str, Any], where: str
-) -> tuple[Callable[..., Named], dict[str, Any]]:
-    """What makes one of several kinds, and its settings, each of its type."""
-    name = settings.pop("name", kind.default_kind)
+def _chosen(choice: Choice, values: Any, where: str) -> Any:
+    """One of several kinds; those of its settings that it has are each of its type."""
+    settings = dict(_group(values, where))
+    name = settings.pop("name", choice.default)
     if not isinstance(name, str):
         raise UserError(f"{where}.name: must be of type str, got {shown(name)}")
-    types_ = typing.get_type_hints(kind.kinds()[name]) if name in kind.kinds() else {}
+    types_ = typing.get_type_hints(choice.kinds[name]) if name in choice.kinds else {}
     for field in types_.keys() & settings.keys():
         settings[field] = _convert(types_[field], settings[field], f"{where}.{field}")
-    return functools.partial(kind.from_settings, name), settings
+    return _made(functools.partial(choice.make, name), settings, where)
 
 
 def refuse_unknown(values: Iterable[str], known: Sequence[str], where: str) -> None:

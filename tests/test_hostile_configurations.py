@@ -11,7 +11,7 @@ from mutations import HOSTILE_VALUES, damaged_json, damaged_value, nested, tried
 from adastate_jax.config.files import load_config, parse_config
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
-from adastate_jax.fields import Named, build, to_dict
+from adastate_jax.fields import build, one_of, to_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COUNTS = {"values": 200, "files": 200, "flags": 120}
@@ -150,26 +150,24 @@ def test_names_that_no_file_has(name):
             read()
 
 
-def test_a_configuration_of_several_kinds_says_which():
-    class Shape(Named):
-        default_kind = "round"
-
-        @classmethod
-        def kinds(cls):
-            return {"round": Round}
-
-        @classmethod
-        def from_settings(cls, name, **settings):
-            if name not in cls.kinds() or settings.keys() - {"size"}:
-                raise ValueError(f"unknown shape {name!r:.40} or setting")
-            return cls.kinds()[name](**settings)
-
+def test_a_field_of_several_kinds_says_which():
     @dataclasses.dataclass(frozen=True)
-    class Round(Shape):
+    class Round:
         size: int = 1
 
-    assert build(Shape, {"size": 3}, "shape") == Round(3)
+    def make(name, **settings):
+        if name != "round" or settings.keys() - {"size"}:
+            raise ValueError(f"unknown shape {name!r:.40} or setting")
+        return Round(**settings)
+
+    @dataclasses.dataclass(frozen=True)
+    class Holder:
+        shape: object = one_of({"round": Round}, make, "round")
+
+    assert build(Holder, {}, "it") == Holder(Round(1))
+    assert build(Holder, {"shape": {"size": 3}}, "it") == Holder(Round(3))
+    assert to_dict(Holder(Round(3))) == {"shape": {"name": "round", "size": 3}}
     for value in HOSTILE_VALUES:
         for values in ({"name": value}, {"size": value}, value):
-            found, line = tried(lambda values=values: build(Shape, values, "shape"))
-            assert line is not None or type(found) is Round
+            found, line = tried(lambda values=values: build(Holder, {"shape": values}, "it"))
+            assert line is not None or type(found.shape) is Round

@@ -3,8 +3,9 @@
 import dataclasses
 
 from adastate_jax.diffusion import MAX_TIMESTEP, denoising_sigmas
+from adastate_jax.fields import one_of
+from adastate_jax.streaming.anchors import ANCHORS, make_anchor
 from adastate_jax.streaming.layout import Layout, consecutive
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.strategy import NoAnchor
 
 CUT_POSITION = 45  # of the first content frame behind a scene cut. Source: Infinity-RoPE, arXiv 2511.20649
@@ -29,7 +30,7 @@ class StreamConfig:
 
     chunk_frames: int = 3
     past_frames: int = 3
-    anchor: NoAnchor = dataclasses.field(default_factory=AdaptiveAnchor)
+    anchor: NoAnchor = one_of(ANCHORS, make_anchor, "adaptive")
     denoising_steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
     timesteps: tuple[float, ...] = ()

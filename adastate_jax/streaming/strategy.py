@@ -6,13 +6,12 @@ together are simply all of it; what a strategy does from the first frame that no
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adastate_jax.fields import Named
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.streaming.layout import Layout, consecutive
 
@@ -37,7 +36,7 @@ class Commit:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoAnchor(Named):
+class NoAnchor:
     """A plain sliding window (Self-Forcing, Causal-Forcing), and the base of all strategies: their contract.
 
     A strategy is a frozen dataclass: its fields are settings, it is hashable, and programs are compiled for it. All
@@ -69,19 +68,6 @@ class NoAnchor(Named):
     whole_chunks = False
     restarts = False
     joint = False
-    default_kind = "adaptive"
-
-    @classmethod
-    def kinds(cls) -> Mapping[str, type]:
-        from adastate_jax.streaming.anchors import ANCHORS  # the list of all stands above each of them
-
-        return ANCHORS
-
-    @classmethod
-    def from_settings(cls, name: str, **settings: Any) -> "NoAnchor":
-        from adastate_jax.streaming.anchors import make_anchor
-
-        return make_anchor(name, **settings)
 
     # What is static.
 
