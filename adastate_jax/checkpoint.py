@@ -5,10 +5,13 @@ gets its own. What is not sealed was cut short and is never loaded; what no long
 """
 
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 _INNER = "saving"  # where Orbax saves, within a temporary folder: it leaves files of its own beside, if it fails
+_ONE_AT_A_TIME = threading.Lock()  # Orbax saves from one thread of a process only
+_PATIENCE = 2.0  # seconds, for writes that are under way when another one has failed
 
 # What Orbax raises for files that match their seal and are still none that it wrote; lack of memory is not among it.
 _STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -48,9 +53,43 @@ def save_tree(path: str | Path, tree: Any) -> None:
     with writing(path, Exception):
         if path.exists():
             shutil.rmtree(path)
-        with whole_folder(path) as temporary:
-            ocp.save(temporary / _INNER, flatten(tree))
+        with whole_folder(path) as temporary, _without_stragglers(temporary):
+            _refuse_too_large(temporary, tree)
+            with _ONE_AT_A_TIME:
+                ocp.save(temporary / _INNER, flatten(tree))
             _finish(temporary)
+
+
+def _refuse_too_large(folder: Path, tree: Any) -> None:
+    """Raises OSError where a disk has less room than a tree takes, before anything is written."""
+    if shutil.disk_usage(folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def _without_stragglers(folder: Path) -> Iterator[None]:
+    """Keeps quiet TensorStore's threads when a save into a temporary folder has failed, and removes what they leave.
+
+    Orbax closes its event loop at the first write that fails. The other writes go on for a while; each then finds the
+    loop closed, and C++ hands that to `sys.excepthook`. It may do so later, so after a failure the hook stays.
+    """
+    before = sys.excepthook
+
+    def report(kind, error, trace):
+        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+            before(kind, error, trace)
+
+    sys.excepthook = report
+    try:
+        yield
+    except BaseException:
+        deadline = time.monotonic() + _PATIENCE
+        while any(folder.iterdir()) and time.monotonic() < deadline:
+            for path in folder.iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
+        raise
+    sys.excepthook = before
 
 
 def _finish(folder: Path) -> None:
@@ -165,6 +204,8 @@ class Checkpoints:
         self.wait()
         with self._refusing(), contextlib.ExitStack() as stack:
             temporary = stack.enter_context(whole_folder(self.folder / str(step)))
+            _refuse_too_large(temporary, tree)
+            stack.enter_context(_without_stragglers(temporary))
             response = ocp.save_async(temporary / _INNER, flatten(tree))
             unfinished = stack.pop_all()
 

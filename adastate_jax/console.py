@@ -130,7 +130,9 @@ def _run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) 
     except BaseException:  # also what an import makes of an interrupt
         if interrupts.received() is None:
             raise
-        interrupts.end(interrupts.received())
+    # The exception is gone, and with it all that its frames held: semaphores of other processes, for one.
+    interrupts.end(interrupts.received())
+    raise AssertionError("the process has ended")
 
 
 def starting(what: str = "JAX") -> None:

@@ -23,9 +23,11 @@ import numpy as np
 from adastate_jax.config.run import STAGES
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
 from adastate_jax.errors import UserError, one_line
-from adastate_jax.fields import parse_json, to_dict
+from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_folder
 from adastate_jax.generation import loading as generate
+from adastate_jax.interrupts import if_stopped
+from adastate_jax.texts import parse_json
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
 from adastate_jax.weights.kinds import KINDS
@@ -116,11 +118,9 @@ def _parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not name or not equals:
             raise UserError(f"--set {setting[:80]}: must be NAME=VALUE")
         try:
-            overrides[name] = parse_json(value)
-        except ValueError as error:
-            raise UserError(
-                f"--set {setting[:80]}: the value must be a number, a list [1, 2], true or false ({error})"
-            ) from None
+            overrides[name] = parse_json(value, name)
+        except UserError:
+            raise UserError(f"--set {setting[:80]}: the value must be a number, a list [1, 2], true or false") from None
     return overrides
 
 
@@ -243,7 +243,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--names={options.names}: needs --to=safetensors")
     if options.lora_alpha is not None and not options.lora:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
-    with claimed_output(options, folder=True) as output:
+    jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here, and may be busy
+    with claimed_output(options, folder=True) as output, if_stopped(f"{output} was not written"):
         network = _open(options)
         if options.to == "safetensors":
             _refuse_unpublishable(network, names)
@@ -261,6 +262,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The accelerator has nothing to do here, and may be busy.
-    jax.config.update("jax_platforms", "cpu")
     run_command(main)

@@ -27,13 +27,18 @@ def denoising_sigmas(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     bit.
 
     Raises:
-        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease, or the shift is not positive.
+        ValueError: the list is empty, leaves (0, 1000] or does not strictly decrease, or the shift is not positive, or
+            so far from 1 that noise levels fall together.
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be positive, got {shift}")
     if not steps or not all(0 < step <= MAX_TIMESTEP for step in steps) or any(np.diff(steps) >= 0):
         raise ValueError(f"denoising_steps must strictly decrease within (0, 1000], got {tuple(steps)}")
-    return tuple(float(warp(np.float32(step / MAX_TIMESTEP), np.float32(shift))) for step in steps)
+    with np.errstate(all="ignore"):  # reported below
+        sigmas = tuple(float(warp(np.float32(step / MAX_TIMESTEP), np.float32(shift))) for step in steps)
+    if not all(0 < sigma <= 1 for sigma in sigmas) or any(np.diff(sigmas) >= 0):
+        raise ValueError(f"shift {shift} warps denoising_steps {tuple(steps)} into noise levels that do not decrease")
+    return sigmas
 
 
 def add_noise(clean: jax.Array, noise: jax.Array, sigma) -> jax.Array:

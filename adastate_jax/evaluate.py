@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import unicodedata
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +22,7 @@ import cv2
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.data.decoding import Unusable, read_header
 from adastate_jax.data.folders import walk_files
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
 from adastate_jax.evaluation.report import write_report
@@ -30,7 +30,7 @@ from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
 from adastate_jax.streaming.names import STREAM_NAMES
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".ts", ".mts", ".mpg", ".mpeg", ".wmv")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
 _EXAMPLE = """examples:
   python -m adastate_jax.evaluate runs/tiny/samples/adaptive runs/tiny/samples/static \\
       --first-chunk=3 --chunk=3 --output=report
@@ -84,28 +84,20 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
     videos, skipped = [], []
     for (path, group), result in zip(files, results, strict=True):
         if isinstance(result, Measurement):
-            videos.append(Video(_printable(path.name), _printable(group), result))
+            videos.append(Video(one_line(path.name), one_line(group), result))
         else:
-            skipped.append((_printable(path), str(result)))
+            skipped.append((one_line(str(path)), str(result)))
     if not videos:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
-    try:
+    with writing(f"--output={output}"):
         write_report(output, videos, skipped, settings)
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
     print(output / "report.html", file=sys.stderr)
     return 0
-
-
-def _printable(name):
-    """A file's name as text: what is no UTF-8 in it, or a control character, is shown as an escape."""
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
 def _line(group, members):
@@ -199,6 +191,10 @@ def _measure_in_processes(files, settings, jobs, bar):
                 bar.set_description("measure", refresh=False)
             bar.update(before + done.value - bar.n)
         return [None if isinstance(future.exception(), BrokenProcessPool) else future.result() for future in futures]
+    except KeyboardInterrupt:  # a video may take minutes
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -207,7 +203,14 @@ def _start_worker(done, threads):
     global _frames_done  # a lock can be handed to a process only when it starts
     _frames_done = done
     cv2.setNumThreads(threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, not after the videos it was handed
+
+
+def _end_with_the_command():
+    """Ends this process when the one that started it has ended, however it did."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _measure_in_worker(file, settings):
@@ -266,10 +269,8 @@ def export(arguments: Sequence[str]) -> int:
     extended = vbench.read_prompts(options.extended) if options.extended else None
     slots = vbench.plan_export(vbench.read_prompts(options.prompts), config, extended)
     if not options.check:
-        try:
+        with writing(f"--vbench={options.vbench}"):
             _fill(options, slots, config)
-        except OSError as error:
-            raise UserError(f"--vbench={options.vbench}: cannot be written ({error.strerror or error})") from None
     return _report_check(options.vbench, slots, config)
 
 
@@ -277,9 +278,11 @@ def _fill(options, slots, config):
     if options.videos:
         files, unmatched = vbench.match_files(options.videos, slots)
         for name in unmatched:
-            print(f"skipped {options.videos / name}: belongs to no prompt", file=sys.stderr)
+            print(f"skipped {one_line(str(options.videos / name))}: belongs to no prompt", file=sys.stderr)
         with progress("export", len(slots), unit="video") as bar:
-            vbench.export_files(options.vbench, slots, config, files, bar.update)
+            skipped = vbench.export_files(options.vbench, slots, config, files, bar.update)
+        for file, reason in skipped:
+            print(f"skipped {one_line(str(file))}: {reason}", file=sys.stderr)
         return
     starting()
     # Imported here: JAX takes seconds, which measuring and checking can do without.

@@ -6,21 +6,16 @@ What is unknown, of a wrong type or out of range is refused by name.
 import dataclasses
 import difflib
 import functools
-import json
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError, shown
 
 # The largest integer of a field: all below are exact in JSON wherever it is read, and their products stay printable.
 _MAX_INTEGER = 1 << 53
-# An index of a large model takes a few hundred kilobytes.
-_MAX_JSON_BYTES = 1 << 26
 
 
 class Named:
@@ -52,31 +47,6 @@ def to_dict(config: Any) -> Any:
     return tuple(to_dict(x) for x in config) if isinstance(config, tuple) else config
 
 
-def parse_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, of one line, for whatever is wrong with it."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise
-        raise ValueError("an integer has thousands of digits") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """What a JSON file in UTF-8 holds, with or without a byte-order mark.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or of 64 MB and more, which no file that is read this way can be.
-    """
-    with open(path, "rb") as stream:
-        if os.fstat(stream.fileno()).st_size >= _MAX_JSON_BYTES:
-            raise ValueError(f"{os.fstat(stream.fileno()).st_size} bytes are too many")
-        return parse_json(stream.read().decode("utf-8-sig"))
-
-
 def build(kind: type, values: Any, where: str) -> Any:
     """An instance of the dataclass `kind` from a mapping, field by field.
 
@@ -92,6 +62,7 @@ def build(kind: type, values: Any, where: str) -> Any:
         make, settings = _named_fields(kind, dict(values), where)
     else:
         make, settings = kind, fields_of(kind, values, where)
+        _refuse_missing(kind, settings, where)
     try:
         return make(**settings)
     except (ValueError, ArithmeticError, UserError) as error:
@@ -103,6 +74,13 @@ def fields_of(kind: type, values: Mapping[str, Any], where: str) -> dict[str, An
     types_ = typing.get_type_hints(kind)
     refuse_unknown(values, [field.name for field in dataclasses.fields(kind)], where)
     return {name: _convert(types_[name], value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _refuse_missing(kind: type, settings: Mapping[str, Any], where: str) -> None:
+    missing = dataclasses.MISSING
+    for field in dataclasses.fields(kind):
+        if field.name not in settings and field.default is missing and field.default_factory is missing:
+            raise UserError(f"{where}.{field.name}: is missing")
 
 
 def _named_fields(

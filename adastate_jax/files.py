@@ -117,7 +117,7 @@ def _refuse_to_replace(path: Path, replaces: Callable[[str], bool]) -> None:
         return
     foreign = sorted(entry.name for entry in entries if entry.is_dir() or not replaces(entry.name))
     if foreign:
-        raise OSError(errno.ENOTEMPTY, f"it holds {foreign[0]!r}, which is of another kind")
+        raise OSError(f"it holds {foreign[0]!r}, which is of another kind")
 
 
 def write_text(path: str | Path, text: str) -> None:

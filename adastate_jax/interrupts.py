@@ -133,9 +133,9 @@ def deferred(message: str) -> Iterator[Deferral]:
 
 
 def end(number: int) -> None:
-    """Says "stopped" and ends the process as one that this signal ended. What waits for it to end is not waited for.
+    """Says "stopped" and ends the process, as one that this signal ended; does not return.
 
-    Neither threads nor computations that were dispatched are: JAX would wait for them at the interpreter's end.
+    Neither threads nor dispatched computations are waited for, as JAX would at the interpreter's end.
     """
     if not _ending.acquire(blocking=False):
         while True:  # another thread is at it

@@ -10,6 +10,9 @@ from adastate_jax.errors import UserError, reading, reason
 # Marks that editors put first, Windows' above all, and what they say of the bytes behind them.
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
+# The index of a large model's files takes a few hundred kilobytes, a list of prompts some megabytes.
+_MAX_BYTES = 1 << 28
+
 
 def read_text(path: str | Path) -> str:
     r"""The text of a file, its lines ended by `\n` alone.
@@ -19,8 +22,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: the file cannot be read, or is no such text; the message names the line.
     """
-    with reading(path, "name a text file"):
-        content = Path(path).read_bytes()
+    content = _read(path, "name a text file")
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -44,12 +46,20 @@ def parse_json(text: str, where: str) -> Any:
 
 def read_json(path: str | Path, fix: str) -> Any:
     """What a JSON file of ours holds; raises UserError, with the fix, if it cannot be read or is damaged."""
-    with reading(path, fix):
-        content = Path(path).read_bytes()
+    content = _read(path, fix)
     try:
-        return parse_json(content.decode(), str(path))
+        return parse_json(content.decode("utf-8-sig"), str(path))
     except (UserError, UnicodeDecodeError):
         raise UserError(f"{path}: is damaged; {fix}") from None
+
+
+def _read(path: str | Path, fix: str) -> bytes:
+    """A file's bytes; raises UserError if it cannot be read, or is endless as a device is."""
+    with reading(path, fix, ValueError), open(path, "rb") as stream:
+        content = stream.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: is larger than {_MAX_BYTES >> 20} MB, and is no text; {fix}")
+    return content
 
 
 def is_text(value: Any) -> bool:

@@ -71,8 +71,12 @@ FIXTURES: dict[str, Callable[[Fixture], Records]] = {
     "manifest_taew2_1": names.manifest_taew2_1,
 }
 
+# Numbers of diffusers and transformers; tests/peers/write_fixtures.py wrote them.
+SHIPPED = Path(__file__).parent / "bundled" / "fixtures"
+
 _EXAMPLE = f"""\
-example:
+examples:
+  python -m adastate_jax.verify
   python -m adastate_jax.verify golden --only wan_dit adastate_rollout
 
   file              case                                max_abs_error  tolerance  result
@@ -223,7 +227,15 @@ def main(argv: Sequence[str]) -> int:
         description="Compares this package's numbers, on this device, with fixtures from the official code.",
         epilog=_EXAMPLE,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of fixture files")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=SHIPPED,
+        metavar="FOLDER",
+        help="folder of fixture files (default: those that ship with this package, of networks of diffusers and "
+        "transformers with random weights)",
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="STEM", help="run these fixtures (file names without ending)"
     )

@@ -20,6 +20,7 @@ _KINDS = (
     ("gif", "gif", "rgb8", {}, {}),
     ("avi", "mpeg4", "yuv420p", {"g": "8"}, {}),
     ("ts", "mpeg2video", "yuv420p", {"g": "8"}, {}),
+    ("webp", "libwebp_anim", "yuv420p", {}, {}),
 )
 
 

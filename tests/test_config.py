@@ -124,7 +124,7 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"broken\.py: not a configuration file \(invalid syntax"):
         parse_config([f"--config={tmp_path / 'broken.py'}"])
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not a configuration"):
+    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
         load_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"sed": 3}')
     with pytest.raises(UserError, match="sed: unknown field; did you mean seed"):

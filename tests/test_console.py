@@ -13,10 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from adastate_jax import __main__, interrupts
+from adastate_jax import __main__, interrupts, sample
 from adastate_jax.__main__ import COMMANDS
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
+from adastate_jax.data.worlds import WorldConfig, caption_pattern
 from adastate_jax.errors import UserError
+from adastate_jax.generation.shipped import shipped_config
 from adastate_jax.streaming import names, presets
 
 ROOT = Path(__file__).parents[1]
@@ -337,3 +339,12 @@ def test_all_commands_are_listed(capsys):
         __main__._dispatch(["nonsense"])
     with pytest.raises(UserError, match="--anchor: invalid choice: 'x'"):
         __main__._dispatch(["sample", "--anchor=x"])
+
+
+def test_the_words_that_the_shipped_model_knows_are_told(capsys):
+    words = caption_pattern(WorldConfig(**shipped_config("tiny")["data"]["worlds"]))
+    assert words == "a camera pans left/right over green hills/sand dunes/purple mountains with a red/white ball"
+    assert words in (ROOT / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    assert words in capsys.readouterr().out

@@ -494,13 +494,13 @@ def test_wrong_tensors_are_named(tmp_path, refusal, change, culprit):
         (["--set", "num_heads=x"], "must be a number"),
         (["--set", "num_heads"], "must be NAME=VALUE"),
         (["--set", "num_heads=" + "9" * 5000], "--set num_heads=9999"),
-        (["--set", "num_heads=" + "[" * 100_000], "nested too deeply"),
+        (["--set", "num_heads=" + "[" * 100_000], "must be a number"),
         (["--set", "eps=1e999"], "--set.eps: must be a finite number"),
         (["--set", "eps=NaN"], "--set.eps: must be a finite number"),
         (["--set", "eps=" + "9" * 400], "--set.eps: 9999"),
         (["--set", "num_layers=100000000000"], "num_layers 100000000000: its 96 tensors cannot be those of so many"),
         (["--set", "dim=128000000000"], "no Wan2.1 transformer has such sizes"),
-        (["--set", 'param_dtype="float77"'], "param_dtype must be one of float32, bfloat16, got 'float77'"),
+        (["--set", 'param_dtype="float77"'], "param_dtype must be one of float32, bfloat16, float16, got 'float77'"),
         (["--set", "num_hads=2"], "--set.num_hads: unknown field; did you mean num_heads?"),
         (["--set", "dim=[1]"], "--set.dim: must be of type int"),
         (["--set", "num_layers=2"], "belong to no known part: blocks.2"),
@@ -561,7 +561,7 @@ def test_wrong_indexes_are_named(tmp_path, refusal):
     index.write_text("{}")
     assert "not a readable index" in refusal(folder)
     index.write_text("[" * 100_000)
-    assert "not a readable index" in refusal(folder)
+    assert "index.json: is damaged; download it again" in refusal(folder)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "one.safetensors")}))
     save_file(tensors, folder / "other.safetensors")
     assert "several checkpoints (model.safetensors.index.json, other.safetensors)" in refusal(folder)

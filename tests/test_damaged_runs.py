@@ -13,10 +13,11 @@ from small_run import TRAJECTORIES_PER_FILE, TRAJECTORY_SHAPE, damage, write_run
 from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree, save_tree
 from adastate_jax.config.files import load_config
 from adastate_jax.errors import UserError, one_line
-from adastate_jax.generation.loading import load_run
+from adastate_jax.generation.trained import load_run
 from adastate_jax.sharding import make_mesh
 from adastate_jax.texts import read_json
 from adastate_jax.train import _refuse_other_data
+from adastate_jax.training.frozen import abstract_dit, abstract_frozen, with_shardings
 from adastate_jax.training.metrics import Metrics, read_metrics
 from adastate_jax.training.stages.trajectories import read_trajectories
 
@@ -30,23 +31,32 @@ def whole(tmp_path_factory):
     return folder
 
 
-def readers():
-    """What reads each part of a run's folder: (name, function of the folder → bytes that say all that was read)."""
+def contents(tree) -> bytes:
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def readers(whole):
+    """What reads each part of a run's folder: functions of the folder → bytes that say all that was read."""
+    config = load_config(whole / "config.json")
+    mesh = make_mesh()
+    frozen, student = (with_shardings(f(config), mesh) for f in (abstract_frozen, abstract_dit))
 
     def trajectories(folder):
         read = read_trajectories(folder / "trajectories", TRAJECTORIES_PER_FILE, TRAJECTORY_SHAPE)
         return read(np.arange(4)).tobytes()
 
-    def networks(folder):
-        config, found = load_run(folder, make_mesh())
-        return repr(config).encode() + b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found))
+    def newest(folder):
+        step = latest_step(folder / "distill")
+        return contents(load_tree(folder / "distill" / str(step), student, "student/ema"))
 
     return {
-        "config": lambda folder: repr(load_config(folder / "config.json")).encode(),
-        "data": lambda folder: repr(read_json(folder / "data.json", "remove it")).encode(),
-        "metrics": lambda folder: repr(read_metrics(folder / "metrics.jsonl")).encode(),
+        "config.json": lambda folder: repr(load_config(folder / "config.json")).encode(),
+        "data.json": lambda folder: repr(read_json(folder / "data.json", "remove it")).encode(),
+        "metrics.jsonl": lambda folder: repr(read_metrics(folder / "metrics.jsonl")).encode(),
         "trajectories": trajectories,
-        "networks": networks,
+        "frozen": lambda folder: contents(load_tree(folder / "frozen", frozen)),
+        "distill": newest,
     }
 
 
@@ -60,33 +70,43 @@ def outcome(read, folder):
     return None
 
 
-# Files that no seal covers: what is in them may change, and they are then another configuration, or other records.
-OPEN = {"config.json": "config", "metrics.jsonl": "metrics", "data.json": "data"}
+# No seal covers them: what is in them may change, and they are then another configuration, or other records.
+OPEN = ("config.json", "metrics.jsonl", "data.json")
 
 
-def test_a_damaged_run_is_refused_or_the_same(whole, tmp_path, capsys):
-    expected = {name: read(whole) for name, read in readers().items()}
-    older = load_tree(whole / "distill" / "2", {"student": {"ema": load_run(whole, make_mesh())[1].student}})
-    older = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(older))
-    rng, refused = random.Random(15), 0
+def test_a_damaged_run_is_refused_or_the_same(whole, readers, tmp_path, capsys):
+    expected = {part: read(whole) for part, read in readers.items()}
+    shutil.copytree(whole / "distill" / "2", tmp_path / "older" / "distill" / "2")
+    older = readers["distill"](tmp_path / "older")
+    rng, refused, folder = random.Random(15), 0, tmp_path / "run"
+    shutil.copytree(whole, folder)
     for number in range(MUTATIONS):
-        folder = shutil.copytree(whole, tmp_path / "run")
         what = damage(folder, rng)
-        place = what.partition(" ")[2].split("/")[0]
-        affected = {"frozen": "networks", "distill": "networks", "trajectories": "trajectories"}.get(place)
-        for name, read in readers().items():
-            if name not in (affected, OPEN.get(place)):
-                continue  # its files were not touched
-            capsys.readouterr()
-            found = outcome(read, folder)
-            refused += found is None
-            if found in (None, expected[name]) or place in OPEN:
-                continue
+        part = what.partition(" ")[2].split("/")[0]
+        capsys.readouterr()
+        found = outcome(readers[part], folder)
+        refused += found is None
+        if found not in (None, expected[part]) and part not in OPEN:
             # The newest checkpoint lost its seal: the one before is taken, and it is said.
-            assert older in found, f"{number}: {what}: {name} was read as something else"
+            assert found == older, f"{number}: {what}: read as something else"
             assert "4 was cut short: 2 is used instead" in capsys.readouterr().err, what
-        shutil.rmtree(folder)
+        if (folder / part).is_dir():
+            shutil.rmtree(folder / part)
+        (folder / f"{part}.copy").unlink(missing_ok=True)
+        (shutil.copytree if (whole / part).is_dir() else shutil.copy)(whole / part, folder / part)
     assert refused > MUTATIONS // 2
+
+
+def test_the_commands_reader_refuses_too(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = contents(load_run(folder, make_mesh())[1])
+    for part in ("frozen/seal.json", "distill/4/seal.json"):
+        text = (folder / part).read_text()
+        (folder / part).write_text("{}")
+        with pytest.raises(UserError, match="lists nothing"):
+            load_run(folder, make_mesh())
+        (folder / part).write_text(text)
+    assert contents(load_run(folder, make_mesh())[1]) == before
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"a": 1}', '{"a": [1]}', "{", "[" * 100_000])

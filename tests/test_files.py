@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from adastate_jax.files import claimed, free_name, remove_leftovers, temporary_name, whole_file, write_text
+from adastate_jax.files import (
+    claimed,
+    free_name,
+    remove_leftovers,
+    temporary_name,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 def test_a_file_is_there_only_when_it_is_whole(tmp_path):
@@ -110,3 +118,70 @@ def test_what_cannot_be_written_cannot_be_claimed(tmp_path):
     for path in (tmp_path / "file" / "out.mp4", tmp_path / ("x" * 256), Path("/proc/out.mp4")):
         with pytest.raises(OSError, match=r"directory|name too long|exists"), claimed(path):
             pytest.fail("it cannot be written")
+
+
+def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "report"
+    with whole_folder(path) as temporary:
+        (temporary / "a.txt").write_text("all of it")
+        assert not path.exists()
+    assert os.listdir(path.parent) == ["report"]
+
+    def break_off() -> None:
+        with whole_folder(path, lambda name: name == "a.txt") as temporary:
+            (temporary / "a.txt").write_text("half of i")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_off()
+    assert (path / "a.txt").read_text() == "all of it"
+    with whole_folder(path, lambda name: name == "a.txt") as temporary:
+        (temporary / "b.txt").write_text("other")
+    assert os.listdir(path) == ["b.txt"]
+    assert os.listdir(path.parent) == ["report"]
+
+
+def test_a_folder_takes_the_place_of_its_like_and_of_nothing_else(tmp_path):
+    path = tmp_path / "report"
+    (path / "mine").mkdir(parents=True)
+    for replaces in (lambda name: False, lambda name: True):  # a folder in it is never of the same kind
+        with pytest.raises(OSError, match="it holds 'mine', which is of another kind"), whole_folder(path, replaces):
+            pytest.fail("it must be refused before any work")
+    (path / "mine").rmdir()
+
+    def fill_meanwhile() -> None:
+        with whole_folder(path) as temporary:
+            (temporary / "a.txt").write_text("a report")
+            (path / "notes.txt").write_text("mine")
+
+    with pytest.raises(OSError, match=r"it holds 'notes\.txt'"):
+        fill_meanwhile()
+    assert os.listdir(tmp_path) == ["report"]
+    assert os.listdir(path) == ["notes.txt"]
+    with pytest.raises(NotADirectoryError), whole_folder(path / "notes.txt"):
+        pytest.fail("there is a file")
+
+
+def test_a_folder_of_a_dead_process_is_removed_and_a_living_one_stays(tmp_path):
+    path = tmp_path / "report"
+    code = (
+        "import os, sys; from adastate_jax.files import whole_folder\n"
+        "with whole_folder(sys.argv[1]) as temporary:\n  (temporary / 'a').mkdir(); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    with whole_folder(path) as one:
+        with whole_folder(path) as other:
+            assert one != other
+            assert sorted(os.listdir(tmp_path)) == sorted([one.name, other.name])
+        assert one.is_dir()
+    assert os.listdir(tmp_path) == ["report"]
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    with whole_folder(tmp_path / "link") as temporary:
+        (temporary / "a.txt").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "target") == ["a.txt"]

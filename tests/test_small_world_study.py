@@ -425,10 +425,10 @@ def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypa
     step = None if missing is None else config.distill.steps - missing
     finished = missing == 0
 
-    def run(command, **options):  # a run that SIGTERM stops exits with 0, as one that ends does
+    def run(command, **options):
         (tmp_path / "none-1").mkdir()
         save_config(config, tmp_path / "none-1" / "config.json")
-        return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, 0 if finished else 143)
 
     monkeypatch.setattr(training.subprocess, "run", run)
     monkeypatch.setattr(

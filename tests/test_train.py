@@ -215,7 +215,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(environment, tmp_path):
     assert "config.distill.batch_size 2 must be a multiple of mesh.data * mesh.fsdp = 4" in errors
 
 
-def test_sigterm_saves_and_exits_cleanly(environment, uninterrupted, tmp_path):
+def test_sigterm_saves_and_says_that_it_stopped(environment, uninterrupted, tmp_path):
     workdir = tmp_path / "stopped"
     many = (
         "--config.pretrain.steps=100000",
@@ -230,11 +230,37 @@ def test_sigterm_saves_and_exits_cleanly(environment, uninterrupted, tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    assert "stopped; the same command resumes" in errors
+    assert process.returncode == 143, errors
+    assert errors.splitlines()[-1] == f"stopped; the same command resumes {workdir}"
+    assert "SIGTERM: stopping as soon as all is saved" in errors
+    assert "Traceback" not in errors
     saved = [int(path.name) for path in (workdir / "pretrain").glob("[0-9]*")]
     assert len(saved) == 1
     assert len(scalars(workdir)) == saved[0] >= 10
+
+
+def test_an_interrupt_while_there_is_nothing_to_save_does_not_wait(environment, tmp_path):
+    """While the first step compiles, which takes minutes at full size."""
+    workdir = tmp_path / "stopped"
+    slow = {**environment, "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""}
+    process = subprocess.Popen(
+        command(workdir),
+        cwd=ROOT,
+        env=slow,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    for line in process.stderr:
+        if line.startswith("pretrain (compiling)"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == f"stopped; the same command resumes {workdir}"
+    assert "Traceback" not in errors
+    assert not list((workdir / "pretrain").glob("[0-9]*"))
+    assert not list(workdir.glob(".*"))
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(environment, tmp_path):

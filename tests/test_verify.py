@@ -58,6 +58,9 @@ def copy(stem, folder, edit=lambda tensors: None):
 LARGEST_TOLERANCE = {"train_step": RELEASED_TOLERANCE}
 
 
+STATED = ("denoising_step_list", "timesteps", "sigmas")
+
+
 def change_one_number(tensor, rng, tolerance=ARITHMETIC_TOLERANCE):
     """Moves a number anywhere in a tensor to twice what any check tolerates there."""
     place = rng.integers(tensor.size)
@@ -76,6 +79,19 @@ def failures(results):
     return {key: result for key, result in results.items() if result.startswith("FAIL")}
 
 
+def test_the_fixtures_that_ship_pass_and_one_changed_number_fails(capsys, tmp_path):
+    assert verify.main([]) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith("14 checks passed, 0 failed, 0 not checked")
+    shutil.copytree(verify.SHIPPED, tmp_path / "fixtures")
+    source = SafeTensors(verify.SHIPPED / "umt5.safetensors")
+    tensors = {name: source[name].copy() for name in source}
+    tensors["out.long.zeroed"].flat[7] += 1e-4
+    save_file(tensors, tmp_path / "fixtures" / "umt5.safetensors", source.metadata)
+    assert verify.main([str(tmp_path / "fixtures"), "--only", "umt5"]) == 1
+    assert capsys.readouterr().out.count("FAIL (in out.long.zeroed)") == 1
+
+
 @needs_golden
 def test_all_fixtures_pass(run):
     code, results = run(GOLDEN)
@@ -87,16 +103,18 @@ def test_all_fixtures_pass(run):
 
 @needs_golden
 def test_one_changed_number_in_every_tensor_fails_every_check(run, tmp_path):
+    """Those that a fixture expects, and those that it states of a stream: its steps, as noise levels and timesteps."""
     rng = np.random.default_rng(0)
 
-    def change(tensors, tolerance):
+    def change(tensors, tolerance, stated):
         for name, tensor in tensors.items():
-            if name.startswith("out."):
+            if name.startswith("out.") or (stated and name.split(".")[-1] in STATED):
                 change_one_number(tensor, rng, tolerance)
 
     for path in sorted(GOLDEN.glob("*.safetensors")):
         tolerance = LARGEST_TOLERANCE.get(path.stem, ARITHMETIC_TOLERANCE)
-        copy(path.stem, tmp_path, functools.partial(change, tolerance=tolerance))
+        stated = path.stem.startswith("anchor_")
+        copy(path.stem, tmp_path, functools.partial(change, tolerance=tolerance, stated=stated))
     for path in sorted(GOLDEN.glob("*.json")):
         content = json.loads(path.read_text())
         if path.stem.startswith("manifest_"):
@@ -197,6 +215,12 @@ def test_timesteps_that_are_clipped_lie_off_the_grid(run, tmp_path):
         ("dmd", "out.horizon.dloss_dlatent", 1e-6, "horizon.dloss_dlatent"),
         ("dmd", "w.fake.A", 1e-4, "flow_fake"),
         ("umt5", "out.relative_bucket", 1, "relative_bucket"),
+        ("anchor_longlive", "out.longlive.kv_k", 2e-4, "longlive.kv_k"),
+        ("anchor_longlive", "in.renoise", 0.1, "longlive.latents"),
+        ("anchor_reward_forcing", "out.alpha0.9.slot_frames", 1, "alpha0.9.slot_frames"),
+        ("anchor_memrope", "in.context", 0.1, "adaptive.memory_k"),
+        ("anchor_rolling_sink", "in.noise", 0.1, "fresh_noise.latents"),
+        ("anchor_rolling_forcing", "out.four.windows", 1, "four.windows"),
         ("train_step", "out.3.loss", 1e-3, "3.loss"),
         ("train_step", "in.6.renoise", 0.5, "6.loss"),
         ("train_step", "w.teacher.blocks.1.ffn.0.weight", 0.1, "0.gradient"),

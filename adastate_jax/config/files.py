@@ -7,6 +7,7 @@ command line.
 import ast
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from ml_collections import config_flags
 
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
-from adastate_jax.fields import build, read_json, refuse_unknown, to_dict
-from adastate_jax.files import write_text
+from adastate_jax.fields import build, refuse_unknown, to_dict
+from adastate_jax.files import is_file, write_text
+from adastate_jax.texts import parse_json, read_text
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -56,6 +58,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 
 def _parse_flags(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    # The file is imported under a name of ml_collections'; of one that was before, what this one lacks would remain.
+    sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     command_line = ["train", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command_line)
@@ -105,12 +109,6 @@ def load_config(path: Path) -> Config:
     Raises:
         UserError: the file is missing or not a configuration of this version.
     """
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this a folder that train wrote?") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a configuration ({error})") from None
-    return build(Config, values, str(path))
+    if not is_file(path):
+        raise UserError(f"{path}: no such file; is this a folder that train wrote?")
+    return build(Config, parse_json(read_text(path), str(path)), str(path))

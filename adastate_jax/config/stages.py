@@ -116,6 +116,9 @@ class InitializeConfig:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 
 
+_MAX_ODE_STEPS = 100_000  # far beyond any solver's; the levels are listed when a configuration is checked
+
+
 def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     """Noise levels [ode_steps + 1] from 1 to 0 on which the student's own levels lie exactly.
 
@@ -127,6 +130,8 @@ def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     steps = config.denoising_steps
     if ode_steps % len(steps) or ode_steps < len(steps):
         raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
+    if ode_steps > _MAX_ODE_STEPS:
+        raise ValueError(f"ode_steps {ode_steps} must be at most {_MAX_ODE_STEPS}")
     if steps[0] != MAX_TIMESTEP:
         raise ValueError(f"trajectories start from pure noise, so denoising_steps must start at 1000, not {steps[0]}")
     per_step = ode_steps // len(steps)

@@ -12,22 +12,27 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
 
-# The most pixels of a frame: twice 8K. A header that states more is damaged, and its frames would fill the memory.
-MAX_FRAME_PIXELS = 1 << 26
+from adastate_jax.data.animations import decode_webp, is_webp, webp_header
+
+# The most pixels of a frame: 8K. A header that states more is damaged, and its frames would fill the memory.
+MAX_FRAME_PIXELS = 1 << 25
 _LONGEST_FRAME = 60.0  # seconds; a longer gap between frames is a damaged timestamp
 _GROUND = 255  # what transparent pixels are put on: white, as on a page
 # Without the last two, 219 red of 255 comes out as 217: the fast conversion rounds coarsely and repeats chroma.
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics, numbered as in ITU-T H.273
-_UNSPECIFIED = 2  # as a matrix in H.273
+_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
+_UNSPECIFIED = 2  # as a matrix, and as primaries (ITU-T H.273)
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a video file says of itself: frames per second, number of frames shown (0 where it does not say), size in
-    pixels as stored, names of the codec and of the pixel format."""
+    """What a video file says of itself.
+
+    Frames per second, number of frames shown (0 where it does not say), size in pixels as stored, names of the codec
+    and of the pixel format, and the width of the stored pixels over their height.
+    """
 
     fps: Fraction
     num_frames: int
@@ -35,6 +40,7 @@ class Header:
     width: int
     codec: str
     pixel_format: str
+    pixel_aspect: Fraction
 
 
 class Unusable(Exception):
@@ -71,9 +77,13 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     codec = stream.codec_context
     if codec is None:
         raise ValueError("its video is of an unknown codec")
-    if codec.width * codec.height > MAX_FRAME_PIXELS:
-        raise ValueError(f"its frames of {codec.width} x {codec.height} pixels are larger than any that are read")
+    _refuse_size(codec.width, codec.height)
     return stream
+
+
+def _refuse_size(width, height):
+    if width * height > MAX_FRAME_PIXELS:
+        raise ValueError(f"its frames of {width} x {height} pixels are larger than any that are read")
 
 
 def frame_rate(stream: av.VideoStream) -> Fraction:
@@ -86,6 +96,10 @@ def read_header(path: str | os.PathLike) -> Header:
 
     Raises `av.FFmpegError` where the file cannot be opened, and `ValueError` where it has no video.
     """
+    if is_webp(path):
+        rate, num_frames, height, width = webp_header(path)
+        _refuse_size(width, height)
+        return Header(rate, num_frames, height, width, "webp", "rgba", Fraction(1))
     with open_video(path) as container:
         stream = best_stream(container)
         codec, rate = stream.codec_context, frame_rate(stream)
@@ -93,7 +107,8 @@ def read_header(path: str | os.PathLike) -> Header:
         if not num_frames:
             begin, end = _stated_span(container, stream) or (0, 0)
             num_frames = round((end - begin) * rate)
-        return Header(rate, num_frames, codec.height, codec.width, codec.name, codec.pix_fmt or "")
+        pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        return Header(rate, num_frames, codec.height, codec.width, codec.name, codec.pix_fmt or "", pixel_aspect)
 
 
 def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -106,33 +121,42 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
     Raises:
         av.FFmpegError: the file cannot be decoded.
         ValueError: it has no video, is damaged, ends well before the length that it states (said after the last
-            frame), or holds what this package does not show (HDR, a picture turned by other than quarter turns).
+            frame), or holds what this package does not show (a picture turned by other than quarter turns).
     """
+    if is_webp(path):
+        read_header(path)
+        yield from _in_time(decode_webp(path))
+        return
     with open_video(path) as container:
         stream = best_stream(container)
         stream.thread_type = "SLICE"  # threads by frame lose errors, and good frames with them, as it happens
         interval = float(1 / frame_rate(stream))
-        first = last = None
-        count = 0
-        for frame in _decode(container, stream):
+        first, last, count = None, 0.0, 0
+        for seconds, frame in _in_time(_decode(container, stream), interval):
             _refuse_what_cannot_be_shown(frame)
-            time = frame.time
-            if last is None:
-                first = time or 0.0
-                seconds = 0.0
-            else:
-                seconds = last + interval if time is None or time - first <= last else time - first
-                if seconds - last > _LONGEST_FRAME:
-                    raise ValueError(f"it shows nothing new from {last:.2f} s to {seconds:.2f} s, so it is damaged")
-            last = seconds
-            count += 1
+            first = (frame.time or 0.0) if first is None else first
+            last, count = seconds, count + 1
             yield seconds, frame
-        if last is not None:
+        if count:
             _check_complete(container, stream, first, last + interval, count)
 
 
+def _in_time(frames, interval=0.0):
+    """(seconds since the first frame, frame) of (seconds by the file's clock or None, frame), increasing strictly."""
+    first = last = None
+    for time, frame in frames:
+        if last is None:
+            first, seconds = time or 0.0, 0.0
+        else:
+            seconds = last + interval if time is None or time - first <= last else time - first
+            if seconds - last > _LONGEST_FRAME:
+                raise ValueError(f"it shows nothing new from {last:.2f} s to {seconds:.2f} s, so it is damaged")
+        last = seconds
+        yield seconds, frame
+
+
 def _decode(container, stream):
-    """The frames of a stream; errors and damaged frames count only once a frame was good."""
+    """(seconds by the file's clock or None, frame) of a stream; damage counts only once a frame was good."""
     good = error = None
     for packet in container.demux(stream):
         try:
@@ -145,7 +169,7 @@ def _decode(container, stream):
         for frame in frames:
             if not frame.is_corrupt:
                 good = frame.time or 0.0
-                yield frame
+                yield frame.time, frame
             elif good is not None:
                 raise ValueError(f"its frame at {frame.time or 0.0:.2f} s is damaged")
     if error and good is None:
@@ -153,12 +177,7 @@ def _decode(container, stream):
 
 
 def _refuse_what_cannot_be_shown(frame):
-    if frame.width * frame.height > MAX_FRAME_PIXELS:
-        raise ValueError(f"a frame of {frame.width} x {frame.height} pixels is larger than any that are read")
-    if frame.color_trc in _HDR:
-        raise ValueError(
-            f"it is HDR ({_HDR[frame.color_trc]}), which would look dull here; convert it to SDR (BT.709) first"
-        )
+    _refuse_size(frame.width, frame.height)
     orientation(frame)
 
 
@@ -192,8 +211,9 @@ def _stated_span(container, stream):
         begin = (stream.start_time or 0) * stream.time_base
         return float(begin), float(begin + stream.duration * stream.time_base)
     if container.duration and len(container.streams) == 1:
-        begin = (container.start_time or 0) / av.time_base
-        return begin, begin + container.duration / av.time_base
+        begin, length = (container.start_time or 0) / av.time_base, container.duration / av.time_base
+        # Matroska states the time of its end, which is not its length where it begins later than 0.
+        return begin, length + (0.0 if "matroska" in container.format.name else begin)
     return None
 
 
@@ -226,8 +246,9 @@ def frame_pixels(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fr
     """A decoded frame upright, scaled to cover `height` × `width` and cropped at its centre: uint8 RGB `[H, W, 3]`.
 
     Colours are converted as the frame is tagged; an untagged one is BT.601, or BT.709 where it is larger than standard
-    definition, as in players. Transparency is put on white. `pixel_aspect` is the width of the stored pixels over
-    their height.
+    definition, as in players. HDR (PQ, HLG) is brought to SDR: its reference white of 203 cd/m² (ITU-R BT.2408) is
+    white, and what is brighter is white too. Transparency is put on white. `pixel_aspect` is the width of the stored
+    pixels over their height.
     """
     pixels = _rgb(frame)
     transposed, rows_reversed, columns_reversed = orientation(frame)
@@ -241,9 +262,22 @@ def frame_pixels(frame: av.VideoFrame, height: int, width: int, pixel_aspect: Fr
 def _rgb(frame):
     if any(component.is_alpha for component in frame.format.components):
         return on_plain_ground(frame.to_ndarray(format="rgba"))
+    if frame.color_trc in _HDR:
+        return _standard_range(frame).to_ndarray()
     large = frame.width >= 1280 or frame.height > 576
     guessed = Colorspace.ITU709 if large and frame.colorspace == _UNSPECIFIED else None
     return frame.to_ndarray(format="rgb24", src_colorspace=guessed, interpolation=_EXACT)
+
+
+def _standard_range(frame):
+    """An HDR frame in RGB with the primaries and the transfer of BT.709, by FFmpeg's conversion."""
+    if frame.colorspace == _UNSPECIFIED:
+        frame.colorspace = Colorspace.BT2020
+    if frame.color_primaries == _UNSPECIFIED:
+        frame.color_primaries = ColorPrimaries.BT2020
+    return frame.reformat(
+        format="rgb24", dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709, interpolation=_EXACT
+    )
 
 
 def on_plain_ground(pixels: np.ndarray) -> np.ndarray:

@@ -13,11 +13,11 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import tqdm
 
+from adastate_jax.console import progress
 from adastate_jax.data.decoding import Unusable, reasons
 from adastate_jax.data.footage import ClipConfig, clip_frames, scan_footage
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
 from adastate_jax.files import existing_name
 
 
@@ -142,19 +142,20 @@ def scan_folder(folder: str | os.PathLike, config: ClipConfig) -> tuple[list[Fil
     names = list_files(folder)
     captions = read_captions(folder, names)
     usable, skipped = [], []
-    with tqdm.tqdm(names, desc="scanning videos", unit="file", file=sys.stderr) as progress:
-        for name in progress:
+    with progress("scanning videos", len(names), unit="file") as bar:
+        for name in names:
 
             def report(seconds, name=name):
-                progress.set_postfix_str(f"{name} {seconds:.0f} s")
+                bar.set_postfix_str(f"{one_line(name)} {seconds:.0f} s")
 
             try:
                 starts, frames = find_clips(folder / name, config, report)
             except Unusable as reason:
-                skipped.append(f"skipped {name}: {reason}")
-                tqdm.tqdm.write(skipped[-1], file=sys.stderr)
+                skipped.append(f"skipped {one_line(name)}: {reason}")
+                bar.write(skipped[-1], file=sys.stderr)
             else:
                 usable.append(FileClips(name, captions[name], starts, frames))
+            bar.update()
     if not usable:
         raise UserError(
             f"video folder {folder} has no usable video ({skipped[0]}"
@@ -164,13 +165,13 @@ def scan_folder(folder: str | os.PathLike, config: ClipConfig) -> tuple[list[Fil
 
 
 def find_clips(
-    path: pathlib.Path, config: ClipConfig, progress: Callable[[float], None] = lambda seconds: None
+    path: pathlib.Path, config: ClipConfig, report: Callable[[float], None] = lambda seconds: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clips of a file, as `clip_frames` gives them; raises `Unusable` where there are none, with the reason."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
         raise Unusable("its name has characters that cannot be printed; rename it")
     with reasons(path):
-        footage = scan_footage(path, progress)
+        footage = scan_footage(path, report)
     starts, frames = clip_frames(footage, config)
     if not len(starts):
         edges = np.array([0.0, *footage.timestamps[list(footage.cuts)], footage.end])

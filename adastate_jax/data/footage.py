@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from scenedetect import AdaptiveDetector, FrameTimecode
 
-from adastate_jax.data.decoding import best_stream, decode_frames, frame_pixels, frame_rate, open_video
+from adastate_jax.data.decoding import decode_frames, frame_pixels, read_header
 from adastate_jax.errors import UserError
 
 # A dissolve or fade: over a quarter of a second the picture changes by this mean absolute difference (of 255), and
@@ -80,9 +80,7 @@ def scan_footage(path: str | os.PathLike, progress: Callable[[float], None] = la
     # outermost ones neighbours too; otherwise a cut within two frames of either end would go unseen.
     padding = detector.window_width
     timestamps, cuts, small = [], set(), None
-    with open_video(path) as container:
-        rate = float(frame_rate(best_stream(container)))
-    lag = max(2, round(min(rate, _FASTEST) / 8))
+    lag = max(2, round(min(float(read_header(path).fps), _FASTEST) / 8))
     recent = collections.deque(maxlen=2 * lag + 1)
 
     def look(number):
@@ -156,8 +154,7 @@ def read_clips(path: str | os.PathLike, frames: np.ndarray, height: int, width: 
     No more than one clip's frames are held at a time, whatever the length of the file. Raises `ValueError` where the
     file has fewer frames than asked for.
     """
-    with open_video(path) as container:
-        pixel_aspect = best_stream(container).sample_aspect_ratio or 1
+    pixel_aspect = read_header(path).pixel_aspect
     wanted = set(np.unique(frames).tolist())
     held: dict[int, np.ndarray] = {}
     clip, number = 0, -1

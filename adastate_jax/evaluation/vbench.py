@@ -25,7 +25,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from adastate_jax.data.decoding import best_stream, open_video, read_header
+from adastate_jax.data.decoding import Unusable, best_stream, open_video, read_header, reasons
 from adastate_jax.data.folders import list_files, read_captions
 from adastate_jax.data.prompts import read_prompts as read_lines
 from adastate_jax.errors import UserError
@@ -175,26 +175,34 @@ def export_files(
     config: ExportConfig,
     files: Mapping[Slot, Path],
     advance: Callable[[], None] = lambda: None,
-) -> None:
+) -> list[tuple[Path, str]]:
     """Copies every video that is not there yet from `files`; slots that it lacks are left out.
 
     An .mp4 of H.264 in yuv420p is copied byte by byte, anything else is encoded anew at its own frame rate. Resumes as
-    `export_generated` does. Raises `UserError` where a file cannot be read or the folder holds an export of another
-    plan, or one that was generated.
+    `export_generated` does.
+
+    Returns:
+        The files that were left out because they cannot be read, and why.
+
+    Raises:
+        UserError: the folder holds an export of another plan, or one that was generated.
     """
+    skipped = []
 
     def write(slot, path):
         source = files[slot]
         try:
-            header = read_header(source)
+            with reasons(source):
+                header = read_header(source)
             if (source.suffix, header.codec, header.pixel_format) == (".mp4", "h264", "yuv420p"):
                 shutil.copyfile(source, path)
             else:
                 _encode_anew(source, path, header.fps)
-        except (av.FFmpegError, ValueError) as error:
-            raise UserError(f"{source}: cannot be decoded as video ({error}); replace or remove it") from None
+        except Unusable as reason:
+            skipped.append((source, str(reason)))
 
     _export(Path(folder), slots, config, {}, write, advance, lambda slot: slot in files)
+    return skipped
 
 
 def _export(folder, slots, config, source, write, advance, available=lambda slot: True):
@@ -206,7 +214,8 @@ def _export(folder, slots, config, source, write, advance, available=lambda slot
             if available(slot) and not (folder / slot.file).exists():
                 unfinished = scratch / "video.mp4"
                 write(slot, unfinished)
-                unfinished.replace(folder / slot.file)
+                if unfinished.exists():
+                    unfinished.replace(folder / slot.file)
             advance()
 
 
@@ -230,7 +239,7 @@ def _write_json(path, content):
 
 
 def _encode_anew(source, path, fps):
-    with VideoWriter(path, fps) as writer:
+    with VideoWriter(path, fps) as writer, reasons(source):
         for _, frame in upright_frames(source):
             height, width, _ = frame.shape
             writer.write(frame[None, : height // 2 * 2, : width // 2 * 2])  # H.264 in yuv420p has even sides

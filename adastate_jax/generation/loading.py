@@ -275,7 +275,7 @@ def make_sampler(config: Config):
     ((2, 12, 1, 1, 48), 4)
     """
     if not isinstance(config, Config):
-        raise UserError(f"config must be a configuration, a model's `config` for one, got {shown(config)}")
+        raise UserError(f"config must be a configuration, a model's `config` for one, got {type(config).__name__}")
     latent_shape = config.latent_shape
 
     @functools.partial(jax.jit, static_argnames="num_chunks")

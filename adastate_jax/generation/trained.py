@@ -18,9 +18,10 @@ from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError, one_line, shortlist
-from adastate_jax.fields import build, parse_json, to_dict
+from adastate_jax.fields import build, to_dict
 from adastate_jax.files import whole_file
 from adastate_jax.models.dit import DiT
+from adastate_jax.texts import parse_json
 from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, with_shardings
 from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 from adastate_jax.weights.slots import leaf_name, leaves
@@ -97,11 +98,7 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
     if "config" not in opened.metadata:
         raise UserError(f"{path}: holds no configuration; name a file that bundle wrote")
     text, stored = opened.metadata["config"], opened.stored()
-    try:
-        fields = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{path}: its configuration cannot be read ({error}); make it again") from None
-    config = build(Config, fields, str(path))
+    config = build(Config, parse_json(text, f"{path}: its configuration"), str(path))
     like = with_shardings(_abstract(config), mesh)
     wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
     found = {name: tensor.shape for name, tensor in stored.items() if tensor.dtype in FLOATING}

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import av
 import numpy as np
 
-from adastate_jax.data.decoding import decode_frames
+from adastate_jax.data.decoding import Unusable, decode_frames, reasons
 from adastate_jax.data.footage import read_clips
 from adastate_jax.errors import UserError
 from adastate_jax.files import existing_name
@@ -24,11 +23,16 @@ def read_last_frames(path: str | Path, count: int, height: int, width: int) -> n
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        times = np.array([seconds for seconds, _ in decode_frames(path)])
-        if not len(times):
-            raise ValueError("it has no frames")
-        ages = np.arange(min(count, int(times[-1] * FPS + 1e-3) + 1))[::-1] / FPS
-        numbers = np.abs(times - (times[-1] - ages[:, None])).argmin(axis=1)
-        return next(read_clips(path, numbers[None], height, width))
-    except (av.FFmpegError, ValueError) as error:
-        raise UserError(f"{path}: not a readable video ({error})") from None
+        with reasons(path):
+            return _last_frames(path, count, height, width)
+    except Unusable as reason:
+        raise UserError(f"{path}: not a readable video ({reason})") from None
+
+
+def _last_frames(path, count, height, width):
+    times = np.array([seconds for seconds, _ in decode_frames(path)])
+    if not len(times):
+        raise ValueError("it has no frames")
+    ages = np.arange(min(count, int(times[-1] * FPS + 1e-3) + 1))[::-1] / FPS
+    numbers = np.abs(times - (times[-1] - ages[:, None])).argmin(axis=1)
+    return next(read_clips(path, numbers[None], height, width))

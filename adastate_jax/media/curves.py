@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from adastate_jax import files
-from adastate_jax.media.pictures import saving
+from adastate_jax.errors import writing
 
 
 def loss_curves(records: Sequence[Mapping], path: str | Path) -> None:
@@ -35,5 +35,5 @@ def loss_curves(records: Sequence[Mapping], path: str | Path) -> None:
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    with saving(path):
+    with writing(path):
         files.write_bytes(path, drawn.getvalue())

@@ -1,8 +1,7 @@
 """Pictures in and out."""
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -13,20 +12,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from adastate_jax import files
 from adastate_jax.data.decoding import fit_pixels, on_plain_ground
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, writing
 
 # The most pixels of a picture, ten times what a telephone takes; a small file that states more is made to fill memory.
 MAX_PIXELS = 1 << 27
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # Pillow would run Ghostscript on it
-
-
-@contextlib.contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of what is done meanwhile into a `UserError` that says which file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
@@ -98,7 +88,7 @@ def write_image(path: str | Path, image: np.ndarray, metadata: Mapping[str, str]
 
     Raises `UserError` where it cannot be written.
     """
-    with saving(path):
+    with writing(path):
         files.write_bytes(path, encode_png(image, metadata))
 
 

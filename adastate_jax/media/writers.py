@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -13,13 +12,15 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
 
 from adastate_jax import files
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, writing
 from adastate_jax.media.metadata import describe_webp, gif_comment
-from adastate_jax.media.pictures import encode_png, saving
+from adastate_jax.media.pictures import encode_png
 
 FPS = 16
+_PALETTE_PIXELS = 1 << 14  # of which a GIF's colours are chosen
 _PICTURE = "frame_{:05d}.png"
 _PICTURES = re.compile(r"frame_\d{5,}\.png")
 
@@ -53,13 +54,14 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: int | Fraction = FPS, metadata: Mapping[str, str] | None = None):
         self.path = Path(path)
         kind = _kind_of(str(path))
-        with saving(self.path):
+        with writing(self.path):
             _refuse_special(self.path)
             self._place = _whole_pictures(self.path) if kind is _Pictures else files.whole_file(self.path)
             self._encoder = kind(self._place.__enter__(), fps, dict(metadata or {}))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
         self._begun = False
+        self._size: tuple[int, ...] | None = None
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -68,15 +70,26 @@ class VideoWriter:
         """Appends frames [F, H, W, 3] uint8; the same H and W in every call, and even ones for an mp4.
 
         Returns while they are being compressed, but not before those of the last call are; raises what stopped them.
+
+        Raises:
+            UserError: the frames are of another kind or size, or the file cannot be written.
         """
-        with saving(self.path):
+        shape = np.shape(frames)
+        if len(shape) != 4 or shape[3] != 3 or frames.dtype != np.uint8:
+            raise UserError(f"{self.path}: frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(shape)}")
+        self._size = self._size or shape[1:3]
+        if shape[1:3] != self._size:
+            raise UserError(f"{self.path}: frames must all be {list(self._size)} pixels, not {list(shape[1:3])}")
+        if isinstance(self._encoder, _Mp4) and any(side % 2 for side in self._size):
+            raise UserError(f"{self.path}: an mp4 has even sides, not {list(self._size)} pixels; write a .webp or .gif")
+        with writing(self.path):
             self._wait()
         self._writing = self._thread.submit(self._compress, frames)
 
     def _wait(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+            pending, self._writing = self._writing, None
+            pending.result()
 
     def _compress(self, frames: np.ndarray) -> None:
         for frame in frames:
@@ -84,22 +97,22 @@ class VideoWriter:
             self._encoder.write(frame)
 
     def __exit__(self, kind, error, trace) -> None:
-        with saving(self.path), contextlib.ExitStack() as stack:
-            stack.push(self._leave)
-            self._thread.shutdown()
-            if kind is None:
-                self._wait()
-                if self._begun:
-                    self._encoder.finish()
-                    return
-            with contextlib.suppress(OSError, av.FFmpegError):  # what is unfinished may be so for want of room
-                self._encoder.abandon()
-            stack.pop_all()
-            self._leave(_Unfinished, _Unfinished(), None)
-
-    def _leave(self, kind, error, trace) -> None:
-        """Gives the file its name, or removes it if there is an error."""
-        self._place.__exit__(kind, error, trace)
+        complete = False
+        with writing(self.path):
+            try:
+                self._thread.shutdown()
+                if kind is None:
+                    self._wait()
+                    if self._begun:
+                        self._encoder.finish()
+                        complete = True
+            finally:
+                if complete:
+                    self._place.__exit__(None, None, None)
+                else:
+                    with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
+                        self._encoder.abandon()
+                    self._place.__exit__(_Unfinished, _Unfinished(), None)
 
 
 class _Unfinished(Exception):
@@ -123,7 +136,7 @@ def _refuse_special(path):
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "neither a file nor a folder")
+        raise OSError("neither a file nor a folder")
 
 
 def _whole_pictures(path):
@@ -237,38 +250,29 @@ class _Gif(_Container):
         self._file = _CommentedGif(self.path, gif_comment(self.metadata) if self.metadata else b"")
         return av.open(self._file, "w", format="gif")
 
-    def begin(self, height, width):
-        super().begin(height, width)
-        graph = av.filter.Graph()
-        source = graph.add_buffer(
-            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / Fraction(self.fps)
-        )
-        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
-        use = graph.add("paletteuse", "new=1:dither=sierra2_4a")
-        source.link_to(split)
-        split.link_to(palette, 0, 0)
-        split.link_to(use, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(graph.add("buffersink"))
-        graph.configure()
-        self._graph = graph
-
     def convert(self, frame):
-        self._graph.push(frame)
-        while True:
-            try:
-                yield self._graph.pull()
-            except (av.BlockingIOError, av.EOFError):
-                return
+        if frame is None:
+            return []
+        pixels = Image.fromarray(frame.to_ndarray())
+        # The colours are chosen from a smaller picture: that takes far longer than to draw with them.
+        fewer = pixels.reduce(max(1, round((pixels.width * pixels.height / _PALETTE_PIXELS) ** 0.5)))
+        palette = fewer.quantize(256, Image.Quantize.MEDIANCUT)
+        indices = np.asarray(pixels.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+        colours = np.array(palette.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+        colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)), constant_values=255)[:, [3, 0, 1, 2]]
+        drawn = av.VideoFrame.from_ndarray((indices, np.ascontiguousarray(colours)), format="pal8")
+        drawn.pts, drawn.time_base = frame.pts, frame.time_base
+        return [drawn]
 
     def _close(self):
         super()._close()
         self._file.close()
 
     def abandon(self):
-        super().abandon()
-        if self._container is not None:
-            self._file.close()
+        with contextlib.ExitStack() as stack:
+            if self._container is not None:
+                stack.callback(self._file.close)
+            super().abandon()
 
 
 class _CommentedGif:

@@ -44,7 +44,7 @@ class NoAnchor(Named):
     that changes while a stream runs is in its `memory`, a pytree of its own making whose structure, shapes and dtypes
     never change, so that one program serves every chunk of the steady state. What the stream calls, and when:
 
-        memory = anchor.initial(zeros, past_frames)   once, before the first chunk
+        memory = anchor.initial(zeros, past_frames)   before the first chunk, and where a stream begins anew
         anchor.layout(first_frame, past, content)     while a chunk's program is traced: how many frames of the anchor
                                                       the chunk sees, and where everything stands
         anchor.read(memory)                           before every chunk that sees the anchor, traced: what it sees

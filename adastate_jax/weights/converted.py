@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from adastate_jax.errors import UserError, shown
-from adastate_jax.fields import build, read_json, to_dict
+from adastate_jax.fields import build, to_dict
 from adastate_jax.files import is_file
 from adastate_jax.sharding import make_mesh, tree_shardings
+from adastate_jax.texts import read_json
 from adastate_jax.weights.identify import Network
 from adastate_jax.weights.kinds import KINDS
 from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
@@ -163,11 +164,11 @@ def _open(path: Path) -> tuple[str, Any, dict[str, _Leaf]]:
     description, file = path / _DESCRIPTION, path / _WEIGHTS
     if not is_converted(path):
         raise UserError(f"{path}: not a folder that convert wrote (no {_DESCRIPTION})")
+    values = read_json(description, "convert it again")
     try:
-        values = read_json(description)
         version, kind, fields, checksums = (values[name] for name in ("format", "kind", "config", "crc32"))
         own = values.get("checksum")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"{description}: damaged ({shown(error)}); convert it again") from None
     if version != _FORMAT or kind not in [*KINDS]:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from adastate_jax.errors import UserError, shortlist, shown
-from adastate_jax.fields import parse_json
+from adastate_jax.texts import parse_json
 from adastate_jax.weights.identify import Network
 from adastate_jax.weights.kinds import KINDS
 from adastate_jax.weights.sources import Source, open_source
@@ -236,10 +236,7 @@ def _settings(source: Source) -> Mapping[str, Any]:
     """What peft says of the adapter: the file beside it, or the header in which diffusers keeps that."""
     if "lora_adapter_metadata" not in source.metadata:
         return source.settings
-    try:
-        values = parse_json(source.metadata["lora_adapter_metadata"])
-    except ValueError as error:
-        raise UserError(f"{source.path}: its lora_adapter_metadata cannot be read ({error})") from None
+    values = parse_json(source.metadata["lora_adapter_metadata"], f"{source.path}: its lora_adapter_metadata")
     if not isinstance(values, dict):
         raise UserError(f"{source.path}: its lora_adapter_metadata is no group of fields")
     return {name.removeprefix("transformer."): value for name, value in values.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.fields import parse_json
+from adastate_jax.texts import parse_json
 from adastate_jax.weights.tensors import FLOAT8, FLOATING, StoredTensor
 
 # Networks of a file that holds a whole model, by what their names start with.
@@ -118,8 +118,8 @@ def _scale(name: str, weight: StoredTensor, tensor: StoredTensor) -> np.ndarray:
 def _check_format(name: str, tensor: StoredTensor) -> None:
     """Refuses a description of quantised weights of which this package cannot know what they mean."""
     try:
-        settings = parse_json(bytes(tensor.read()[:4096]).decode()) if tensor.dtype == np.uint8 else None
-    except ValueError:
+        settings = parse_json(bytes(tensor.read()[:4096]).decode(), name) if tensor.dtype == np.uint8 else None
+    except (UnicodeDecodeError, UserError):
         settings = None
     kind = settings.get("format") if isinstance(settings, dict) else None
     if kind not in ("float8_e4m3fn", "float8_e5m2"):

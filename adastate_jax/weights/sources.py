@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.fields import parse_json, read_json
 from adastate_jax.files import is_file
+from adastate_jax.texts import parse_json, read_json
 from adastate_jax.weights.packed import ScaledTensor, unpacked
 from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.tensors import StoredTensor
@@ -110,10 +110,8 @@ def _single_checkpoint(folder: Path) -> Path:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file name, of an index of several files."""
-    try:
-        names = read_json(index)["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not a readable index of weights ({error}); download it again") from None
+    values = read_json(index, "download it again")
+    names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: not a readable index of weights (no file names); download it again")
     for name in names.values():
@@ -186,16 +184,10 @@ def _unwrapped(
 def _read_settings(file: Path) -> Mapping[str, Any]:
     if not is_file(file):
         return {}
-    try:
-        settings = read_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable JSON file ({error}); download it again") from None
+    settings = read_json(file, "download it again, or remove it")
     return settings if isinstance(settings, dict) else {}
 
 
 def _own_header(file: SafeTensors) -> Mapping[str, Any]:
-    try:
-        header = parse_json(file.metadata.get(HEADER_KEY, "{}"))
-    except ValueError as error:
-        raise UserError(f"{file.path}: its header's {HEADER_KEY} cannot be read ({error}); export it again") from None
+    header = parse_json(file.metadata.get(HEADER_KEY, "{}"), f"{file.path}: its header's {HEADER_KEY}")
     return header if isinstance(header, dict) else {}

@@ -1,8 +1,12 @@
 """The command: what it finds, what it writes, what it says, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluation.clips import moving, still, write_video
 
@@ -57,6 +61,97 @@ def test_processes_measure_the_same(videos):
     assert [type(result) for result in together] == [Measurement, Unusable, Measurement]
     for one, other in zip(alone, together, strict=True):
         assert str(getattr(one, "metrics", one)) == str(getattr(other, "metrics", other))
+
+
+def test_a_report_is_lost_to_no_other(videos, tmp_path, monkeypatch, capsys):
+    """A default name is numbered, a given one is refused before any work, and only a report is ever replaced."""
+    monkeypatch.chdir(tmp_path)
+    clip = videos / "static" / "samples" / "frozen.mp4"
+    for name in ("report", "report-2"):
+        assert exit_code(clip, "--jobs=1") == 0
+        assert capsys.readouterr().err.splitlines()[-1] == f"{name}/report.html"
+    before = Path("report/report.html").stat().st_mtime_ns
+    monkeypatch.setattr(evaluate, "measure_files", lambda *_: pytest.fail("it was measured"))
+    assert exit_code(clip, "--output=report") == 2
+    assert "--output=report: exists; name another, or add --overwrite" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(clip, "--output=report", "--overwrite", "--jobs=1") == 0
+    assert Path("report/report.html").stat().st_mtime_ns > before
+    Path("report/notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert exit_code(clip, "--output=report", "--overwrite", "--jobs=1") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--output=report: cannot be written (it holds 'notes.txt', which is of another kind)" in error
+    assert Path("report/notes.txt").read_text() == "mine"
+    assert Path("report/metrics.json").exists()
+    assert sorted(os.listdir()) == ["report", "report-2"]
+
+
+def damaged(folder):
+    """Files that are no whole videos, each in another way."""
+    good = write_video(folder / "good.mp4", moving(32, 48, 12)).read_bytes()
+    contents = {
+        "a cut.mp4": good[: len(good) * 3 // 4],
+        "b empty.mp4": b"",
+        "c noise.webm": np.random.default_rng(0).bytes(5000),
+        "d zeros.mkv": bytes(5000),
+        "e header only.mp4": good[:600],
+        "f text.avi": b"no video\n" * 100,
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "g gone.mp4").symlink_to(folder / "nowhere")
+    return list(contents)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_damaged_videos_among_good_ones_are_skipped_by_name(tmp_path, capsys, jobs):
+    (tmp_path / "videos").mkdir()
+    names = damaged(tmp_path / "videos")
+    assert exit_code(tmp_path / "videos", f"--output={tmp_path / 'report'}", f"--jobs={jobs}") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    for line, name in zip(lines, names, strict=True):
+        assert f"{name}: it " in line
+    content = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert [video["name"] for video in content["videos"]] == ["good.mp4"]
+    assert [Path(entry["name"]).name for entry in content["skipped"]] == names
+
+
+def test_a_video_whose_process_is_killed_is_skipped_and_the_others_are_measured(tmp_path):
+    """A decoder that crashes takes its process with it, and the pool's others."""
+    files = [write_video(tmp_path / f"{name}.mp4", moving(32, 48, 4)) for name in ("a", "kill", "b")]
+    program = """
+import os, sys
+from pathlib import Path
+from adastate_jax import evaluate
+from adastate_jax.evaluation.measure import Settings
+
+def measure_or_die(file, settings, count_frames):
+    return os._exit(9) if file.stem == "kill" else measure(file, settings, count_frames)
+
+measure, evaluate._measure = evaluate._measure, measure_or_die
+if __name__ == "__main__":
+    for result in evaluate.measure_files(list(map(Path, sys.argv[1:])), Settings(), 2):
+        print(getattr(result, "num_frames", result))
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, tmp_path / "program.py", *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    killed = "the process that measured it was killed, perhaps for want of memory"
+    assert done.stdout.splitlines() == ["4", killed, "4"]
+
+
+def test_names_that_are_no_text_are_shown_as_escapes(tmp_path, capsys):
+    source = write_video(tmp_path / "a.mp4", moving(32, 48, 4))
+    folder = tmp_path / os.fsdecode(b"caf\xe9\x1b[31m")
+    folder.mkdir()
+    source.rename(folder / os.fsdecode(b"\xff\n.mp4"))
+    assert exit_code(folder, f"--output={tmp_path / 'report'}", "--jobs=1") == 0
+    assert capsys.readouterr().out.startswith("caf\\udce9\\x1b[31m: 1 video,")
+    (video,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["videos"]
+    assert (video["group"], video["name"]) == ("caf\\udce9\\x1b[31m", "\\udcff .mp4")
 
 
 @pytest.mark.parametrize(

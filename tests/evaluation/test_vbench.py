@@ -125,7 +125,7 @@ def test_prompts_come_from_lines_or_from_vbench_s_list(tmp_path):
     (tmp_path / "full.json").write_text(json.dumps([{"prompt_en": text, "dimension": []} for text in PROMPTS]))
     assert read_prompts(tmp_path / "prompts.txt") == read_prompts(tmp_path / "full.json") == PROMPTS
     (tmp_path / "other.json").write_text('{"prompts": []}')
-    with pytest.raises(UserError, match=r"other.json is no list of"):
+    with pytest.raises(UserError, match=r"other\.json: is no list of"):
         read_prompts(tmp_path / "other.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none.json")
@@ -215,15 +215,20 @@ def test_plain_files_are_copied_and_others_encoded_anew(tmp_path):
     assert header.num_frames == 4
 
 
-def test_a_broken_source_is_named_and_leaves_nothing(tmp_path):
+def test_broken_sources_are_named_and_leave_nothing(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "0.mp4").write_bytes(b"no video")
-    config = ExportConfig(samples=1)
+    (source / "0-0.mp4").write_bytes(b"no video")
+    write_video(source / "1-0.mp4", moving(32, 48, 4))
+    cut = write_motion_jpeg(source / "1-1.avi", moving(32, 48, 12))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    config = ExportConfig(samples=2)
     slots = plan_export(PROMPTS, config)
-    with pytest.raises(UserError, match=r"0.mp4: cannot be decoded"):
-        export_files(tmp_path / "videos", slots, config, match_files(source, slots)[0])
-    assert os.listdir(tmp_path / "videos") == []
+    files, _ = match_files(source, slots)
+    (broken, _), (cut_off, reason) = export_files(tmp_path / "videos", slots, config, files)
+    assert (broken.name, cut_off.name) == ("0-0.mp4", "1-1.avi")
+    assert "cut off" in reason
+    assert os.listdir(tmp_path / "videos") == [slots[2].file]
 
 
 # --- checking -----------------------------------------------------------------------------------------------------

@@ -136,30 +136,41 @@ def test_the_decoder_cache_is_not_held_twice(model):
 
 
 def test_a_restart_begins_with_the_first_frame_that_both_rollouts_show(model):
-    """As a picture, where the codec can encode one: CausVid. Two chunks fill the window, the second is the overlap."""
+    """As a picture, where the codec can encode one: CausVid. Two chunks fill the window, the second is the overlap.
+
+    What is shown from that frame on is the new rollout's decoding; without an encoder the old one's goes on.
+    """
     config = StreamConfig(anchor=RestartAnchor(), denoising_steps=(1000.0, 500.0))
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, stream=config))
     student, codec, shape = model.student, model.codec, model.config.latent_shape
 
-    def window(codec):
+    def streamed(codec):
         video = video_stream.stream_batch(dataclasses.replace(model, codec=codec), PROMPTS[:1], 0, 21)
-        assert len(frames_of(video)) == 2
-        return video.state.carry.stream.cache.window.key
+        frames = frames_of(video)
+        assert len(frames) == 2
+        return video.state.carry.stream.cache.window.key, np.concatenate(frames, axis=1)
 
     @jax.jit
     def expected(codec, latents, text):
         frames = jnp.clip(decode_clip(codec.decoder, latents), -1, 1)
         picture = encode_clip(codec.encoder, frames[:, 12:13])  # 9 to 12 are of the fourth latent
         overlaps = latents[:, 3:].at[:, :1].set(picture), latents[:, 3:]
-        return [student(overlap, jnp.zeros((1, 3)), text, (0, 1, 2))[1].key for overlap in overlaps]
+        again = decode_clip(codec.decoder, overlaps[0])
+        keys = [student(overlap, jnp.zeros((1, 3)), text, (0, 1, 2))[1].key for overlap in overlaps]
+        shown = [jnp.concatenate([frames[:, :12], again], axis=1), frames]
+        return keys, [jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5) for x in shown]
 
     text = student.text_keys_values(model.embed(PROMPTS[:1]))
     chunks = stream(student, initial_carry(student.config, config, seed_keys(0, 1), *shape[:2]), text, config, shape, 2)
     latents = jnp.concatenate([chunk.content for _, chunk in chunks], axis=1)
-    anew, as_it_was = expected(codec, latents, text)
+    (anew, as_it_was), shown = expected(codec, latents, text)
     assert np.abs(anew - as_it_was).max() > 0.1
-    np.testing.assert_allclose(window(codec), anew, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(window(dataclasses.replace(codec, encoder=None)), as_it_was, rtol=0, atol=1e-3)
+    assert np.abs(shown[0] - shown[1])[:, 13:].max() > 10
+    codecs = codec, dataclasses.replace(codec, encoder=None)
+    for one, window, frames in zip(codecs, (anew, as_it_was), shown, strict=True):
+        found = streamed(one)
+        np.testing.assert_allclose(found[0], window, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(found[1].astype(int), frames, rtol=0, atol=1)
 
 
 def test_random_weights_depend_on_the_configured_seed_alone():

@@ -101,8 +101,6 @@ def colours(frames=6, height=48, width=64):
 def read_back(path):
     if path.is_dir():
         return np.stack([iio.imread(picture) for picture in sorted(path.iterdir())])
-    if path.suffix == ".webp":  # which FFmpeg cannot read
-        return iio.imread(path, plugin="pillow", index=...)
     return np.stack([frame_pixels(frame, frame.height, frame.width) for _, frame in decode_frames(path)])
 
 
@@ -154,6 +152,26 @@ def test_the_mp4_says_which_colours_it_holds(tmp_path, size):
             assert np.abs(found - colour).max() <= 2
             other = frame.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU601)[0, 0].astype(int)
             assert (np.abs(other - colour).max() > 8) == (len(set(colour)) > 1)  # grey has no colour to lose
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "message"),
+    [
+        ("a.mp4", [colours(2, 31, 48)], r"an mp4 has even sides, not \[31, 48\] pixels"),
+        ("a.gif", [colours(2), colours(2, 16, 16)], r"must all be \[48, 64\] pixels, not \[16, 16\]"),
+        ("a.webp", [colours(2).astype(np.float32)], r"must be uint8 \[F, H, W, 3\], not float32"),
+        ("a", [colours(2)[0]], r"must be uint8 \[F, H, W, 3\], not uint8 \[48, 64, 3\]"),
+    ],
+)
+def test_frames_of_another_kind_are_refused_and_nothing_is_left(tmp_path, name, frames, message):
+    def write():
+        with open_writer(tmp_path / name) as writer:
+            for some in frames:
+                writer.write(some)
+
+    with pytest.raises(UserError, match=message):
+        write()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_link_is_written_through_and_a_device_is_not_replaced(tmp_path):

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from adastate_jax import verify
 from adastate_jax.convert import main
 from adastate_jax.errors import UserError
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.weights.converted import load_converted
 from adastate_jax.weights.identify import identify
+from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.sources import open_source
 from adastate_jax.weights.torch_file import load_torch_file
 
@@ -137,6 +139,20 @@ def test_text_encoder(tmp_path, sizes):
         assert torch.equal(theirs, returned(ids, attention_mask=mask.long()).last_hidden_state)
     ours = jax.jit(type(network).__call__)(network, ids.numpy().astype(np.int32), mask.numpy())
     close(ours, theirs)
+
+
+def test_the_fixtures_that_ship_are_these_networks_numbers(tmp_path):
+    from peers import write_fixtures
+
+    write_fixtures.write_all(tmp_path)
+    for path in verify.SHIPPED.glob("*.safetensors"):
+        shipped, fresh = SafeTensors(path), SafeTensors(tmp_path / path.name)
+        assert [*shipped] == [*fresh]
+        assert shipped.metadata["config"] == fresh.metadata["config"]
+        for name in shipped:
+            np.testing.assert_allclose(shipped[name], fresh[name], atol=1e-5, err_msg=name)
+    for path in verify.SHIPPED.glob("*.json"):
+        assert path.read_text() == (tmp_path / path.name).read_text()
 
 
 # --- files of torch.save ----------------------------------------------------------------------------------------------

@@ -239,8 +239,8 @@ def observed_step(carry, noise, config, phase):
 
 
 @functools.cache
-def observe(config: StreamConfig, chunks: int) -> list[tuple[Seen, ...]]:
-    """All passes of each chunk of a stream."""
+def observe(config: StreamConfig, chunks: int, ends: bool = False) -> list[tuple[Seen, ...]]:
+    """All passes of each chunk of a stream, which may end behind the last of them."""
     carry = initial_carry(SPY, config, seed_keys(0, 1), 1, 1)
     steps = max(len(config.sigmas), len(config.first_sigmas))
     noise = ChunkNoise(
@@ -250,7 +250,8 @@ def observe(config: StreamConfig, chunks: int) -> list[tuple[Seen, ...]]:
     seen = []
     for chunk in range(chunks):
         _passes.clear()
-        carry = observed_step(carry, noise, config, phase_of(chunk, config))
+        phase = phase_of(chunk, config, remaining=chunks - chunk if ends else None)
+        carry = observed_step(carry, noise, config, phase)
         jax.effects_barrier()
         seen.append(tuple(_passes))
     return seen
@@ -270,16 +271,16 @@ def test_what_a_chunk_sees(name):
     config, seen = PRESETS[name].stream, observe_preset(name)
     for chunk, table in TABLES[name].items():
         if config.anchor.joint:  # one pass, each chunk at a level of its own, the oldest at the lowest
-            levels = [np.repeat(config.sigmas[::-1], config.chunk_frames)]
+            levels = [1000 * np.repeat(config.sigmas[::-1], config.chunk_frames)]
             *_, denoising, clean = seen[chunk]
             passes = [denoising]
         else:
-            levels = config.first_sigmas if chunk == 0 else config.sigmas
+            levels = config.timesteps or np.multiply(config.first_sigmas if chunk == 0 else config.sigmas, 1000.0)
             *passes, clean = seen[chunk][: len(levels) + 1]
             matches(clean, table)
-        for one, sigma in zip(passes, levels, strict=True):
+        for one, timesteps in zip(passes, levels, strict=True):
             matches(one, table)
-            np.testing.assert_allclose(one.timesteps, np.multiply(sigma, 1000.0), rtol=1e-6)
+            np.testing.assert_allclose(one.timesteps, timesteps, rtol=1e-6)
         assert not clean.timesteps.any()
 
 
@@ -298,6 +299,18 @@ def test_rolling_forcing_grows_its_staircase():
         assert one.live == tuple(f"L{n}" for n in range(3 * k))
         assert not one.slots
     assert [len(seen[chunk]) for chunk in range(4)] == [6, 2, 2, 2]
+
+
+def test_rolling_forcing_sees_more_of_the_past_towards_the_end():
+    """21 frames in all: what fewer live chunks leave is the window's."""
+    *_, a, b, c, d, e = observe(PRESETS["rolling_forcing"].stream, 12, ends=True)
+    matches(a[0], "0-2@15-17 18-20@18-20 L21-35@21-35")
+    matches(b[0], "0-2@15-17 18-23@18-23 L24-35@24-35")
+    matches(c[0], "0-2@15-17 18-26@18-26 L27-35@27-35")
+    matches(d[0], "0-2@15-17 18-29@18-29 L30-35@30-35")
+    matches(e[0], "0-2@15-17 18-32@18-32 L33-35@33-35")
+    four = dataclasses.replace(PRESETS["rolling_forcing"].stream, denoising_steps=(1000.0, 750.0, 500.0, 250.0))
+    matches(observe(four, 8)[7][0], "0-2@12-14 15-20@15-20 L21-32@21-32")
 
 
 def test_causvid_restarts_from_its_last_chunk_alone():
@@ -325,7 +338,8 @@ def test_published_steps():
     for name in ("self_forcing", "longlive", "infinity_rope", "reward_forcing", "memrope", "rolling_sink", "adastate"):
         np.testing.assert_allclose(timesteps[name], [1000, 937.5, 833.33, 625], atol=0.01)
     np.testing.assert_allclose(timesteps["rolling_forcing"], [1000, 952.38, 882.35, 769.23, 555.56], atol=0.01)
-    np.testing.assert_allclose(timesteps["causvid"], [1000, 757, 522])
+    np.testing.assert_allclose(timesteps["causvid"], [1000, 756.757, 521.739], atol=0.001)
+    assert PRESETS["causvid"].stream.timesteps == (1000, 757, 522)
     np.testing.assert_allclose(timesteps["causal_forcing_two_step"], [1000, 833.33], atol=0.01)
     np.testing.assert_allclose(
         PRESETS["causal_forcing_one_step"].stream.first_sigmas, [1, 0.9375, 0.83333, 0.625], rtol=1e-5
@@ -388,6 +402,7 @@ def test_reward_forcing_averages_what_leaves(decay):
 def test_memrope_keeps_two_running_means(adaptive):
     config = dataclasses.replace(PRESETS["memrope"].stream, anchor=MemoryAnchor(3, adaptive=adaptive))
     content = frames_of(24)
+    keys = numpy_frames(content.key)
     caches = list(committed(config, 8, content))
 
     def mean_of(leaving):
@@ -396,18 +411,19 @@ def test_memrope_keeps_two_running_means(adaptive):
         return np.broadcast_to(leaving.mean(axis=(0, 3), keepdims=True)[0], leaving.shape[1:])
 
     def check(memory, frames):
-        long = short = None
+        long = short = short_key = None
         for k in range(4, 9):
-            m = mean_of(frames[3 * k - 7 : 3 * k - 4])
+            m, m_key = (mean_of(x[3 * k - 7 : 3 * k - 4]) for x in (frames, keys))
             if k == 4:
-                long = short = m
+                long, short, short_key = m, m, m_key
                 continue
             rate = 0.1
-            if adaptive:
-                gap = np.sqrt(((m - short) ** 2).sum(axis=(-2, -1), keepdims=True))
+            if adaptive:  # from the keys alone: a norm per head, its mean over the heads
+                gap = np.sqrt(((m_key - short_key) ** 2).sum(axis=-1, keepdims=True)).mean(axis=-2, keepdims=True)
                 rate = 0.01 + gap / gap.max(axis=2, keepdims=True) * (0.5 - 0.01)
             long = 0.99 * long + 0.01 * m
             short = (1 - rate) * short + rate * m
+            short_key = (1 - rate) * short_key + rate * m_key
         np.testing.assert_allclose(memory, [*frames[:3], long, short], atol=1e-5)
 
     both(check, caches[-1].anchor, content)
@@ -597,8 +613,9 @@ def test_a_restart_may_reencode_its_overlap(student, text):
 
 def test_joint_denoising_is_the_plain_loop_over_passes(student, text):
     """N + T − 1 passes over the chunks that are on their way, all at absolute positions, against all keys ever made."""
-    config = dataclasses.replace(short("rolling_forcing"), denoising_steps=(1000.0, 600.0, 200.0))
-    num_chunks = 5
+    anchor = RollingAnchor(3, attended_frames=15)
+    config = StreamConfig(past_frames=9, anchor=anchor, denoising_steps=(1000.0, 600.0, 200.0))
+    num_chunks = 6
     text_kv = student.text_keys_values(text[:1])
     latents = rollout(student, start(config), text_kv, config, LATENT_SHAPE, num_chunks)[1]
     steps, frames, tokens = len(config.sigmas), config.chunk_frames, SMALL.frame_tokens(*LATENT_SHAPE[:2])
@@ -629,7 +646,7 @@ def test_joint_denoising_is_the_plain_loop_over_passes(student, text):
         levels = [index - chunk for chunk in on_their_way]
         sigma = jnp.repeat(jnp.asarray([config.sigmas[level] for level in levels], jnp.float32), frames)[None]
         noisy = jnp.concatenate([live[chunk] for chunk in on_their_way], axis=1)
-        working = np.arange(max(first - 3, 0), first)
+        working = np.arange(max(first - min(15 - 3 - noisy.shape[1], 9), 0), first)
         anchor = np.arange(min(3, first - len(working)))
         places = [*(first - len(working) - len(anchor) + anchor), *working]
         context = look(places, [*anchor, *working])
@@ -696,6 +713,9 @@ def test_anchors_by_name_and_settings():
         ({"anchor": RestartAnchor(), "past_frames": 2}, "restarts need a window"),
         ({"anchor": RollingAnchor(), "first_denoising_steps": (1000, 500)}, "jointly"),
         ({"first_denoising_steps": (500, 1000)}, "denoising_steps"),
+        ({"timesteps": (1000, 500)}, "as many as denoising_steps, 4"),
+        ({"timesteps": (1000, 500, 250, 0)}, "timesteps must lie within"),
+        ({"anchor": RollingAnchor(), "timesteps": (1000, 750, 500, 250)}, "timesteps must be empty"),
     ],
 )
 def test_impossible_streams_are_refused(arguments, culprit):

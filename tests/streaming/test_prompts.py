@@ -10,15 +10,17 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 
 from adastate_jax.errors import UserError
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompted, prompts
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule, chunk_of, parse_schedule, schedule
+from adastate_jax.streaming.prompts import Cue, Reread, Schedule, chunk_of, parse_schedule, schedule
 from adastate_jax.streaming.rollout import rollout, stream
-from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of
+from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of, sigmas_of
 from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
 from adastate_jax.streaming.strategy import NoAnchor
 
@@ -168,47 +170,92 @@ def test_a_blend_arrives_at_the_new_prompt(student, embeddings):
     np.testing.assert_allclose(blended[2], expected[2], atol=1e-5)
 
 
+def fresh_of(student, frames, positions, embedding, context=None):
+    """Clean keys (un-rotated) and values of frames that see each other and the context."""
+    text = student.text_keys_values(embedding)
+    run = jax.jit(lambda frames, context: student(frames, jnp.zeros(frames.shape[:2]), text, positions, None, context))
+    return run(frames, context)[1]
+
+
+def recached(student, embeddings, config, chunk, transition="recache"):
+    """The generated frames, the plan, and the caches before and behind a transition before `chunk`."""
+    schedule = scheduled((chunk, transition))
+    contents, carry = follow(student, embeddings, schedule, chunk, config)
+    plan, text = schedule.plan(chunk, config), student.text_keys_values(embeddings[1])
+    before = jax.tree.map(np.asarray, carry.stream.cache)
+    after = prompted._recache(student, carry.stream, carry.recent, text, config, plan.reread).cache
+    return jnp.concatenate(contents, axis=1), plan, before, after
+
+
 RECACHED = {
     "longlive": PRESETS["longlive"].stream,
+    "longlive_infinity": PRESETS["longlive_infinity"].stream,
     "adaptive": StreamConfig(anchor=AdaptiveAnchor(2)),
     "none": StreamConfig(anchor=NoAnchor()),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk", "reread", "renewed"),
+    ("name", "chunk", "transition"),
     [
-        # LongLive's rule at a switch before frame c: the last min(12, c) frames are read, the sink's never written.
-        ("longlive", 1, 3, 0),
-        ("longlive", 2, 6, 3),
-        ("longlive", 3, 9, 6),
-        ("longlive", 5, 12, 6),
-        ("adaptive", 1, 3, 1),
-        ("none", 3, 6, 3),
+        ("longlive", 1, "recache"),
+        ("longlive", 3, "recache"),
+        ("longlive", 4, "recache"),
+        ("longlive", 6, "renew"),
+        ("adaptive", 2, "recache"),
+        ("none", 2, "recache"),
     ],
 )
-def test_recache_is_one_clean_pass_over_all_that_is_held(student, embeddings, name, chunk, reread, renewed):
-    """Against a pass over the generated frames themselves; what the anchor holds keeps the old text."""
+def test_a_memory_made_anew_is_that_of_a_stream_of_the_frames_alone(student, embeddings, name, chunk, transition):
+    """LongLive's rule at a switch before frame c <= 12: all frames are read, seeing each other; all is rewritten."""
     config = dataclasses.replace(RECACHED[name], denoising_steps=(1000.0,))
-    schedule = scheduled((chunk, "recache"))
-    contents, carry = follow(student, embeddings, schedule, chunk, config)
-    plan, text = schedule.plan(chunk, config), student.text_keys_values(embeddings[1])
-    frames = jnp.concatenate(contents, axis=1)[:, -reread:]
-    assert frames.shape[1] == reread
-    _, fresh = jax.jit(lambda: student(frames, jnp.zeros(frames.shape[:2]), text, range(reread)))()
-    before = jax.tree.map(np.asarray, carry.stream.cache)
-    after = prompted._recache(student, carry.stream, carry.recent, text, config, plan.phase, plan.reread).cache
-    tokens = renewed * SMALL.frame_tokens(*LATENT_SHAPE[:2])
+    frames, plan, _, after = recached(student, embeddings, config, chunk, transition)
+    most = config.anchor.frames + config.past_frames + config.chunk_frames
+    frames = frames[:, -(most // config.chunk_frames) * config.chunk_frames :]
+    assert plan.reread == Reread(frames.shape[1], anew=True, sees_anchor=False)
+    fresh = fresh_of(student, frames, range(frames.shape[1]), embeddings[1])
+    tokens = SMALL.frame_tokens(*LATENT_SHAPE[:2])
+    shown = min(frames.shape[1], config.past_frames) * tokens
+    window = after.window.tokens(after.window.num_tokens - shown, shown)
+    for ours, new in zip(jax.tree.leaves(window), jax.tree.leaves(fresh), strict=True):
+        np.testing.assert_allclose(ours, new[:, :, new.shape[2] - shown :], atol=1e-5)
+    if config.anchor.frames:
+        sink = after.anchor.sink if name == "longlive" else after.anchor
+        size = config.anchor.frames * tokens
+        for ours, new in zip(jax.tree.leaves(sink), jax.tree.leaves(fresh.tokens(0, size)), strict=True):
+            np.testing.assert_allclose(ours, new, atol=1e-5)
+    if name == "longlive":
+        assert int(after.anchor.distance) == max(frames.shape[1] - 9, 0)
+
+
+@pytest.mark.parametrize("name", ["longlive", "longlive_infinity"])
+@pytest.mark.parametrize("chunk", [5, 6])
+def test_recache_behind_the_fill_sees_the_old_sink(student, embeddings, name, chunk):
+    """LongLive's rule for c > 12, at the positions that its two variants count: c − 9 … c − 1, and slots 3 … 11."""
+    config = dataclasses.replace(RECACHED[name], denoising_steps=(1000.0,))
+    frames, plan, before, after = recached(student, embeddings, config, chunk)
+    assert plan.reread == Reread(9, anew=False, sees_anchor=True)
+    first = 3 * chunk - 9 if name == "longlive" else 3
+    sink = before.anchor.sink if name == "longlive" else before.anchor
+    grid = LATENT_SHAPE[0] // 2, LATENT_SHAPE[1] // 2, SMALL.head_dim
+    context = KeyValues(rotate(jnp.asarray(sink.key), rotation(np.arange(3), *grid)), jnp.asarray(sink.value))
+    fresh = fresh_of(student, frames[:, -9:], range(first, first + 9), embeddings[1], context)
     for ours, old, new in zip(*map(jax.tree.leaves, (after.window, before.window, fresh)), strict=True):
-        kept = old.shape[2] - tokens
-        np.testing.assert_array_equal(ours[:, :, :kept], old[:, :, :kept])
-        np.testing.assert_allclose(ours[:, :, kept:], new[:, :, new.shape[2] - tokens :], atol=1e-5)
-        assert not renewed or np.abs(ours[:, :, kept:] - old[:, :, kept:]).max() > 1e-3
+        np.testing.assert_allclose(ours, new[:, :, -ours.shape[2] :], atol=2e-5)
+        assert np.abs(ours - old).max() > 1e-3
     for ours, old in zip(*map(jax.tree.leaves, (after.anchor, before.anchor)), strict=True):
         np.testing.assert_array_equal(ours, old)
 
 
-@pytest.mark.parametrize("transition", ["recache", "flush", "cut", "reset_state", "blend"])
+def test_a_hidden_state_is_never_read_again(student, embeddings):
+    config = StreamConfig(anchor=AdaptiveAnchor(2), denoising_steps=(1000.0,))
+    _, plan, before, after = recached(student, embeddings, config, 3)
+    assert plan.reread == Reread(6, anew=False, sees_anchor=True)
+    for ours, old in zip(*map(jax.tree.leaves, (after.anchor, before.anchor)), strict=True):
+        np.testing.assert_array_equal(ours, old)
+
+
+@pytest.mark.parametrize("transition", ["recache", "renew", "flush", "cut", "reset_state", "blend"])
 def test_a_transition_acts_from_its_chunk_on(student, embeddings, transition):
     config = StreamConfig(past_frames=6, anchor=AdaptiveAnchor(1))
     same_text = [embeddings[0], embeddings[1]]
@@ -233,7 +280,31 @@ def test_what_a_flush_forgot_no_later_entry_brings_back():
     plan = scheduled((10, "flush"), (11, "recache"), (12, "recache"))
     plans = [plan.plan(chunk, config) for chunk in range(10, 13)]
     assert [len(layout_of(plan.phase, config).window) for plan in plans] == [2, 5, 6]
-    assert [plan.reread for plan in plans] == [0, 5, 8]
+    assert [plan.reread and plan.reread.frames for plan in plans] == [None, 5, 8]
+
+
+def test_a_renewed_stream_begins_again():
+    """What was forgotten before it is read too, and the window is full behind it."""
+    config = StreamConfig(past_frames=6, anchor=StaticAnchor(1))
+    plan = scheduled((10, "flush"), (11, "renew"), (12, "recache"))
+    plans = [plan.plan(chunk, config) for chunk in range(11, 13)]
+    assert [len(layout_of(plan.phase, config).window) for plan in plans] == [6, 6]
+    assert [plan.reread for plan in plans] == [Reread(9, True, False), Reread(9, False, True)]
+
+
+def test_a_flush_of_a_young_stream_keeps_its_first_frames():
+    config = StreamConfig(past_frames=9, anchor=StaticAnchor(3))
+    plan = scheduled((2, "flush"))
+    layouts = [layout_of(plan.plan(chunk, config).phase, config) for chunk in (2, 3)]
+    assert [(len(layout.anchor), len(layout.window)) for layout in layouts] == [(3, 2), (3, 5)]
+
+
+def test_the_first_generated_chunk_has_its_own_steps():
+    """Causal-Forcing++: frame 0 without a picture, frame 1 with one."""
+    config = PRESETS["causal_forcing_two_step"].stream
+    for given in range(3):
+        plans = [scheduled().plan(chunk, config, given_chunks=given) for chunk in range(5)]
+        assert [len(sigmas_of(plan.phase, config)) for plan in plans] == [4 if i == given else 2 for i in range(5)]
 
 
 def test_a_cut_is_for_one_chunk():
@@ -283,7 +354,7 @@ def test_a_new_prompt_compiles_nothing(student, embeddings, on_a_mesh, compiled)
             assert not compiled, f"chunk {int(carry.stream.chunk) - 1} of a schedule with cues at {schedule.starts}"
 
 
-@pytest.mark.parametrize("transition", ["recache", "reset_state", "blend", "flush"])
+@pytest.mark.parametrize("transition", ["recache", "renew", "reset_state", "blend", "flush"])
 def test_a_stream_resumed_before_or_after_a_transition_goes_on_the_same(student, embeddings, transition):
     plan = scheduled((4, transition))
     whole, _ = follow(student, embeddings, plan, 6)

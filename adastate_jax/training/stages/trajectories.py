@@ -1,6 +1,7 @@
 """The teacher's ODE trajectories, drawn once per work directory."""
 
 import functools
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,9 +80,11 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
 
 def write_trajectories(file: Path, drawn: np.ndarray, sealed: dict[str, seals.Fingerprint]) -> None:
     """Writes trajectories into a file, and adds it to what its folder's seal lists; raises UserError if it cannot."""
+    content = io.BytesIO()
+    np.save(content, drawn)  # into a file, it would not say why it could not
     with writing(file):
         with whole_file(file) as temporary:
-            np.save(temporary, drawn)
+            temporary.write_bytes(content.getbuffer())
             sealed[file.name] = seals.fingerprint(temporary)
         seals.write_seal(file.parent, sealed)
 
