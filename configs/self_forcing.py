@@ -19,7 +19,7 @@ def get_config():
     config.stream.anchor = {"name": "none"}
     config.stream.past_frames = config.distill.rollout_frames - config.stream.chunk_frames
 
-    # [sf] README: the student is first regressed on ODE trajectories; earlier chunks are noisy there, as is the chunk
+    # [sf] ODE regression first; earlier chunks are noisy there, each at a level of its own
     config.initialize.context = "noisy"
 
     # [sf] model/dmd.py: every frame counts alike; [sf] pipeline/self_forcing_training.py: a chunk's last noisy pass
