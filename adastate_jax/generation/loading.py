@@ -66,7 +66,7 @@ class Model:
         config, network, stream = self.config, self.student.config, self.config.stream
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.student))
         height, width = config.data.size
-        anchor = to_dict(stream.anchor)
+        anchor = to_dict(stream)["anchor"]
         settings = ", ".join(f"{name}={value}" for name, value in anchor.items() if name != "name")
         steps = ", ".join(f"{step:g}" for step in stream.denoising_steps)
         return (
