@@ -48,6 +48,7 @@ class _State:
     deferral: Deferral | None = None
     note = ""
     previous: dict[int, object] | None = None  # handlers to restore; None is not installed
+    ender: int | None = None  # the thread that ends the process
     raising = False  # whether somebody is there to catch what the handler raises
 
 
@@ -138,8 +139,11 @@ def end(number: int) -> None:
     Neither threads nor dispatched computations are waited for, as JAX would at the interpreter's end.
     """
     if not _ending.acquire(blocking=False):
+        if _state.ender == threading.get_ident():
+            return  # a second signal, handled within this very call, which goes on
         while True:  # another thread is at it
             time.sleep(1.0)
+    _state.ender = threading.get_ident()
     for function in _at_forced_end:
         with contextlib.suppress(Exception):
             function()

@@ -220,12 +220,14 @@ def _remember(options: argparse.Namespace) -> tuple[Sequence[str], dict[str, str
     from adastate_jax.generation.provenance import recall
     from adastate_jax.media import read_metadata
 
-    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "config", "random_weights"):
+    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "random_weights"):
         if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: --like takes it from the video; leave one of them out")
     found = recall(options.like, read_metadata(options.like))
     for name in ("checkpoint", "image", "video"):
         found[name] = getattr(options, name) or found.get(name)
+    if found.pop("config", None) and not options.config:  # a program, which a video shall not choose
+        raise UserError(f"--like={options.like}: was made with a configuration file; name it with --config")
     overrides = found.pop("overrides")
     rest = {name: found.pop(name) for name in ("schedule", "model", "start", "made_with")}
     for name, value in found.items():

@@ -224,6 +224,17 @@ def test_an_interrupt_during_imports_shows_no_traceback(delay, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_second_signal_while_the_first_ends_the_process_does_not_hang_it(tmp_path):
+    code = (
+        "import os, signal, sys; from adastate_jax import interrupts; interrupts.install()\n"
+        "interrupts.at_forced_end(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    process = start(code, tmp_path)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "stopped\n")
+
+
 # --- standard streams -------------------------------------------------------------------------------------------------
 
 SPEAKING = """

@@ -87,7 +87,7 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
     assert not np.array_equal(frames[2], frames[3])
     metadata = read_metadata(videos[-1])
     assert {"prompt": "y", "seed": "4", "seconds": "0.7", "scale": "2"}.items() <= metadata.items()
-    like = [f"--like={videos[-1]}", f"--text-cache={tmp_path / 'cache'}"]
+    like = [f"--like={videos[-1]}", config, f"--text-cache={tmp_path / 'cache'}"]
     assert sample.main([*like, f"--output={again}"]) == 0
     np.testing.assert_array_equal(frames_of(again), frames[-1])
     assert {**read_metadata(again), "command": ""} == {**metadata, "command": ""}
@@ -100,7 +100,11 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
     for arguments, message in (
         ([*like, "--prompt=z"], "--prompt: --like takes it from the video"),
         ([*like, f"--image={other}"], r"out-4\.mp4: started from other frames"),
-        ([f"--like={tmp_path / 'changed.mp4'}"], r"changed\.mp4: was made with another model; name that with --check"),
+        (like[::2], r"out-4\.mp4: was made with a configuration file; name it with --config"),
+        (
+            [f"--like={tmp_path / 'changed.mp4'}", config],
+            r"changed\.mp4: was made with another model; name that with --check",
+        ),
         ([f"--like={tmp_path / 'foreign.mp4'}"], r"foreign\.mp4: does not say how it was made"),
         ([f"--like={tmp_path / 'bad.mp4'}"], r"bad\.mp4: what it says of how it was made is damaged"),
     ):
@@ -115,7 +119,7 @@ def test_a_schedule_is_remembered(folder, config, tmp_path):
     common = [f"--checkpoint={folder}", config, f"--text-cache={tmp_path / 'cache'}"]
     assert sample.main([*common, "--seconds=2", f"--prompts={story}", f"--output={tmp_path / 'one.mp4'}"]) == 0
     story.unlink()
-    like = [f"--like={tmp_path / 'one.mp4'}", f"--text-cache={tmp_path / 'cache'}"]
+    like = [f"--like={tmp_path / 'one.mp4'}", config, f"--text-cache={tmp_path / 'cache'}"]
     assert sample.main([*like, f"--output={tmp_path / 'other.mp4'}"]) == 0
     np.testing.assert_array_equal(frames_of(tmp_path / "one.mp4"), frames_of(tmp_path / "other.mp4"))
 

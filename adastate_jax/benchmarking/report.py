@@ -156,6 +156,7 @@ def run(config: Config, chosen: Sequence[str], repeats: int, arguments: Sequence
 
 
 def mesh_of(config: Config) -> jax.sharding.Mesh:
+    """The mesh of a configuration; raises UserError where its devices are not here."""
     try:
         return make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:

@@ -75,7 +75,7 @@ def recall(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         found |= {name: kind(metadata[name]) for name, kind in _NUMBERS.items() if name in metadata}
         overrides = json.loads(metadata.get("overrides", "[]"))
-        if not all(isinstance(one, str) for one in overrides):
+        if not all(isinstance(one, str) and one.startswith("--config.") for one in overrides):
             raise ValueError("overrides")
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: what it says of how it was made is damaged; name another video") from None

@@ -250,6 +250,7 @@ def _begin(model: Model, settings: Settings, start: np.ndarray | None) -> VideoS
 
 
 def initial_state(model: Model, settings: Settings, given: jax.Array) -> VideoState:
+    """The state before the first chunk, for latents that the video starts from [B, n, H, W, C]."""
     config, latent_shape = stream_config(model.config.stream, settings.anchor), model.config.latent_shape
     with jax.set_mesh(model.mesh):
         keys = seed_keys(settings.seed, settings.batch)

@@ -36,6 +36,7 @@ class Shapes:
 
 
 def infer_dit(shapes: Shapes) -> dict[str, Any]:
+    """The transformer's fields that follow from the shapes of its official tensors."""
     dim, in_channels, *patch = shapes.shape("patch_embedding.weight", 5)
     head = shapes.shape("head.head.weight", 2)[0]
     return {
@@ -53,6 +54,7 @@ def infer_dit(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_text(shapes: Shapes) -> dict[str, Any]:
+    """The text encoder's fields that follow from the shapes of its official tensors."""
     vocab_size, dim = shapes.shape("token_embedding.weight", 2)
     num_buckets, num_heads = shapes.shape("blocks.0.pos_embedding.embedding.weight", 2)
     return {
@@ -67,6 +69,7 @@ def infer_text(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
+    """The video autoencoder's fields that follow from the shapes of its official tensors."""
     dim = shapes.shape("encoder.conv1.weight", 5)[0]
     widths: list[list[int]] = [[]]  # of the residual blocks of each level
     temporal: list[bool] = []
@@ -87,6 +90,7 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def infer_tiny_vae(shapes: Shapes) -> dict[str, Any]:
+    """The tiny autoencoder's fields that follow from the shapes of its official tensors."""
     width = shapes.shape("encoder.0.weight", 4)[0]
     pools = [shapes.shape(f"encoder.{2 + 5 * level}.conv.weight", 4)[1] for level in range(3)]
     for level in range(3):

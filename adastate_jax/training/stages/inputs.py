@@ -77,12 +77,14 @@ def make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
 
 
 def read_clips(run: Run, stage: str, batch_size: int, step: int) -> dict[str, np.ndarray]:
+    """A step's clips uint8 [B, F, H, W, 3], with token ids and mask [B, T] of their captions."""
     batch = read_batch(run.clips, run.indices(stage, step, batch_size, len(run.clips)))
     token_ids, mask = run.tokens(batch["caption"])
     return {"video": batch["video"], "token_ids": token_ids, "mask": mask}
 
 
 def read_prompts(run: Run, stage: str, batch_size: int, step: int) -> dict[str, np.ndarray]:
+    """Token ids and mask [B, T] of the prompts of batch number `step`."""
     texts = [run.prompts[int(i)] for i in run.indices(stage, step, batch_size, len(run.prompts))]
     token_ids, mask = run.tokens(texts)
     return {"token_ids": token_ids, "mask": mask}

@@ -109,6 +109,7 @@ KEYS = ("frozen", "pretrain", "trajectories", "initialize", "distill", "weights"
 
 
 def key_of(config: Config, name: str) -> jax.Array:
+    """The random key of a part of a run, one of `KEYS`."""
     return jax.random.fold_in(jax.random.key(config.seed), KEYS.index(name))
 
 
@@ -163,4 +164,5 @@ def trained(run: Run, stage: str, part: str) -> Any:
 
 
 def copy_tree(tree: Any) -> Any:
+    """The same arrays in memory of their own, so that either can be donated."""
     return jax.tree.map(jnp.copy, tree)
