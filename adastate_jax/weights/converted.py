@@ -77,6 +77,14 @@ def is_converted(path: str | Path) -> bool:
     return is_file(Path(path) / _DESCRIPTION)
 
 
+def converted_config(path: str | Path, kind: str) -> Any:
+    """The configuration of the network of a folder, whose weights stay unread; arguments and errors as below."""
+    found, config, _ = _open(Path(path))
+    if found != kind:
+        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    return config
+
+
 def load_converted(
     path: str | Path, kind: str, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None, **fields: Any
 ) -> Any:

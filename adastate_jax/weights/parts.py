@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from adastate_jax.errors import UserError
-from adastate_jax.weights.converted import is_converted, load_converted
+from adastate_jax.weights.converted import converted_config, is_converted, load_converted
 
 # Kind of network → its field of the configuration, and the published file that it comes from.
 _PARTS = {
@@ -44,11 +44,30 @@ def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | No
     path = _part_folder(folder, kind)
     settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
     network = load_converted(path, kind, mesh, **settings)
-    for own in dataclasses.fields(config) if sizes else ():
-        wanted, found = getattr(config, own.name), getattr(network.config, own.name)
-        if wanted != found:
-            raise UserError(f"{path}: its {own.name} is {found!r}, config.{_PARTS[kind][0]}.{own.name} is {wanted!r}")
+    if sizes:
+        _refuse_unlike(path, kind, config, network.config)
     return network
+
+
+def part_config(folder: Path, kind: str) -> Any:
+    """The configuration of a network of the folder, without its weights; raises UserError if it is missing."""
+    return converted_config(_part_folder(folder, kind), kind)
+
+
+def refuse_other_sizes(folder: Path, kind: str, config: Any) -> None:
+    """Raises UserError where a network of the folder has other sizes than a configuration; reads no weights."""
+    found = part_config(folder, kind)
+    free = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
+    _refuse_unlike(folder / kind, kind, config, dataclasses.replace(found, **free))
+
+
+def _refuse_unlike(path: Path, kind: str, config: Any, found: Any) -> None:
+    for field in dataclasses.fields(config):
+        wanted, there = getattr(config, field.name), getattr(found, field.name)
+        if wanted != there:
+            raise UserError(
+                f"{path}: its {field.name} is {there!r}, config.{_PARTS[kind][0]}.{field.name} is {wanted!r}"
+            )
 
 
 def fingerprint(folder: Path, kind: str) -> str:
