@@ -1,4 +1,4 @@
-"""Embeddings that are kept on disk: encoded once, everything that they depend on in their key; damaged ones are computed again."""
+"""Embeddings that are kept on disk: encoded once, with all that they depend on in their key; damaged ones anew."""
 
 import dataclasses
 import shutil
