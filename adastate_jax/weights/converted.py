@@ -77,14 +77,6 @@ def is_converted(path: str | Path) -> bool:
     return is_file(Path(path) / _DESCRIPTION)
 
 
-def converted_config(path: str | Path, kind: str) -> Any:
-    """The configuration of the network of a folder, whose weights stay unread; arguments and errors as below."""
-    found, config, _ = _open(Path(path))
-    if found != kind:
-        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
-    return config
-
-
 def load_converted(
     path: str | Path, kind: str, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None, **fields: Any
 ) -> Any:
@@ -101,9 +93,7 @@ def load_converted(
     Raises:
         UserError: the folder is not one of ours, holds another kind of network, or is damaged.
     """
-    found, config, stored = _open(Path(path))
-    if found != kind:
-        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    config, stored = _open_kind(Path(path), kind)
     if dtype is not None:
         fields = {"param_dtype": dtype, "dtype": dtype} | fields
     abstract = KINDS[kind].abstract(dataclasses.replace(config, **fields))
@@ -114,6 +104,23 @@ def load_converted(
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _copied(whole[index], leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(place, abstract, shardings)
+
+
+def converted_config(path: str | Path, kind: str) -> Any:
+    """The configuration of a folder's network; its weights are not read, but for the list of them.
+
+    Raises:
+        UserError: as `load_converted` does, but for damage to the weights.
+    """
+    return _open_kind(Path(path), kind)[0]
+
+
+def _open_kind(path: Path, kind: str) -> tuple[Any, dict[str, "_Leaf"]]:
+    """Configuration and unread leaves of a folder of one kind."""
+    found, config, stored = _open(path)
+    if found != kind:
+        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    return config, stored
 
 
 def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

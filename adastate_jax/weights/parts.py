@@ -45,29 +45,30 @@ def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | No
     settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
     network = load_converted(path, kind, mesh, **settings)
     if sizes:
-        _refuse_unlike(path, kind, config, network.config)
+        _refuse_unlike(path, kind, network.config, config)
     return network
 
 
 def part_config(folder: Path, kind: str) -> Any:
-    """The configuration of a network of the folder, without its weights; raises UserError if it is missing."""
+    """The configuration of a network of the folder, whose weights stay unread; raises UserError if it is missing."""
     return converted_config(_part_folder(folder, kind), kind)
 
 
 def refuse_other_sizes(folder: Path, kind: str, config: Any) -> None:
-    """Raises UserError where a network of the folder has other sizes than a configuration; reads no weights."""
-    found = part_config(folder, kind)
-    free = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
-    _refuse_unlike(folder / kind, kind, config, dataclasses.replace(found, **free))
+    """Raises UserError if a network of the folder is missing or has other sizes than a configuration."""
+    _refuse_unlike(folder / kind, kind, part_config(folder, kind), config)
 
 
-def _refuse_unlike(path: Path, kind: str, config: Any, found: Any) -> None:
-    for field in dataclasses.fields(config):
-        wanted, there = getattr(config, field.name), getattr(found, field.name)
-        if wanted != there:
-            raise UserError(
-                f"{path}: its {field.name} is {there!r}, config.{_PARTS[kind][0]}.{field.name} is {wanted!r}"
-            )
+def _refuse_unlike(path: Path, kind: str, config: Any, asked: Any) -> None:
+    for name in differing_fields(config, asked):
+        found, wanted = getattr(config, name), getattr(asked, name)
+        raise UserError(f"{path}: its {name} is {found!r}, config.{_PARTS[kind][0]}.{name} is {wanted!r}")
+
+
+def differing_fields(found: Any, wanted: Any) -> list[str]:
+    """The fields, but for the free ones, in which two configurations of a network differ."""
+    names = [field.name for field in dataclasses.fields(wanted) if field.name not in _FREE_FIELDS]
+    return [name for name in names if getattr(found, name) != getattr(wanted, name)]
 
 
 def fingerprint(folder: Path, kind: str) -> str:
