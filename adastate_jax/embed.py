@@ -7,15 +7,16 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from adastate_jax.config.run import WAN_NEGATIVE_PROMPT
-from adastate_jax.console import CommandParser, progress, run_command, starting
+from adastate_jax.console import CommandParser, Progress, progress, run_command, starting
 from adastate_jax.data.encoded import embedding_features, list_digest
 from adastate_jax.data.prompts import read_prompts
 from adastate_jax.data.shards import Plan, shard_lengths, write_data_set
@@ -23,7 +24,7 @@ from adastate_jax.errors import UserError, shown
 from adastate_jax.generation.data_sets import add_options, check_options, devices_mesh, shard_bytes
 from adastate_jax.generation.embeddings import encode_prompts
 from adastate_jax.interrupts import if_stopped
-from adastate_jax.models.text import PieceTokenizer
+from adastate_jax.models.text import PieceTokenizer, TextEncoder
 from adastate_jax.texts import is_text
 from adastate_jax.weights.converted import load_converted
 from adastate_jax.weights.parts import fingerprint, part_config
@@ -38,6 +39,7 @@ or is JSON lines with a field "prompt", as encode writes the captions of its cli
 ones are always encoded, too."""
 
 _TOKENIZED = 4096  # prompts whose tokens are counted at a time
+_BATCHES = 32  # that prompts are sorted by length within
 
 
 def _parser() -> CommandParser:
@@ -116,37 +118,52 @@ def embed(options: argparse.Namespace) -> None:
         f"{len(plan.shards['train'])} shards",
         file=sys.stderr,
     )
-    encoder = None
     texts = {"train": prompts, "guidance": guidance}
-
     with progress("embed", len(prompts) + len(guidance), unit="prompt", compiles=True) as bar:
-
-        def make(split: str, first: int, count: int) -> Iterator[dict]:
-            nonlocal encoder
-            if encoder is None:
-                encoder = load_converted(
-                    options.checkpoint / "text_encoder", "text_encoder", mesh, text_length=options.text_length
-                )
-                held = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder)) / options.devices
-                bar.write(f"text encoder: {held / 1e9:.3g} GB on each device", file=sys.stderr)
-            chosen = texts[split][first : first + count]
-            # In pieces of some batches, so that the bar moves; where a piece ends depends on the shard alone.
-            piece = 32 * options.batch_size
-            for start in range(0, count, piece):
-                part = chosen[start : start + piece]
-                with jax.set_mesh(mesh):
-                    found = encode_prompts(encoder, tokenizer, part, options.batch_size)
-                for prompt in part:
-                    if not np.isfinite(found[prompt]).all():
-                        raise UserError(
-                            f"{options.checkpoint / 'text_encoder'}: gives numbers that are not finite for the prompt "
-                            f"{shown(prompt)}; convert it again, with --dtype=bfloat16 or float32"
-                        )
-                    yield {"prompt": prompt, "embedding": found[prompt]}
-                bar.update(len(part))
-
+        make = _Encoder(options, tokenizer, texts, mesh, bar).make
         made = write_data_set(options.output, plan, make, nbytes, bar.update)
     print(f"{options.output}" + ("" if made else " is complete; nothing is left to do"), file=sys.stderr)
+
+
+class _Encoder:
+    """Prompts through the text encoder, which is loaded when the first shard is to be made."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        tokenizer: PieceTokenizer,
+        texts: Mapping[str, Sequence[str]],
+        mesh: jax.sharding.Mesh,
+        bar: Progress,
+    ):
+        self._options, self._tokenizer, self._texts, self._mesh, self._bar = options, tokenizer, texts, mesh, bar
+
+    def make(self, split: str, first: int, count: int) -> Iterator[dict]:
+        """The examples of a shard."""
+        chosen = self._texts[split][first : first + count]
+        # In pieces of some batches, so that the bar moves; where a piece ends depends on the shard alone.
+        size = self._options.batch_size
+        for start in range(0, count, _BATCHES * size):
+            piece = chosen[start : start + _BATCHES * size]
+            with jax.set_mesh(self._mesh):
+                found = encode_prompts(self._network, self._tokenizer, piece, size)
+            for prompt in piece:
+                if not np.isfinite(found[prompt]).all():
+                    raise UserError(
+                        f"{self._options.checkpoint / 'text_encoder'}: gives numbers that are not finite for the "
+                        f"prompt {shown(prompt)}; convert it again, with --dtype=bfloat16 or float32"
+                    )
+                yield {"prompt": prompt, "embedding": found[prompt]}
+            self._bar.update(len(piece))
+
+    @functools.cached_property
+    def _network(self) -> TextEncoder:
+        options = self._options
+        folder = options.checkpoint / "text_encoder"
+        network = load_converted(folder, "text_encoder", self._mesh, text_length=options.text_length)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(network)) / options.devices / 1e9
+        self._bar.write(f"text encoder: {held:.3g} GB on each device", file=sys.stderr)
+        return network
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.console import CommandParser, progress, run_command, starting
+from adastate_jax.console import CommandParser, Progress, progress, run_command, starting
 from adastate_jax.data.encoded import CAPTIONS, latent_features, list_digest
 from adastate_jax.data.folders import FileClips, scan_folder
 from adastate_jax.data.footage import ClipConfig, read_clips
@@ -79,17 +79,16 @@ class _Clips:
     def captions(self) -> list[str]:
         return list(dict.fromkeys(file.caption for file in self.files if file.caption))
 
-    def read(self, first: int, count: int) -> Iterator[tuple[FileClips, float, np.ndarray]]:
-        """File, start in seconds and pixels uint8 [F, H, W, 3] of clips `first` and following."""
-        places = self.places[first : first + count]
-        for file in dict.fromkeys(file.name for file, _ in places):
-            wanted = [(found, number) for found, number in places if found.name == file]
-            found, numbers = wanted[0][0], [number for _, number in wanted]
-            path = self.folder / file
-            clips = read_clips(path, found.frames[numbers], self.config.height, self.config.width)
+    def read(self, first: int) -> Iterator[tuple[FileClips, float, np.ndarray]]:
+        """File, start in seconds and pixels uint8 [F, H, W, 3] of clip `first` and all that follow."""
+        for _, group in itertools.groupby(self.places[first:], lambda place: place[0].name):
+            places = list(group)
+            file, numbers = places[0][0], [number for _, number in places]
+            path = self.folder / file.name
+            videos = read_clips(path, file.frames[numbers], self.config.height, self.config.width)
             try:
-                for number, video in zip(numbers, clips, strict=True):
-                    yield found, float(found.starts[number]), video
+                for number, video in zip(numbers, videos, strict=True):
+                    yield file, float(file.starts[number]), video
             except (av.FFmpegError, ValueError) as error:
                 raise UserError(f"video {path} changed while it was read ({error}): run again") from error
 
@@ -153,7 +152,7 @@ def encode(options: argparse.Namespace) -> None:
         network.latent_channels,
     )
     plan = _plan(options, clips, shape)
-    count, numbers = len(clips.places), {caption: number for number, caption in enumerate(clips.captions)}
+    count = len(clips.places)
     nbytes = count * math.prod(shape) * np.dtype(options.dtype).itemsize
     print(
         f"{count} clips of {len(clips.files)} videos, latents {list(shape)} each: {nbytes / 1e9:.3g} GB in "
@@ -163,52 +162,56 @@ def encode(options: argparse.Namespace) -> None:
     uncaptioned = sum(not file.caption for file in clips.files)
     if uncaptioned:
         print(f"note: {uncaptioned} videos have no caption; training gives them the empty prompt", file=sys.stderr)
-    codec = None
-
     with progress("encode", count, unit="clip", compiles=True) as bar:
-
-        def make(split: str, first: int, count: int) -> Iterator[dict]:
-            nonlocal codec
-            if codec is None:
-                vae = load_converted(options.checkpoint / "vae", "vae", mesh)
-                codec = WanCodec(vae, vae)
-                held = sum(leaf.nbytes for leaf in jax.tree.leaves(vae))
-                bar.write(f"video autoencoder: {held / 1e9:.3g} GB, computing in {vae.config.dtype}", file=sys.stderr)
-            for batch in _batches(clips.read(first, count), options.batch_size):
-                latents = _encode_batch(
-                    codec, [video for _, _, video in batch], options.batch_size, mesh, options.dtype
-                )
-                for (file, start, _), encoded in zip(batch, latents, strict=False):
-                    if not np.isfinite(encoded).all():
-                        raise UserError(
-                            f"{options.checkpoint / 'vae'}: gives numbers that are not finite for {folder / file.name} "
-                            f"at {start:.2f} s; convert it again, with --dtype=float32"
-                        )
-                    yield {
-                        "latents": encoded,
-                        "caption": file.caption,
-                        "caption_number": numbers.get(file.caption, -1),
-                        "source": file.name,
-                        "start": start,
-                    }
-                bar.update(len(batch))
-
+        make = _Encoder(options, clips, mesh, bar).make
         made = write_data_set(options.output, plan, make, nbytes, bar.update)
     print(f"{options.output}" + ("" if made else " is complete; nothing is left to do"), file=sys.stderr)
 
 
-def _encode_batch(
-    codec: WanCodec, videos: Sequence[np.ndarray], batch_size: int, mesh: jax.sharding.Mesh, dtype: str
-) -> np.ndarray:
-    """Latents [B, N, H, W, C] of up to B clips uint8 [F, height, width, 3]; the last ones fill up a short batch."""
-    padded = np.stack([videos[min(row, len(videos) - 1)] for row in range(batch_size)])
-    with jax.set_mesh(mesh):
-        return np.asarray(encode_frames(codec, shard_batch(padded, mesh)).astype(jnp.dtype(dtype)))
+class _Encoder:
+    """Clips through the autoencoder, which is loaded when the first shard is to be made."""
 
+    def __init__(self, options: argparse.Namespace, clips: _Clips, mesh: jax.sharding.Mesh, bar: Progress):
+        self._options, self._clips, self._mesh, self._bar = options, clips, mesh, bar
+        self._numbers = {caption: number for number, caption in enumerate(clips.captions)}
+        self._reading, self._next = iter(()), -1  # clips that are being read, and the number of the first that is not
 
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+    def make(self, split: str, first: int, count: int) -> Iterator[dict]:
+        """The examples of a shard; one that follows the last goes on where that stopped in its video."""
+        if first != self._next:
+            self._reading = self._clips.read(first)
+        self._next = first + count
+        shard, size, before = itertools.islice(self._reading, count), self._options.batch_size, None
+        while batch := list(itertools.islice(shard, size)):
+            # The last clips fill up a short batch. While the device encodes one, the next one is read.
+            videos = np.stack([batch[min(row, len(batch) - 1)][2] for row in range(size)])
+            with jax.set_mesh(self._mesh):
+                latents = encode_frames(self._codec, shard_batch(videos, self._mesh))
+                latents = latents.astype(jnp.dtype(self._options.dtype))
+            if before:
+                yield from self._examples(*before)
+            before = batch, latents
+        if before:
+            yield from self._examples(*before)
+
+    def _examples(self, batch: Sequence[tuple[FileClips, float, np.ndarray]], latents: jax.Array) -> Iterator[dict]:
+        for (file, start, _), encoded in zip(batch, np.asarray(latents), strict=False):
+            if not np.isfinite(encoded).all():
+                raise UserError(
+                    f"{self._options.checkpoint / 'vae'}: gives numbers that are not finite for "
+                    f"{self._clips.folder / file.name} at {start:.2f} s; convert it again, with --dtype=float32"
+                )
+            number = self._numbers.get(file.caption, -1)
+            rest = {"caption": file.caption, "caption_number": number, "source": file.name, "start": start}
+            yield {"latents": encoded, **rest}
+            self._bar.update()
+
+    @functools.cached_property
+    def _codec(self) -> WanCodec:
+        vae = load_converted(self._options.checkpoint / "vae", "vae", self._mesh)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(vae)) / 1e9
+        self._bar.write(f"video autoencoder: {held:.3g} GB, computing in {vae.config.dtype}", file=sys.stderr)
+        return WanCodec(vae, vae)
 
 
 def main(arguments: Sequence[str]) -> int:

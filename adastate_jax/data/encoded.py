@@ -85,6 +85,14 @@ class EmbeddedPrompts(Sequence):
         return padded
 
 
+def _opened(folder: str, kind: str, fields: Sequence[str]) -> DataSet:
+    data_set = open_data_set(Path(folder), kind)
+    missing = [name for name in fields if name not in data_set.manifest]
+    if missing:
+        raise UserError(f"{folder}: its manifest does not say {missing[0]}; make it anew with this version")
+    return data_set
+
+
 def open_embeddings(
     folder: str, field: str, text_length: int, dim: int, encoder: Sequence[str] | None = None
 ) -> EmbeddedPrompts:
@@ -98,7 +106,7 @@ def open_embeddings(
     Raises:
         UserError: it is missing, incomplete or damaged, or made for another text length or by another encoder.
     """
-    data_set = open_data_set(Path(folder), "embeddings")
+    data_set = _opened(folder, "embeddings", ("text_length", "dim", "prompts", "negative_prompts", *_NAMES))
     manifest = data_set.manifest
     for name, beside, wanted in (("text_length", "text_length", text_length), ("dim", "text_dim", dim)):
         if manifest[name] != wanted:
@@ -170,7 +178,7 @@ def open_latents(folder: str, shape: Sequence[int], codec: str | None = None) ->
     Raises:
         UserError: it is missing, incomplete or damaged, of clips of another size or by another autoencoder.
     """
-    data_set = open_data_set(Path(folder), "latents")
+    data_set = _opened(folder, "latents", ("shape", "codec", "captions"))
     if list(data_set.manifest["shape"]) != list(shape):
         raise UserError(
             f"config.data.latents={folder}: its latents are {data_set.manifest['shape']} (frames, height, width, "

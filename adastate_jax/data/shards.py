@@ -122,7 +122,7 @@ def write_data_set(
             first = 0
             for index, count in enumerate(lengths):
                 file = incomplete / f"{plan.kind}-{split}.array_record-{index:05d}-of-{len(lengths):05d}"
-                if file.name in sealed and file.is_file() and file.stat().st_size == sealed[file.name][0]:
+                if file.name in sealed and file.is_file() and seals.fingerprint(file) == sealed[file.name]:
                     kept(count)
                 else:
                     sealed[file.name] = _write_shard(file, plan.features, make(split, first, count), count)
