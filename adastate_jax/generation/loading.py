@@ -160,7 +160,7 @@ def _load_parts(
     elif config.decoder == "patch":
         raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
     else:
-        student = load_part(folder, "transformer", config.model, mesh)
+        student = load_part(folder, "transformer", config.network("student"), mesh)
     vae = config.decoder == "wan" or has_part(folder, "vae")  # the other decoder wants it for its encoder alone
     encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
     decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
@@ -197,7 +197,7 @@ def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
         key = jax.random.fold_in(jax.random.key(config.seed), part)
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
 
-    student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
+    student = network(lambda rngs: DiT(config.network("student"), rngs=rngs), 0)
     embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
     return Model(config, student, _random_codec(config, network, mesh), embed, fits, mesh, "random weights")
 

@@ -20,7 +20,7 @@ _PARTS = {
     "tiny_vae": ("tiny_vae", "taew2_1.pth"),
 }
 # Fields that a configuration sets freely, whatever the weights are.
-_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "tile")
+_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization", "tile")
 
 
 def has_part(folder: Path, kind: str) -> bool:
@@ -44,11 +44,16 @@ def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | No
     path = _part_folder(folder, kind)
     settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
     network = load_converted(path, kind, mesh, **settings)
-    for own in dataclasses.fields(config) if sizes else ():
-        wanted, found = getattr(config, own.name), getattr(network.config, own.name)
-        if wanted != found:
-            raise UserError(f"{path}: its {own.name} is {found!r}, config.{_PARTS[kind][0]}.{own.name} is {wanted!r}")
+    for name in differing_fields(network.config, config) if sizes else ():
+        found, wanted = getattr(network.config, name), getattr(config, name)
+        raise UserError(f"{path}: its {name} is {found!r}, config.{_PARTS[kind][0]}.{name} is {wanted!r}")
     return network
+
+
+def differing_fields(found: Any, wanted: Any) -> list[str]:
+    """The fields, but for the free ones, in which two configurations of a network differ."""
+    names = [field.name for field in dataclasses.fields(wanted) if field.name not in _FREE_FIELDS]
+    return [name for name in names if getattr(found, name) != getattr(wanted, name)]
 
 
 def fingerprint(folder: Path, kind: str) -> str:

@@ -16,7 +16,7 @@ from adastate_jax.errors import UserError, reading, writing
 from adastate_jax.files import whole_file
 from adastate_jax.sharding import batch_sharding, shard_batch
 from adastate_jax.training.initialize import sample_trajectory
-from adastate_jax.training.stages.run import Run, trained
+from adastate_jax.training.stages.run import Run
 
 
 def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
@@ -58,7 +58,7 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
     missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
     if missing:
-        teacher = trained(run, "pretrain", "ema")
+        teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.refuse_removed()
