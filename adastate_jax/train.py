@@ -27,6 +27,7 @@ from adastate_jax.interrupts import if_stopped
 from adastate_jax.sharding import all_devices, make_mesh
 from adastate_jax.texts import read_json
 from adastate_jax.training.metrics import Metrics
+from adastate_jax.training.networks import check_networks
 from adastate_jax.training.stages.distill import distill
 from adastate_jax.training.stages.initialize import initialize
 from adastate_jax.training.stages.inputs import guiding_texts, make_frozen, open_inputs
@@ -59,6 +60,7 @@ def train(config: Config, workdir: Path) -> None:
 def _train(config: Config, workdir: Path) -> None:
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
+    check_networks(config, workdir)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:

@@ -116,7 +116,7 @@ def test_without_clips_the_prompts_are_enough(inputs, tmp_path, monkeypatch):
     """The teacher's trajectories are drawn for the prompts, over a rollout's frames."""
     config = configured(inputs, "--config.stages=('initialize',)")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, kind="none", latents="", captions=""))
-    monkeypatch.setattr(trajectories, "trained", lambda *_: make_dit(config.model, 0))
+    monkeypatch.setattr(Run, "network", lambda *_: make_dit(config.model, 0))
     save_config(config, tmp_path / "config.json")
     run = opened_run(config, tmp_path)
     found = trajectories.make_trajectories(run)(np.arange(4))

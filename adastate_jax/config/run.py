@@ -3,6 +3,7 @@
 import dataclasses
 
 from adastate_jax.checks import require_at_least_one, require_positive
+from adastate_jax.config.networks import NETWORKS, NetworkConfig, require_consistent_networks
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
@@ -205,7 +206,8 @@ class Config:
         decoder: between latents and video: `patch`, a linear codec that training fits to its data; `wan`, Wan2.1's
             autoencoder; `tiny`, its fast stand-in TAEW2.1.
         codec, vae, tiny_vae: of the three.
-        model: the transformer, teacher, critic and student alike.
+        model: the transformer: what teacher, critic and student are where their own configurations do not say else.
+        teacher, critic, student: where each one's weights come from, and its own sizes.
     """
 
     seed: int = 0
@@ -218,6 +220,9 @@ class Config:
     vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
     tiny_vae: TinyVAEConfig = dataclasses.field(default_factory=TinyVAEConfig)
     model: DiTConfig = DiTConfig()
+    teacher: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    critic: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    student: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     pretrain: PretrainConfig = PretrainConfig()
@@ -241,6 +246,8 @@ class Config:
                 f"model.param_dtype is {self.model.param_dtype}, but stage {trained[0]} trains the transformer, and "
                 "small updates vanish in fewer bits: set it to float32; model.dtype is what it computes in"
             )
+        networks = {name: getattr(self, name) for name in NETWORKS}
+        require_consistent_networks(self.model, networks, self.stages, self.initialize.weights)
         frames = [("distill.rollout_frames", self.distill.rollout_frames)]
         if self.data.kind != "none":
             latents = self.data.kind == "latents"
@@ -273,6 +280,10 @@ class Config:
             )
         self.model.frame_tokens(height, width)
         require_inputs(self.stages, self.data, self.decoder)
+
+    def network(self, name: str) -> DiTConfig:
+        """Sizes and numerics of the `teacher`, the `critic` or the `student`."""
+        return getattr(self, name).of(self.model)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

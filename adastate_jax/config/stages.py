@@ -98,6 +98,8 @@ class InitializeConfig:
             anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
             anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
             each of its levels, with gradient through all chunks before: several times the work of a step.
+        weights: what the student starts from, as a network's `weights` says it (`config/networks.py`); empty is a copy
+            of the teacher.
     """
 
     steps: int = 1000
@@ -108,6 +110,7 @@ class InitializeConfig:
     ode_steps: int = 48
     guidance_scale: float = 5.0
     context: str = "noisy"
+    weights: str = ""
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")

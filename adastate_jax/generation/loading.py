@@ -162,7 +162,7 @@ def _load_parts(
     elif config.decoder == "patch":
         raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
     else:
-        student = load_part(folder, "transformer", config.model, mesh)
+        student = load_part(folder, "transformer", config.network("student"), mesh)
     embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
     codec = _load_codec(folder, config, mesh)
     return Model(config, student, codec, embed, embed.fits, mesh, f"{folder}, converted networks")
@@ -223,7 +223,7 @@ def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
         key = jax.random.fold_in(jax.random.key(config.seed), part)
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
 
-    student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
+    student = network(lambda rngs: DiT(config.network("student"), rngs=rngs), 0)
     embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
     return Model(config, student, _random_codec(config, network, mesh), embed, fits, mesh, "random weights")
 

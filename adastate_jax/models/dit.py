@@ -21,6 +21,7 @@ from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, KeyValues
 from adastate_jax.models.linear import Linear
+from adastate_jax.models.quantized import QUANTIZATIONS, QuantizedLinear
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
 
@@ -43,6 +44,8 @@ class DiTConfig:
         attention: a backend of `models/attention.py`.
         remat: what the backward pass keeps of a block: `none` recomputes nothing, `block` keeps only block inputs,
             `attention` also keeps attention outputs.
+        quantization: of the blocks' weights, where they are frozen: `int8`, `float8`, or empty; see
+            `models/quantized.py`.
     """
 
     dim: int = 1536
@@ -63,6 +66,7 @@ class DiTConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "block"
+    quantization: str = ""
 
     def __post_init__(self):
         require_at_least_one(self, *_SIZES)
@@ -76,6 +80,9 @@ class DiTConfig:
             raise ValueError(f"prediction must be flow or clean, got {self.prediction!r}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        if self.quantization not in QUANTIZATIONS:
+            known = ", ".join(filter(None, QUANTIZATIONS))
+            raise ValueError(f"quantization must be one of {known}, or empty, got {self.quantization!r}")
         if self.attention not in attention_lib.BACKENDS:
             raise ValueError(f"attention must be one of {', '.join(attention_lib.BACKENDS)}, got {self.attention!r}")
 
@@ -118,11 +125,18 @@ def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
     return functools.partial(Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
 
 
+def _block_linear(config: "DiTConfig", rngs: nnx.Rngs):
+    if not config.quantization:
+        return _linear(config, rngs)
+    settings = {"dtype": config.dtype, "param_dtype": config.param_dtype, "quantization": config.quantization}
+    return functools.partial(QuantizedLinear, **settings)
+
+
 class Attention(nnx.Module):
     """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(_linear(config, rngs), config.dim, config.dim)
+        linear = functools.partial(_block_linear(config, rngs), config.dim, config.dim)
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
         self.normalize = config.qk_norm
         if config.qk_norm:
@@ -161,7 +175,7 @@ class Block(nnx.Module):
     """Self-attention, cross-attention and feed-forward, modulated per frame by the timestep."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = _linear(config, rngs)
+        linear = _block_linear(config, rngs)
         self.self_attention = Attention(config, rngs=rngs)
         self.cross_attention = Attention(config, rngs=rngs)
         self.ffn_in = linear(config.dim, config.ffn_dim)

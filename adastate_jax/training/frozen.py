@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adastate_jax.config.run import Config
-from adastate_jax.models.dit import DiT
+from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
 from adastate_jax.models.text import ByteTokenizer, TextEncoder, encode_tokens
 from adastate_jax.sharding import tree_shardings
@@ -26,9 +26,14 @@ class Frozen:
     text_encoder: TextEncoder | None
 
 
+def abstract_network(network: DiTConfig) -> DiT:
+    """A transformer's shapes, without weights."""
+    return jax.eval_shape(lambda: DiT(network, rngs=nnx.Rngs(0)))
+
+
 def abstract_dit(config: Config) -> DiT:
-    """The transformer's shapes, without weights."""
-    return jax.eval_shape(lambda: DiT(config.model, rngs=nnx.Rngs(0)))
+    """The student's shapes, without weights."""
+    return abstract_network(config.network("student"))
 
 
 def abstract_frozen(config: Config) -> Frozen:

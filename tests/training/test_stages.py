@@ -28,7 +28,7 @@ CONFIG = Config(
 def read(monkeypatch, tmp_path):
     """How the distillation reads a step's batch, from eight prompts that are told apart by their letter."""
     found = {}
-    monkeypatch.setattr(distill_stage, "trained", lambda *_: None)
+    monkeypatch.setattr(Run, "network", lambda *_: None)
     monkeypatch.setattr(
         Run, "run_stage", lambda run, name, create, step_function, read, steps, compiling: found.update(read=read)
     )

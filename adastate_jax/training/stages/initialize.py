@@ -1,5 +1,7 @@
 """Stage `initialize`: the causal student learns to land on the teacher's ODE trajectories."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import numpy as np
 from adastate_jax.sharding import tree_shardings
 from adastate_jax.training.frozen import Frozen, batch_text
 from adastate_jax.training.initialize import initialize_step
+from adastate_jax.training.networks import load_weights
 from adastate_jax.training.stages.inputs import read_texts
-from adastate_jax.training.stages.run import Run, abstract_states, compile_step, copy_tree, first_call, trained
+from adastate_jax.training.stages.run import Run, abstract_states, compile_step, first_call
 from adastate_jax.training.stages.trajectories import make_trajectories
 from adastate_jax.training.state import TrainState, create_state
 
@@ -20,10 +23,9 @@ def initialize(run: Run) -> None:
     trajectories = make_trajectories(run)
 
     def create() -> TrainState:
-        return jax.jit(
-            lambda params: create_state(copy_tree(params), config.optimizer, True),
-            out_shardings=tree_shardings(abstract, run.mesh),
-        )(trained(run, "pretrain", "ema"))
+        student = load_weights(run.config, run.workdir, "student", run.mesh, trained=True, start=True)
+        function = functools.partial(create_state, optimizer=config.optimizer, ema=True)
+        return jax.jit(function, out_shardings=tree_shardings(abstract, run.mesh))(student)
 
     def step_function(state: TrainState, frozen: Frozen, batch, step):
         text = batch_text(frozen, batch)

@@ -29,7 +29,8 @@ from adastate_jax.models.patch_codec import fit_patch_codec
 from adastate_jax.models.text import PieceTokenizer, TextEncoder
 from adastate_jax.sharding import init_sharded
 from adastate_jax.training.frozen import Frozen, abstract_frozen, embed_prompts, with_shardings
-from adastate_jax.training.stages.run import Run, key_of, start_of
+from adastate_jax.training.networks import start_of
+from adastate_jax.training.stages.run import Run, key_of
 from adastate_jax.weights.parts import fingerprint, refuse_other_sizes
 
 CODEC_CLIPS = 256

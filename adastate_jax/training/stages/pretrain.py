@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adastate_jax.config.networks import trained_sizes
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import init_sharded
 from adastate_jax.training.frozen import Frozen, batch_latents, batch_text
@@ -18,10 +19,11 @@ from adastate_jax.training.state import TrainState, create_state
 def pretrain(run: Run) -> None:
     """Trains the bidirectional teacher on clips."""
     config, key = run.config.pretrain, run.key("pretrain")
+    network = trained_sizes(run.config.network("teacher"))
 
     def create() -> TrainState:
         return init_sharded(
-            lambda key: create_state(DiT(run.config.model, rngs=nnx.Rngs(key)), config.optimizer, True),
+            lambda key: create_state(DiT(network, rngs=nnx.Rngs(key)), config.optimizer, True),
             run.mesh,
             run.key("weights"),
         )

@@ -18,7 +18,7 @@ from adastate_jax.sharding import batch_sharding, shard_batch
 from adastate_jax.training.frozen import batch_text
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.stages.inputs import read_texts
-from adastate_jax.training.stages.run import Run, trained
+from adastate_jax.training.stages.run import Run
 
 
 def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
@@ -61,7 +61,7 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
     missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
     if missing:
-        teacher = trained(run, "pretrain", "ema")
+        teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.refuse_removed()
