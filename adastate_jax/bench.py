@@ -13,7 +13,7 @@ from adastate_jax.benchmarking.sections import SECTIONS, STREAMING
 from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
 from adastate_jax.errors import UserError
 from adastate_jax.files import write_text
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 
 _EXAMPLE = """example:
   python -m adastate_jax.bench --config=configs/wan_1_3b.py --random-weights --output=bench.json
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--config={options.config}: no such file")
     if options.until_ready:
         return _get_ready(options.config, rest)
-    with claimed_output(options) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.benchmarking.report import run, table
         from adastate_jax.config.files import parse_config

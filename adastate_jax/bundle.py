@@ -13,6 +13,7 @@ from adastate_jax.checkpoint import latest_step
 from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command
 from adastate_jax.errors import UserError
 from adastate_jax.generation.trained import load_run, write_bundle
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.sharding import make_mesh
 
 _EXAMPLE = """example:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     run = options.run
     if options.output.suffix != ".safetensors":
         raise UserError(f"--output={options.output}: must end in .safetensors")
-    with claimed_output(options) as output:
+    with claimed_output(options) as output, if_unwritten(output):
         config, trained = load_run(run, make_mesh())
         done, steps = latest_step(run / "distill") or 0, config.distill.steps
         if done < steps:

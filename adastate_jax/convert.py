@@ -26,7 +26,7 @@ from adastate_jax.errors import UserError, one_line
 from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_folder
 from adastate_jax.generation import loading as generate
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.lora_alpha is not None and not options.lora:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
     jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here, and may be busy
-    with claimed_output(options, folder=True) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options, folder=True) as output, if_unwritten(output):
         network = _open(options)
         if options.to == "safetensors":
             _refuse_unpublishable(network, names)

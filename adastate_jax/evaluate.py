@@ -28,6 +28,7 @@ from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
 from adastate_jax.evaluation.report import write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--jobs={options.jobs}: give at least 1")
     settings = Settings(options.first_chunk, options.chunk)
     files = find_videos(options.videos)
-    with claimed_output(options, folder=True) as output:
+    with claimed_output(options, folder=True) as output, if_unwritten(output):
         return _evaluate(files, settings, options.jobs, output)
 
 

@@ -46,7 +46,7 @@ class _State:
     raised = False  # whether the handler has raised for it
     dropped = False  # whether that was lost in a callback
     deferral: Deferral | None = None
-    note = ""
+    note: str | Callable[[], str] = ""
     previous: dict[int, object] | None = None  # handlers to restore; None is not installed
     ender: int | None = None  # the thread that ends the process
     raising = False  # whether somebody is there to catch what the handler raises
@@ -105,11 +105,29 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def if_stopped(note: str) -> Iterator[None]:
-    """What is said after "stopped" of a signal that comes within this context."""
+def if_stopped(note: str | Callable[[], str]) -> Iterator[None]:
+    """What is said after "stopped" of a signal that comes within this context; a function is asked at that moment."""
     before, _state.note = _state.note, note
     yield
     _state.note = before  # not after an exception: it is said when the contexts are left
+
+
+def if_unwritten(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    """`if_stopped` for a file or folder that gets its name when it is complete: says whether it got it.
+
+    It did if another one lies there than when the context was entered, so that there is no moment, however short, at
+    which a file that is there would be called missing.
+    """
+
+    def lies_there() -> tuple[int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    before = lies_there()
+    return if_stopped(lambda: f"{path} {'was not' if lies_there() in (None, before) else 'is'} written")
 
 
 @contextlib.contextmanager
@@ -147,7 +165,8 @@ def end(number: int) -> None:
     for function in _at_forced_end:
         with contextlib.suppress(Exception):
             function()
-    _say(f"stopped; {_state.note}" if _state.note else "stopped")
+    note = _state.note() if callable(_state.note) else _state.note
+    _say(f"stopped; {note}" if note else "stopped")
     os._exit(EXIT_CODES[number])
 
 

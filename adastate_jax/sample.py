@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
 from adastate_jax.generation.shipped import find_model, shipped_config
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _write(
             _refuse_another(options.like, then, metadata)
         title = "sample" if len(calls) == 1 else output.name
         with (
-            if_stopped(f"{output} was not written"),
+            if_unwritten(output),
             open_writer(output, metadata) as writer,
             progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
         ):

@@ -61,6 +61,7 @@ class VideoWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
         self._begun = False
+        self._cancelled = False
         self._size: tuple[int, ...] | None = None
 
     def __enter__(self) -> "VideoWriter":
@@ -88,11 +89,13 @@ class VideoWriter:
 
     def _wait(self) -> None:
         if self._writing is not None:
-            pending, self._writing = self._writing, None
-            pending.result()
+            self._writing.result()
+            self._writing = None
 
     def _compress(self, frames: np.ndarray) -> None:
         for frame in frames:
+            if self._cancelled:
+                return
             self._begun = True
             self._encoder.write(frame)
 
@@ -100,19 +103,29 @@ class VideoWriter:
         complete = False
         with writing(self.path):
             try:
-                self._thread.shutdown()
                 if kind is None:
                     self._wait()
                     if self._begun:
                         self._encoder.finish()
                         complete = True
             finally:
+                self._thread.shutdown(wait=False)
                 if complete:
                     self._place.__exit__(None, None, None)
                 else:
-                    with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
-                        self._encoder.abandon()
-                    self._place.__exit__(_Unfinished, _Unfinished(), None)
+                    self._abandon()
+
+    def _abandon(self) -> None:
+        """Removes the unfinished file, once nobody writes to it any more: whoever waited may have been interrupted."""
+        self._cancelled = True
+        try:
+            # For the work, not for its thread: a join that was interrupted takes that for ended (bpo-45274).
+            if self._writing is not None and not self._writing.cancel():
+                concurrent.futures.wait([self._writing])
+            with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
+                self._encoder.abandon()
+        finally:
+            self._place.__exit__(_Unfinished, _Unfinished(), None)
 
 
 class _Unfinished(Exception):

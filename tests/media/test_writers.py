@@ -1,8 +1,11 @@
 """Videos out: every format whole or not at all, in the colours that went in, with the texts that went in."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -14,7 +17,7 @@ from PIL import Image
 
 from adastate_jax.data.decoding import decode_frames, frame_pixels
 from adastate_jax.errors import UserError
-from adastate_jax.media import VideoWriter, open_writer, read_image, read_metadata, write_image
+from adastate_jax.media import VideoWriter, open_writer, read_image, read_metadata, write_image, writers
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +67,40 @@ def test_an_interrupted_video_leaves_nothing(tmp_path):
     with VideoWriter(tmp_path / "b.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_the_last_frames_are_compressed_waits_for_the_thread(tmp_path, monkeypatch):
+    """The container is closed when nobody writes to it any more, and frames that have not begun are left out."""
+    closing, done = threading.Event(), []
+
+    def write(encoder, frame):
+        done.append("frame")
+        assert closing.wait(60)
+        if len(done) == 1:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # the main thread has its exception, and would go on
+            assert done == ["frame"]
+        original(encoder, frame)
+        done.append("written")
+
+    def abandon(encoder):
+        done.append("abandoned")
+        closed(encoder)
+
+    original, closed = writers._Mp4.write, writers._Mp4.abandon
+    monkeypatch.setattr(writers._Mp4, "write", write)
+    monkeypatch.setattr(writers._Mp4, "abandon", abandon)
+
+    def interrupted():
+        with VideoWriter(tmp_path / "a.mp4") as writer:
+            writer.write(ramp(64))
+            closing.set()  # what follows is the writer's own waiting
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert done == ["frame", "written", "abandoned"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
