@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments = [f"--config={options.config}", *rest]
         record = run(parse_config(arguments), options.only, options.repeats, arguments)
         try:
-            write_text(output, json.dumps(record, indent=2) + "\n")
+            output = write_text(output, json.dumps(record, indent=2) + "\n", replace=options.overwrite)
         except OSError as error:
             raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
     print(table(record))

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         done, steps = latest_step(run / "distill") or 0, config.distill.steps
         if done < steps:
             raise UserError(f"--run={run}: stage distill is at step {done} of {steps}; train to its end first")
-        write_bundle(config, trained, output)
+        output = write_bundle(config, trained, output, options.overwrite)
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
     return 0
 

@@ -17,7 +17,7 @@ import tqdm
 
 from adastate_jax import interrupts
 from adastate_jax.errors import UserError, one_line
-from adastate_jax.files import claimed, numbered_name
+from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
 
 # JAX's names of the durations that make up a compilation. Tracing is not among them: it counts inner functions twice.
 _COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
@@ -68,18 +68,22 @@ def claimed_output(options: argparse.Namespace, *, folder: bool = False, number:
     path = options.output if named else options.default_output
     with contextlib.ExitStack() as stack:
         try:
+            refuse_nameless(path)
             if named:
                 path = numbered_name(path, number)
+                give_back(path)
                 _refuse_existing(path, folder, options.overwrite)
             path = stack.enter_context(claimed(path, numbered=not named and not options.overwrite))
         except BlockingIOError:
             raise UserError(f"--output={path}: another process is writing it; name another") from None
         except OSError as error:
-            raise UserError(f"--output={path}: cannot be written ({error.strerror or error})") from None
+            raise UserError(f"--output={path}: cannot be written ({error.strerror or error}); name another") from None
         yield path
 
 
 def _refuse_existing(path: Path, folder: bool, overwrite: bool) -> None:
+    if folder:
+        refuse_in_use(Path(os.path.realpath(path)))
     if not path.exists():
         return
     if path.is_dir() != folder:

@@ -77,10 +77,10 @@ def main(arguments: Sequence[str]) -> int:
     settings = Settings(options.first_chunk, options.chunk)
     files = find_videos(options.videos)
     with claimed_output(options, folder=True) as output, if_unwritten(output):
-        return _evaluate(files, settings, options.jobs, output)
+        return _evaluate(files, settings, options.jobs, output, options.overwrite)
 
 
-def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, output: Path) -> int:
+def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, output: Path, overwrite: bool) -> int:
     results = measure_files([path for path, _ in files], settings, jobs)
     videos, skipped = [], []
     for (path, group), result in zip(files, results, strict=True):
@@ -94,7 +94,7 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
     with writing(f"--output={output}"):
-        write_report(output, videos, skipped, settings)
+        write_report(output, videos, skipped, settings, overwrite)
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
     print(output / "report.html", file=sys.stderr)

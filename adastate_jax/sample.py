@@ -278,13 +278,13 @@ def _write(
         title = "sample" if len(calls) == 1 else output.name
         with (
             if_unwritten(output),
-            open_writer(output, metadata) as writer,
+            open_writer(output, metadata, replace=options.overwrite) as writer,
             progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
         ):
             for frames in stream(model, prompt, seconds, seed, options.anchor, start=start, prompts=cues):
                 writer.write(enlarge(frames, options.scale or 1))
                 bar.update(len(frames))
-        print(output, file=sys.stderr)
+        print(writer.path, file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -72,6 +72,41 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, m
         claim("--output=new.mp4")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder", "message"),
+    [
+        (
+            ["--output=/", "--overwrite"],
+            True,
+            "--output=/: cannot be written (it names no file or folder); name another",
+        ),
+        (["--output=/"], False, "--output=/: cannot be written (it names no file or folder); name another"),
+        (
+            ["--output=/proc", "--overwrite"],
+            True,
+            "--output=/proc: cannot be written (it is a mount point); name another",
+        ),
+        (["--output=."], False, "--output=.: cannot be written (it names no file or folder); name another"),
+        (["--output=."], True, "--output=.: cannot be written (it names no file or folder); name another"),
+        (["--output="], True, "--output=.: cannot be written (it names no file or folder); name another"),
+        (["--output=.."], True, "--output=..: cannot be written (it names no file or folder); name another"),
+        (["--output=new/..", "--overwrite"], True, "new/..: cannot be written (it names no file or folder)"),
+        (["--output=../work"], True, "--output=../work: cannot be written (the working folder is in it); name another"),
+    ],
+)
+def test_an_output_without_a_name_or_in_use_is_refused(tmp_path, monkeypatch, arguments, folder, message):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError) as refused:
+        claim(*arguments, folder=folder)
+    assert message in str(refused.value)
+    if not arguments[0].endswith("work") and "/proc" not in arguments[0]:  # with a number, these have another name
+        with pytest.raises(UserError):
+            claim(*arguments, folder=folder, number=2)
+    assert os.listdir(tmp_path) == ["work"]
+    assert os.listdir(".") == []
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 # What a command does when the signal comes; it has a claimed and a half-written file open, and says so.

@@ -252,6 +252,26 @@ def test_a_folder_of_pictures_replaces_its_like_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["takes.v2"]
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "pictures"])
+def test_what_appears_while_a_video_is_written_is_kept(tmp_path, name):
+    """Beside a file the video gets the next number; a folder of somebody else's is refused."""
+
+    def write():
+        with open_writer(tmp_path / name, replace=False) as writer:
+            writer.write(colours())
+            with open_writer(tmp_path / name) as other:
+                other.write(colours(2))
+        return writer.path
+
+    if name == "a.mp4":
+        assert write() == tmp_path / "a-2.mp4"
+        assert len(read_back(tmp_path / "a-2.mp4")) == 6
+    else:
+        with pytest.raises(UserError, match=r"pictures: cannot be written \(it holds 'frame_0000"):
+            write()
+    assert len(read_back(tmp_path / name)) == 2
+
+
 def test_a_full_disk_is_one_line_whenever_it_fills(tmp_path):
     """With every size that a file may reach, for every format: the whole video is there, or a line and nothing."""
     program = """
