@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 import tqdm
 
 from adastate_jax import interrupts
-from adastate_jax.errors import UserError, one_line
+from adastate_jax.errors import UserError, one_line, reason
 from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
 
 # JAX's names of the durations that make up a compilation. Tracing is not among them: it counts inner functions twice.
@@ -118,7 +118,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
                 sys.stdout.flush()
             if output.failure and not code:
                 code = 141 if isinstance(output.failure, BrokenPipeError) else 1
-                print(f"note: stdout: cannot be written ({os.strerror(output.failure.errno)})", file=sys.stderr)
+                print(f"note: stdout: cannot be written ({reason(output.failure)})", file=sys.stderr)
     finally:
         if installed:
             interrupts.uninstall()
@@ -152,24 +152,28 @@ class _Output:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.failure: OSError | None = None
+        self.failure: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._drop(error)
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: OSError | ValueError) -> None:
         """Points the descriptor to nowhere, or what is left in the stream's buffer fails again at the process' end."""
+        if isinstance(error, ValueError) and not self._stream.closed:  # a library may have closed it
+            raise error
         self.failure = self.failure or error
+        if self._stream.closed:
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

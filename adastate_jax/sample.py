@@ -135,7 +135,7 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if not name.startswith("config."):
             raise UserError(f"{argument}: unknown argument; --help lists what there is")
     output = options.output or options.default_output
-    if output.suffix not in (*_SUFFIXES, ""):
+    if output.suffix.lower() not in (*_SUFFIXES, ""):
         raise UserError(
             f"--output={output}: must end in {', '.join(_SUFFIXES)}, or be a folder of PNG files, without an ending"
         )

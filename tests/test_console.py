@@ -1,12 +1,14 @@
 """How commands behave in a terminal: where output goes, what is said, how they end."""
 
 import importlib
+import io
 import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -277,6 +279,74 @@ def test_signals_are_deferred_without_a_command_too():
     assert interrupts.received() is None
 
 
+def test_a_deferral_within_another_is_part_of_it():
+    done = []
+
+    def train():
+        with interrupts.deferred("outer") as outer:
+            with interrupts.deferred("inner") as inner:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not inner.requested:
+                    time.sleep(0.01)
+                done.append(outer.requested)
+            done.append("saved")  # leaving the inner one raises nothing
+            with interrupts.deferred("another") as another:
+                done.append(another.requested)
+        done.append("not reached")
+
+    with pytest.raises(interrupts.Stopped):
+        train()
+    assert done == [True, "saved", True]
+    assert interrupts._state.deferral is None
+
+
+def test_a_deferral_of_another_thread_leaves_the_main_ones_alone():
+    done = []
+
+    def elsewhere():
+        with interrupts.deferred("elsewhere") as stop:
+            done.append(stop.requested)
+
+    def train():
+        with interrupts.deferred("stopping") as stop:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stop.requested:
+                time.sleep(0.01)
+            done.append("saved")
+
+    with pytest.raises(interrupts.Stopped):
+        train()
+    assert done == [False, "saved"]
+
+
+def test_a_handler_that_python_does_not_know_becomes_the_systems():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupts._restore_handlers({signal.SIGTERM: None})
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_hooks_of_others_are_called_and_come_back(monkeypatch):
+    seen = []
+    hooks = [lambda unraisable: seen.append(unraisable), lambda *error: seen.append(error)]
+    monkeypatch.setattr(sys, "unraisablehook", hooks[0])
+    monkeypatch.setattr(sys, "excepthook", hooks[1])
+    assert interrupts.install()
+    try:
+        assert [sys.unraisablehook, sys.excepthook] != hooks
+        sys.unraisablehook("dropped")
+        sys.excepthook(ValueError, "of a library", None)
+    finally:
+        interrupts.uninstall()
+    assert [sys.unraisablehook, sys.excepthook] == hooks
+    assert seen == ["dropped", (ValueError, "of a library", None)]
+
+
 def catches(process: subprocess.Popen, number: int) -> bool:
     """Whether a process has a handler of its own for a signal."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -354,6 +424,33 @@ def test_the_work_is_done_whoever_listens(redirection, code, tmp_path):
     assert "Traceback" not in done.stderr
     if code == 1:
         assert done.stderr.endswith("note: stdout: cannot be written (No space left on device)\n")
+
+
+class Failing(io.StringIO):
+    """A stream that fails as a library's does, without the system's number."""
+
+    def write(self, text):
+        raise OSError("the notebook has gone")
+
+    def fileno(self):
+        return self.descriptor
+
+
+def test_a_stream_may_fail_without_a_number_or_be_closed(monkeypatch, tmp_path, capsys):
+    with open(tmp_path / "out", "w") as file:
+        failing = Failing()
+        failing.descriptor = file.fileno()
+        monkeypatch.setattr(sys, "stdout", failing)
+        with pytest.raises(SystemExit) as exited:
+            run_command(lambda arguments: print("words"), [])
+    assert exited.value.code == 1
+    assert capsys.readouterr().err == "note: stdout: cannot be written (the notebook has gone)\n"
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as exited:
+        run_command(lambda arguments: (sys.stdout.close(), print("words"), 0)[-1], [])
+    assert exited.value.code == 1
+    assert capsys.readouterr().err == "note: stdout: cannot be written (I/O operation on closed file)\n"
 
 
 def test_progress_into_a_pipe_is_a_few_lines(capsys):

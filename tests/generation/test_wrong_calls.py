@@ -127,6 +127,10 @@ def test_numbers_of_numpy_are_numbers(model):
     video = ada.stream(model, "a", seconds=np.float32(0.5), seed=np.int64(3)).video
     assert (video.settings.seed, video.settings.num_frames) == (3, 8)
     assert type(video.settings.seed) is int
+    cues = [ada.Cue(0, "a"), ada.Cue(np.float32(0.25), "b", "blend", np.int64(3))]
+    assert dataclasses.astuple(cues[1]) == (0.25, "b", "blend", 3)
+    assert [type(value) for value in (cues[1].second, cues[1].chunks)] == [float, int]
+    refused(lambda: ada.stream(model, prompts=[cues[0], ada.Cue(1, "b", "blend", np.float32(2))]), "blends over")
 
 
 def test_a_cue_behind_the_end_is_said(model, capsys):
