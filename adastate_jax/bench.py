@@ -7,10 +7,16 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from adastate_jax.benchmarking.sections import SECTIONS, STREAMING
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
+from adastate_jax.console import (
+    CommandParser,
+    claimed_output,
+    output_argument,
+    refuse_configuration,
+    run_command,
+    starting,
+)
 from adastate_jax.errors import UserError
 from adastate_jax.files import write_text
 from adastate_jax.interrupts import if_unwritten
@@ -56,8 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     if options.repeats < 1:
         raise UserError(f"--repeats={options.repeats}: must be at least 1")
-    if not Path(options.config.partition(":")[0]).is_file():
-        raise UserError(f"--config={options.config}: no such file")
+    refuse_configuration(options.config, rest)
     if options.until_ready:
         return _get_ready(options.config, rest)
     with claimed_output(options) as output, if_unwritten(output):

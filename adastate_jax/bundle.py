@@ -9,12 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adastate_jax.checkpoint import latest_step
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command
+from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.generation.trained import load_run, write_bundle
 from adastate_jax.interrupts import if_unwritten
-from adastate_jax.sharding import make_mesh
 
 _EXAMPLE = """example:
   python -m adastate_jax.bundle --run=runs/tiny --output=tiny.safetensors
@@ -40,7 +37,14 @@ def main(arguments: Sequence[str]) -> int:
     run = options.run
     if options.output.suffix != ".safetensors":
         raise UserError(f"--output={options.output}: must end in .safetensors")
+    if not run.is_dir():
+        raise UserError(f"--run={run}: no such folder; name one that train wrote")
     with claimed_output(options) as output, if_unwritten(output):
+        starting()
+        from adastate_jax.checkpoint import latest_step
+        from adastate_jax.generation.trained import load_run, write_bundle
+        from adastate_jax.sharding import make_mesh
+
         config, trained = load_run(run, make_mesh())
         done, steps = latest_step(run / "distill") or 0, config.distill.steps
         if done < steps:

@@ -50,6 +50,19 @@ def output_argument(parser: argparse.ArgumentParser, help: str, default: str | N
     parser.set_defaults(default_output=default and Path(default))
 
 
+def refuse_configuration(file: str, overrides: Sequence[str]) -> None:
+    """Refuses what can be refused of `--config=FILE` and the arguments that a parser left over, without JAX.
+
+    Raises:
+        UserError: there is no such file, or an argument overrides no field.
+    """
+    if not os.path.isfile(file.partition(":")[0]):
+        raise UserError(f"--config={file}: no such file")
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: unknown argument; --help lists what there is")
+
+
 @contextlib.contextmanager
 def claimed_output(options: argparse.Namespace, *, folder: bool = False, number: int = 1) -> Iterator[Path]:
     """Where a command's `output_argument` says that its result goes, kept for this process while the context lasts.

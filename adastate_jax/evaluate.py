@@ -25,7 +25,6 @@ from adastate_jax.data.folders import walk_files
 from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
-from adastate_jax.evaluation.report import write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
 from adastate_jax.interrupts import if_unwritten
@@ -93,6 +92,8 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
+    from adastate_jax.evaluation.report import write_report  # here: its plots take a second, and arguments may be wrong
+
     with writing(f"--output={output}"):
         write_report(output, videos, skipped, settings, overwrite)
     for group, members in by_group(videos).items():

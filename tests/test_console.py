@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import logging
 import os
 import shlex
@@ -15,12 +16,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from adastate_jax import __main__, interrupts, sample
+from adastate_jax import __main__, interrupts, sample, verify
 from adastate_jax.__main__ import COMMANDS
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command
 from adastate_jax.data.worlds import WorldConfig, caption_pattern
 from adastate_jax.errors import UserError
 from adastate_jax.generation.shipped import shipped_config
+from adastate_jax.models.attention import BACKENDS
 from adastate_jax.streaming import names, presets
 
 ROOT = Path(__file__).parents[1]
@@ -497,6 +499,79 @@ def test_commands_are_imported_without_jax():
     assert done.stdout == "[]\n"
 
 
+WRONG = {
+    "train": (
+        ["--config=no.py", "--workdir=a"],
+        ["--config=configs/tiny.py"],
+        ["--config=configs/tiny.py", "--workdir=a", "--x"],
+        ["--config=configs/tiny.py", "--workdir=README.md"],
+    ),
+    "sample": (["--checkpoint=tiny"], ["--checkpoint=nowhere", "--prompt=x"]),
+    "convert": (
+        ["--source=no.pt", "--output=a"],
+        ["--source=configs", "--output=README.md"],
+        ["--source=configs", "--output=a", "--set", "x"],
+        ["--source=configs", "--output=a", "--lora=no.pt"],
+        ["--source=configs", "--output=a", "--lora-alpha=1"],
+    ),
+    "verify": (["nowhere"], ["configs"], ["--only=x"], ["--attention=x"], ["--attention=cudnn"]),
+    "evaluate": (["nowhere"], ["configs"], ["README.md", "--jobs=0"], ["README.md", "--output=README.md"]),
+    "probe": (["--checkpoint=nowhere", "--prompt=x"],),
+    "bench": (["--config=no.py"], ["--config=configs/tiny.py", "--repeats=0"], ["--config=configs/tiny.py", "--x"]),
+    "bundle": (["--run=nowhere", "--output=a.safetensors"], ["--run=configs", "--output=a"]),
+}
+
+
+def test_wrong_arguments_are_refused_before_jax_is_imported(tmp_path):
+    assert {*WRONG} == {*COMMANDS}
+    code = (
+        "import importlib, json, sys\n"
+        "for name, calls in json.loads(sys.argv[1]).items():\n"
+        "  for arguments in calls:\n"
+        "    try:\n"
+        "      importlib.import_module(f'adastate_jax.{name}').main(arguments)\n"
+        "    except Exception as error:\n"
+        "      print(name, arguments, type(error).__name__, 'jax' in sys.modules)\n"
+        "    else:\n"
+        "      print(name, arguments, 'accepted')\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(WRONG)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [f"{name} {call} UserError False" for name, calls in WRONG.items() for call in calls]
+    assert done.stdout.splitlines() == expected
+    assert "starting" not in done.stderr
+
+
+def test_a_command_that_starts_says_so(tmp_path):
+    """Before the imports that take seconds."""
+    code = (
+        "import importlib, json, sys\n"
+        "class Stop(BaseException): pass\n"
+        "def starting(what='JAX'):\n"
+        "  raise Stop('jax' in sys.modules)\n"
+        "for name, arguments in json.loads(sys.argv[1]).items():\n"
+        "  module = importlib.import_module(f'adastate_jax.{name}')\n"
+        "  module.starting = starting\n"
+        "  try:\n"
+        "    module.main(arguments)\n"
+        "  except Stop as stop:\n"
+        "    print(name, stop)\n"
+    )
+    right = {
+        "train": ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"],
+        "sample": ["--checkpoint=tiny", "--prompt=x", f"--output={tmp_path / 'a.mp4'}"],
+        "convert": ["--source=configs", f"--output={tmp_path / 'a'}"],
+        "verify": [],
+        "probe": ["--checkpoint=tiny", "--prompt=x", f"--output={tmp_path / 'a'}"],
+        "bench": ["--config=configs/tiny.py", f"--output={tmp_path / 'a'}"],
+        "bundle": ["--run=configs", f"--output={tmp_path / 'a.safetensors'}"],
+    }
+    command = [sys.executable, "-c", code, json.dumps(right)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{name} False" for name in right]
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_package_has_what_it_lists():
     import adastate_jax as ada
 
@@ -507,6 +582,7 @@ def test_the_package_has_what_it_lists():
 
 
 def test_names_that_are_known_without_jax_are_the_real_ones():
+    assert verify.ATTENTION == BACKENDS
     assert tuple(presets.PRESETS) == names.PRESET_NAMES
     assert tuple(presets.ANCHORS) == names.STRATEGY_NAMES
     assert names.STREAM_NAMES == presets.STREAM_NAMES
