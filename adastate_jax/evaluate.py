@@ -157,7 +157,9 @@ def measure_files(files: Sequence[Path], settings: Settings, jobs: int) -> list[
 
     A file whose process is killed, for want of memory say, is unusable too.
     """
-    with progress("measure (starting)", sum(map(_frames_by_header, files)), unit="frame") as bar:
+    with progress("measure (starting)", 0, unit="frame") as bar:
+        for file in files:
+            bar.total += _frames_by_header(file)
         if min(jobs, len(files)) == 1:
             bar.set_description("measure")
             return [_measure(file, settings, bar.update) for file in files]
