@@ -19,6 +19,8 @@ COMMANDS = {
     "probe": "measures which cached frames the attention goes to",
     "bench": "measures speed and memory on this device",
     "convert": "turns published weights into folders of this package, and back",
+    "embed": "encodes prompts into a data set that training reads",
+    "encode": "encodes videos into a data set that training reads",
     "bundle": "packs what a finished run generates with into one file",
     "verify": "compares this package's numbers with the official code's",
 }

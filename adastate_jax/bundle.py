@@ -44,6 +44,11 @@ def main(arguments: Sequence[str]) -> int:
         done, steps = latest_step(run / "distill") or 0, config.distill.steps
         if done < steps:
             raise UserError(f"--run={run}: stage distill is at step {done} of {steps}; train to its end first")
+        if config.data.encoded:
+            raise UserError(
+                f"--run={run}: was trained on embeddings, and its text encoder is no part of it; use python -m "
+                f"adastate_jax.convert --source={run} --output=DIR for its student"
+            )
         write_bundle(config, trained, output)
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
     return 0

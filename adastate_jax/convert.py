@@ -25,8 +25,9 @@ from adastate_jax.console import CommandParser, claimed_output, output_argument,
 from adastate_jax.errors import UserError, one_line
 from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_folder
-from adastate_jax.generation import loading as generate
+from adastate_jax.generation.trained import load_run
 from adastate_jax.interrupts import if_stopped
+from adastate_jax.sharding import make_mesh
 from adastate_jax.texts import parse_json
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
@@ -50,7 +51,7 @@ def open_run(path: Path) -> Network:
     Raises:
         UserError: the folder holds no student, or is damaged.
     """
-    student = generate.load(path).student
+    student = load_run(path, make_mesh())[1].student
     slots = KINDS["transformer"].slots(student.config)
     held = {name: np.asarray(leaf) for name, leaf in leaves(student).items()}
     tensors = {}

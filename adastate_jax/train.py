@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -27,12 +26,11 @@ from adastate_jax.generation.samples import sample
 from adastate_jax.interrupts import if_stopped
 from adastate_jax.sharding import all_devices, make_mesh
 from adastate_jax.texts import read_json
-from adastate_jax.training.frozen import embed_prompts
 from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.networks import check_networks
 from adastate_jax.training.stages.distill import distill
 from adastate_jax.training.stages.initialize import initialize
-from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
+from adastate_jax.training.stages.inputs import guiding_texts, make_frozen, open_inputs
 from adastate_jax.training.stages.pretrain import pretrain
 from adastate_jax.training.stages.run import Run
 
@@ -69,14 +67,13 @@ def _train(config: Config, workdir: Path) -> None:
         raise UserError(f"config.mesh: {error}") from None
     _refuse_uneven_batches(config)
     with jax.set_mesh(mesh):
-        clips = open_clips(config, workdir)
-        prompts = open_prompts(config, workdir, clips)
-        _refuse_other_data(workdir, {"clips": clips, "prompts": prompts.source})
-        frozen = make_frozen(config, workdir, clips, mesh)
+        inputs = open_inputs(config, workdir)
+        _refuse_other_data(workdir, inputs.names)
+        frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
             save_config(config, workdir / "config.json")
-        texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
-        run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
+        texts = inputs.clips, inputs.captions, inputs.prompts, inputs.critic_prompts
+        run = Run(config, workdir, mesh, *texts, frozen, *guiding_texts(config, inputs, frozen), Metrics(workdir))
         for stage in config.stages:
             if not run.is_finished(stage):
                 _STAGES[stage](run)
@@ -137,16 +134,15 @@ def _difference(old: Config, new: Config, fields: Sequence[str]) -> str:
     return ""
 
 
-def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
+def _refuse_other_data(workdir: Path, names: Mapping[str, str]) -> None:
     """Notes the datasets that the work directory is made with, or checks that they are still the same.
 
     A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
     """
     path = workdir / "data.json"
-    names = {kind: source.dataset_info.full_name for kind, source in sources.items()}
     if not path.exists():
         with writing(path):
-            write_text(path, json.dumps(names, indent=2) + "\n")
+            write_text(path, json.dumps(dict(names), indent=2) + "\n")
         return
     fix = "remove it, to go on with the data as they are now"
     old = read_json(path, fix)

@@ -104,7 +104,7 @@ def test_overrides():
         (["TINY", "--config.data.worlds.motions=('fly',)"], "fly"),
         (["TINY", "--config.decoder=film"], "decoder must be one of patch, wan, tiny"),
         (["TINY", "--config.decoder=wan"], "in_channels 48 .* must be the 16 channels of the wan decoder's latents"),
-        (["TINY", "--config.data.kind=none"], "stages need clips, and data.kind is none"),
+        (["TINY", "--config.data.kind=none"], "stage pretrain needs clips, and data.kind is none"),
         (["WAN", "--config.data.clips.height=482"], "video of 482x832 is not tiled by latents of 8x8 pixels"),
         (["WAN", "--config.data.clips.height=488"], "latent frames of 61x104 are not tiled by patches"),
         (["TINY", "--unknown=3"], "--unknown=3: unknown argument"),

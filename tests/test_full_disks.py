@@ -128,8 +128,7 @@ def test_records_of_a_run(tmp_path):
 
 
 def test_names_of_the_data(tmp_path):
-    sources = {"clips": types.SimpleNamespace(dataset_info=types.SimpleNamespace(full_name="worlds/a"))}
-    write = lambda: _refuse_other_data(tmp_path, sources)  # noqa: E731
+    write = lambda: _refuse_other_data(tmp_path, {"clips": "worlds/a"})  # noqa: E731
     assert whole_or_nothing(tmp_path, write, write) >= 2
 
 

@@ -66,14 +66,18 @@ def read_batch(source: Sequence[Mapping[str, Any]], indices: np.ndarray) -> dict
     nested features nested dictionaries. `source` is what `open_source` returns, or any sequence of dictionaries.
     Raises `UserError` for damage: ArrayRecord checks a hash of all that it reads.
     """
-    numbers = [int(index) for index in indices]
-    if hasattr(source, "dataset_info"):
-        folder = source.dataset_info.data_dir
-        with reading(folder, _again(folder), RuntimeError):
-            examples = source.__getitems__(numbers)  # a whole batch at once is read in parallel
-    else:
-        examples = [source[number] for number in numbers]
+    examples = read_examples(source, indices)
     return {name: _stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def read_examples(source: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Reads examples one by one, for those that do not stack; `source` and damage are as `read_batch` has them."""
+    numbers = [int(index) for index in indices]
+    if not hasattr(source, "dataset_info"):
+        return [source[number] for number in numbers]
+    folder = source.dataset_info.data_dir
+    with reading(folder, _again(folder), RuntimeError):
+        return source.__getitems__(numbers)  # a whole batch at once is read in parallel
 
 
 def _stack(values):

@@ -61,7 +61,8 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         steps = getattr(config, stage).steps
         origin = f"{path}, {adjective} student at step {step}" + (f" of {steps}" if step != steps else "")
         student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
-        frozen = load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh))
+        frozen = with_shardings(abstract_frozen(config), mesh)
+        frozen = load_tree(path / "frozen", frozen) if jax.tree.leaves(frozen) else frozen
         return config, Trained(student, frozen, origin)
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
 

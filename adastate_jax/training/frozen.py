@@ -1,7 +1,7 @@
 """What no stage trains, and the shapes of what a run leaves behind."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ from adastate_jax.sharding import tree_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What no stage trains: the codec between video and latents, and the text encoder."""
+    """What no stage trains: the codec between video and latents, and the text encoder.
 
-    codec: PatchCodec
-    text_encoder: TextEncoder
+    None of a run whose texts and clips were encoded beforehand: nothing of them takes memory in a training step.
+    """
+
+    codec: PatchCodec | None
+    text_encoder: TextEncoder | None
 
 
 def abstract_network(network: DiTConfig) -> DiT:
@@ -35,6 +38,8 @@ def abstract_dit(config: Config) -> DiT:
 
 def abstract_frozen(config: Config) -> Frozen:
     """The frozen parts' shapes, without weights."""
+    if config.data.encoded:
+        return Frozen(None, None)
     size, channels = 3 * config.codec.patch**2, config.codec.channels
     codec = PatchCodec(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((size,), (size, channels), (channels,)))
@@ -49,6 +54,20 @@ def with_shardings(abstract, mesh):
         abstract,
         tree_shardings(abstract, mesh),
     )
+
+
+def batch_latents(frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Latents [B, N, H, W, C] of a batch: those that it carries, or of its video."""
+    if "latents" in batch:
+        return batch["latents"]
+    return frozen.codec.encode(batch["video"].astype(jnp.float32) / 127.5 - 1)
+
+
+def batch_text(frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Embeddings [B, T, text_dim] of a batch, zero past each text: those that it carries, or of its token ids."""
+    if "text" in batch:
+        return batch["text"]
+    return frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
 
 
 def embed_prompts(frozen: Frozen, prompts: Sequence[str]) -> jax.Array:

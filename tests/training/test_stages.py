@@ -32,7 +32,7 @@ def read(monkeypatch, tmp_path):
     monkeypatch.setattr(
         Run, "run_stage", lambda run, name, create, step_function, read, steps, compiling: found.update(read=read)
     )
-    nothing = dict.fromkeys(("clips", "frozen", "empty_text", "negative_text", "metrics"))
+    nothing = dict.fromkeys(("clips", "captions", "critic_prompts", "frozen", "empty_text", "negative_text", "metrics"))
     distill_stage.distill(Run(CONFIG, tmp_path, make_mesh(), prompts=list("abcdefgh"), **nothing))
     return found["read"]
 

@@ -9,7 +9,8 @@ import numpy as np
 from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.sharding import tree_shardings
 from adastate_jax.training.dmd import critic_step, draw_update, student_step
-from adastate_jax.training.stages.inputs import read_prompts
+from adastate_jax.training.frozen import batch_text
+from adastate_jax.training.stages.inputs import read_prompts, update_prompts
 from adastate_jax.training.stages.run import Run, abstract_states, compile_step
 from adastate_jax.training.state import TrainState, create_state
 
@@ -31,12 +32,12 @@ def distill(run: Run) -> None:
         return jax.random.fold_in(jax.random.fold_in(key, step), update)
 
     def update_student(student, critic, teacher, frozen, null_text, batch, step):
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
+        text = batch_text(frozen, batch)
         draws = draw_update(update_key(step, 0), config.batch_size, config, stream, run.latent_shape)
         return student_step(student, critic, teacher, text, null_text, step, draws, config, stream)
 
     def update_critic(critic, student, frozen, batch, step):
-        text = frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
+        text = batch_text(frozen, batch)
         draws = draw_update(update_key(step, 1), config.batch_size, config, stream, run.latent_shape)
         return critic_step(critic, student, text, draws, config, stream)
 
@@ -62,7 +63,9 @@ def distill(run: Run) -> None:
         return {"student": student, "critic": critic}, scalars
 
     def read(step: int) -> dict[str, dict[str, np.ndarray]]:
-        numbers = config.update_numbers(step)
-        return {name: read_prompts(run, "distill", config.batch_size, number) for name, number in numbers.items()}
+        return {
+            name: read_prompts(run, texts, config.batch_size, number)
+            for name, (texts, number) in update_prompts(run, step).items()
+        }
 
     run.run_stage("distill", create, step_function, read, config.steps, compiling)

@@ -30,8 +30,9 @@ class Run:
     """What all stages of a run share.
 
     Attributes:
-        clips: random-access source of clips with captions.
-        prompts: random-access texts that distillation draws from.
+        clips: random-access source of clips with captions, or `LatentClips`; None for none.
+        captions: texts that trajectories are drawn for.
+        prompts, critic_prompts: texts that distillation's updates draw from; None for the critic is the student's.
         frozen: codec and text encoder.
         empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
     """
@@ -40,7 +41,9 @@ class Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     clips: Any
+    captions: Sequence[str]
     prompts: Sequence[str]
+    critic_prompts: Sequence[str] | None
     frozen: Frozen
     empty_text: jax.Array
     negative_text: jax.Array
@@ -48,7 +51,7 @@ class Run:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return self.frozen.codec.latent_shape(*self.config.data.size)
+        return self.config.latent_shape
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; step s uses fold_in(key, s)."""
