@@ -105,7 +105,7 @@ def test_a_prompt_file_is_refused_by_its_line(inputs, tmp_path, content, said):
         ("--shard-megabytes=0", "--shard-megabytes=0.0: must be positive"),
         ("--shard-megabytes=nan", "--shard-megabytes=nan: must be positive"),
         ("--negative-prompt=\udcff", "--negative-prompt: is not UTF-8 text"),
-        ("--checkpoint=nowhere", "nowhere/text_encoder: no such network"),
+        ("--checkpoint=nowhere", "--checkpoint=nowhere: no such folder"),
     ],
 )
 def test_options_are_refused(inputs, tmp_path, option, said):

@@ -107,8 +107,8 @@ def test_latents_of_another_run_are_refused(inputs, encoded):
         ("--frames=0", "--frames=0: must be at least 1"),
         ("--stride=-1", "--stride=-1: must not be negative"),
         ("--frames=81", "has no usable video"),
-        ("--videos=nowhere", "video folder nowhere does not exist"),
-        ("--checkpoint=nowhere", "nowhere/vae: no such network"),
+        ("--videos=nowhere", "--videos=nowhere: no such folder"),
+        ("--checkpoint=nowhere", "--checkpoint=nowhere: no such folder"),
         ("--devices=3", "must be a multiple of --devices=3"),
     ],
 )

@@ -85,26 +85,51 @@ def opened_run(config, workdir=Path("nowhere")):
     return Run(config, workdir, make_mesh(), *texts, frozen, *guiding_texts(config, inputs, frozen), Metrics(workdir))
 
 
-def test_from_videos_and_prompts_to_sample_videos(inputs, tmp_path, monkeypatch):
-    """While it trains, no text encoder and no autoencoder is read; the sample videos are made with them."""
-    own = f"--config.data.critic_embeddings={inputs.folder / 'critic'}"
-    stages = ("pretrain", "initialize", "distill")
+@pytest.fixture
+def nothing_but_transformers(monkeypatch):
+    """Fails where a text encoder or an autoencoder is read."""
 
-    def refuse(*arguments, **named):
-        raise AssertionError("a training stage reads a network that it does not train")
+    def refuse(path, kind, *arguments, **named):
+        raise AssertionError(f"a training stage reads {path}, which it does not train")
 
     with monkeypatch.context() as patched:
         patched.setattr(parts, "load_converted", refuse)
-        train(configured(inputs, own, f"--config.stages={stages}"), tmp_path / "run")
-    train(configured(inputs, own), tmp_path / "run")
+        yield patched
+
+
+def test_from_videos_to_a_causal_student(inputs, tmp_path, nothing_but_transformers):
+    """Teacher and student on latents and their captions."""
+    stages = ("pretrain", "initialize")
+    train(configured(inputs, f"--config.stages={stages}"), tmp_path / "run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(r["stage"], r["step"]) for r in records] == [(stage, step) for stage in stages for step in range(2)]
     assert not (tmp_path / "run" / "frozen").exists()
-    assert len(list(decode_frames(tmp_path / "run" / "samples" / "00.mp4"))) == 1 + 4 * 5
     named = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert sorted(named) == ["captions", "critic_embeddings", "embeddings", "latents"]
+    assert sorted(named) == ["captions", "embeddings", "latents"]
+
+
+def test_from_published_files_and_prompts_to_sample_videos(inputs, tmp_path, nothing_but_transformers):
+    """A teacher of other width, depth and heads, in eight bits; all three networks read from published files."""
+    networks = {"teacher": (48, 64, 4, 2), "critic": (32, 48, 2, 2), "student": (32, 48, 2, 1)}
+    sizes = ("dim", "ffn_dim", "num_heads", "num_layers")
+    options = [f"--config.data.critic_embeddings={inputs.folder / 'critic'}"]
+    options += ["--config.data.kind=none", "--config.data.latents=", "--config.data.captions="]
+    options += ["--config.teacher.param_dtype=bfloat16", "--config.teacher.quantization=int8"]
+    for seed, (name, values) in enumerate(networks.items()):
+        own = dict(zip(sizes, values, strict=True))
+        config = dataclasses.replace(small_wan.CONFIG.model, **own)
+        heads = f"--set=num_heads={config.num_heads}"
+        folder, rng = inputs.folder / "networks" / name, np.random.default_rng(seed)
+        small_wan.write_network(folder, "transformer", config, rng, heads)
+        options += [f"--config.{name}.{field}={value}" for field, value in {**own, "weights": folder}.items()]
+    train(configured(inputs, *options, "--config.stages=('distill',)"), tmp_path / "run")
+    nothing_but_transformers.undo()
+    train(configured(inputs, *options, "--config.stages=('distill', 'sample')"), tmp_path / "run")
+    assert [record["stage"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == ["distill"] * 2
+    assert len(list(decode_frames(tmp_path / "run" / "samples" / "00.mp4"))) == 1 + 4 * 5
 
     model = ada.load(tmp_path / "run")
+    assert model.student.config.num_layers == 1
     assert model.embed(["snow"]).shape == (1, TEXT.text_length, TEXT.dim)
     convert.main([f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'student'}"])
     assert parts.has_part(tmp_path, "student")
@@ -178,7 +203,7 @@ def test_each_network_reads_its_own_prompts_once_an_epoch(inputs):
 
 
 def test_inputs_of_another_model_are_refused_before_anything_is_made(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("adastate_jax.train.make_frozen", lambda *_: pytest.fail("something was made"))
+    monkeypatch.setattr("adastate_jax.training.stages.inputs.make_frozen", lambda *_: pytest.fail("something was made"))
     other = tmp_path / "other"
     other.mkdir()
     for name in ("text_encoder", "vae"):

@@ -24,7 +24,6 @@ from adastate_jax.errors import UserError, reading, shown, writing
 from adastate_jax.files import whole_file, write_text
 from adastate_jax.texts import read_json
 
-SHARD_BYTES = 256 << 20
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _INCOMPLETE = ".incomplete"
