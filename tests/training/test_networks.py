@@ -17,11 +17,13 @@ from adastate_jax.config.run import Config, DataConfig
 from adastate_jax.config.stages import InitializeConfig
 from adastate_jax.errors import UserError
 from adastate_jax.models.patch_codec import PatchCodecConfig
+from adastate_jax.models.quantized import quantize_network
 from adastate_jax.models.text import TextConfig
 from adastate_jax.sharding import make_mesh
 from adastate_jax.training.networks import check_networks, find_weights, load_weights
 from adastate_jax.training.stages.run import abstract_states
 from adastate_jax.weights import converted
+from adastate_jax.weights.parts import load_part
 from adastate_jax.weights.slots import leaves
 
 TEXT = TextConfig(vocab_size=259, dim=12, dim_attention=8, ffn_dim=16, num_heads=2, num_layers=1, text_length=16)
@@ -43,6 +45,9 @@ def folder(tmp_path_factory):
     write_network(weights / "critic", "transformer", MODEL, rng, "--set=num_heads=2")
     write_network(weights / "other_text", "transformer", other_text, rng, "--set=num_heads=2")
     write_network(weights / "text_encoder", "text_encoder", TEXT, rng)
+    write_network(
+        folder / "student" / "transformer", "transformer", MODEL, rng, "--set=num_heads=2", "--set=text_length=16"
+    )
     run = folder / "run"
     run.mkdir()
     save_config(make_config(), run / "config.json")
@@ -93,7 +98,7 @@ def test_a_network_has_its_own_sizes_and_is_trained_in_float32():
     ],
 )
 def test_networks_that_cannot_be_are_refused_by_their_field(fields, message):
-    made = {name: NetworkConfig(**value) for name, value in fields.items() if name != "initialize"}
+    made = {name: NetworkConfig(**value) if isinstance(value, dict) else value for name, value in fields.items()}
     if "initialize" in fields:
         made["initialize"] = InitializeConfig(weights=fields["initialize"])
     with pytest.raises(ValueError, match=message):
@@ -202,3 +207,11 @@ def test_a_mapped_array_takes_no_memory_besides_the_parts(tmp_path):
     tracemalloc.stop()
     assert peak < whole.nbytes / 32  # of Python and NumPy; parts are mapped memory
     np.testing.assert_array_equal(placed, whole.astype(jnp.bfloat16))
+
+
+def test_a_network_to_generate_with_can_be_quantised_when_it_is_loaded(folder):
+    mesh = make_mesh()
+    plain = load_part(folder / "student", "transformer", MODEL, mesh)
+    quantised = load_part(folder / "student", "transformer", dataclasses.replace(MODEL, quantization="float8"), mesh)
+    assert quantised.config.quantization == "float8"
+    jax.tree.map(np.testing.assert_array_equal, quantised, quantize_network(plain, "float8", mesh))
