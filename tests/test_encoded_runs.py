@@ -109,15 +109,16 @@ def test_from_videos_to_a_causal_student(inputs, tmp_path, nothing_but_transform
 
 
 def test_from_published_files_and_prompts_to_sample_videos(inputs, tmp_path, nothing_but_transformers):
-    """A teacher of other width, depth and heads than critic and student, all three read from published files."""
+    """A teacher of other width, depth and heads, in eight bits; all three networks read from published files."""
     networks = {"teacher": (48, 64, 4, 2), "critic": (32, 48, 2, 2), "student": (32, 48, 2, 1)}
     sizes = ("dim", "ffn_dim", "num_heads", "num_layers")
     options = [f"--config.data.critic_embeddings={inputs.folder / 'critic'}"]
     options += ["--config.data.kind=none", "--config.data.latents=", "--config.data.captions="]
+    options += ["--config.teacher.param_dtype=bfloat16", "--config.teacher.quantization=int8"]
     for seed, (name, values) in enumerate(networks.items()):
         own = dict(zip(sizes, values, strict=True))
         config = dataclasses.replace(small_wan.CONFIG.model, **own)
-        heads = [f"--set=num_heads={config.num_heads}"]
+        heads = f"--set=num_heads={config.num_heads}"
         folder, rng = inputs.folder / "networks" / name, np.random.default_rng(seed)
         small_wan.write_network(folder, "transformer", config, rng, heads)
         options += [f"--config.{name}.{field}={value}" for field, value in {**own, "weights": folder}.items()]
@@ -202,7 +203,7 @@ def test_each_network_reads_its_own_prompts_once_an_epoch(inputs):
 
 
 def test_inputs_of_another_model_are_refused_before_anything_is_made(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("adastate_jax.train.make_frozen", lambda *_: pytest.fail("something was made"))
+    monkeypatch.setattr("adastate_jax.training.stages.inputs.make_frozen", lambda *_: pytest.fail("something was made"))
     other = tmp_path / "other"
     other.mkdir()
     for name in ("text_encoder", "vae"):
