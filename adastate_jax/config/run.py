@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from adastate_jax.checks import require_at_least_one, require_positive
+from adastate_jax.checks import require_at_least_one
+from adastate_jax.config.mesh import MeshConfig, require_divisible_network, require_divisible_text
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
@@ -107,18 +108,6 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; `data` and `fsdp` split the batch, `fsdp` and `model` the weights."""
-
-    data: int = 1
-    fsdp: int = 1
-    model: int = 1
-
-    def __post_init__(self):
-        require_positive(self, "data", "fsdp", "model")
-
-
-@dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     """How often a run reports and saves.
 
@@ -210,7 +199,8 @@ class Config:
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
                 f"the {channels} channels of the {self.decoder} decoder's latents"
             )
-        self.model.frame_tokens(height, width)
+        require_divisible_network(self.mesh, "model", self.model, self.model.frame_tokens(height, width))
+        require_divisible_text(self.mesh, self.text)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
