@@ -78,8 +78,10 @@ def test_micro_batches_are_one_batch(name):
         np.testing.assert_allclose(of_parts[key], value, rtol=1e-5)
     gradients, of_parts = (next(part.mu for part in x.optimizer if hasattr(part, "mu")) for x in (one, parts))
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    # Behind a rollout, whose passes feed one another, the last bits differ more.
+    tolerance = 1e-5 if name in ("critic", "student") else 1e-6
     for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(of_parts), strict=True):
-        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6 * largest)
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=tolerance * largest)
 
 
 def test_devices_take_their_samples_from_their_own():
