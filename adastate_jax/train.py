@@ -87,12 +87,18 @@ def _train(config: "Config", workdir: Path) -> None:
 
 
 def _refuse_uneven_batches(config: "Config") -> None:
-    """Batches are split over the devices of the mesh's axes data and fsdp."""
-    parts = config.mesh.data * config.mesh.fsdp
-    for stage in config.stages:
-        size = getattr(getattr(config, stage), "batch_size", parts)
-        if size % parts:
-            raise UserError(f"config.{stage}.batch_size {size} must be a multiple of mesh.data * mesh.fsdp = {parts}")
+    """What is computed at once is split over the devices of the mesh's axes data and fsdp."""
+    from adastate_jax.config.mesh import require_divisible_batches
+
+    batches = {}
+    for stage in (stage for stage in config.stages if stage != "sample"):
+        parts = getattr(config, stage).accumulate
+        name = f"config.{stage}.batch_size" + (" / accumulate =" if parts > 1 else "")
+        batches[name] = getattr(config, stage).batch_size // parts
+    try:
+        require_divisible_batches(config.mesh, batches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -143,6 +143,11 @@ def test_a_broken_file_is_named(tmp_path):
         ("initialize.ode_steps=7", "ode_steps 7 must be a multiple of the 4 denoising steps"),
         ("text.vocab_size=10", "text.vocab_size 10 is too small"),
         ("mesh.data=0", "config.mesh: data must be positive"),
+        (
+            "mesh.model=3",
+            "config: model.num_heads 4 must be a multiple of mesh.model = 3: choose 3 or 6, or mesh.model = 2 or 4",
+        ),
+        ("mesh.context=5", "config: model.dim 128 must be a multiple of mesh.fsdp * mesh.context = 5: choose 125 or"),
         ("stages=('distill','pretrain')", "in this order"),
         ("stream.anchor.name=rolling", "distillation rolls out chunk by chunk"),
         ("model.dimm=3", "--config.model.dimm: unknown field; did you mean dim?"),

@@ -136,7 +136,8 @@ def _tiny_decoder(config: TinyVAEConfig, height: int, width: int, frames: int) -
 
 def _gradient(config: DiTConfig, forward: Flops) -> int:
     """Forward, backward (twice that), and what `remat` computes again."""
-    again = {"none": 0, "block": forward.total, "attention": forward.linear}[config.remat]
+    scores = forward.total - forward.linear
+    again = {"none": 0, "block": forward.total, "attention": forward.linear, "dots": scores}[config.remat]
     return 3 * forward.total + again
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from adastate_jax.checks import require_at_least_one, require_positive
+from adastate_jax.checks import require_at_least_one
+from adastate_jax.config.mesh import MeshConfig, require_divisible_network, require_divisible_text
 from adastate_jax.config.networks import NETWORKS, NetworkConfig, require_consistent_networks
 from adastate_jax.config.stages import (
     DistillConfig,
@@ -166,18 +167,6 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; `data` and `fsdp` split the batch, `fsdp` and `model` the weights."""
-
-    data: int = 1
-    fsdp: int = 1
-    model: int = 1
-
-    def __post_init__(self):
-        require_positive(self, "data", "fsdp", "model")
-
-
-@dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     """How often a run reports and saves.
 
@@ -278,8 +267,12 @@ class Config:
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
                 f"the {channels} channels of the {self.decoder} decoder's latents"
             )
-        self.model.frame_tokens(height, width)
         require_inputs(self.stages, self.data, self.decoder)
+        tokens = self.model.frame_tokens(height, width)
+        require_divisible_network(self.mesh, "model", self.model, tokens)
+        for name in NETWORKS:
+            require_divisible_network(self.mesh, name, self.network(name), tokens)
+        require_divisible_text(self.mesh, self.text)
 
     def network(self, name: str) -> DiTConfig:
         """Sizes and numerics of the `teacher`, the `critic` or the `student`."""

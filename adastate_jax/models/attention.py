@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
-from adastate_jax.sharding import RULES, constrain
+from adastate_jax.sharding import RULES, activation_axes, constrain, current_mesh
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
@@ -146,8 +146,8 @@ def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
 
 def _per_device(axis: str, size: int) -> int:
     """How much of an activation's axis lies on one device of the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    extent = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    mesh = current_mesh()
+    extent = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES[axis])
     return size // extent if size % extent == 0 else size
 
 
@@ -162,27 +162,56 @@ def _say_blocks(queries: int, keys: int, score_bytes: int, block: int) -> None:
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, most_queries: int) -> jax.Array:
     """`attention` by XLA of at most so many queries at a time; their scores are computed again for the gradient.
+
+    The blocks' gradients of keys and values are summed in float32.
 
     Args:
         query, key, value: as `attention`, of one dtype.
     """
+    outputs = jax.lax.map(lambda block: _exact_attention(block, key, value), _query_blocks(query, most_queries))
+    return _joined_blocks(outputs, query.shape[1])
+
+
+def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _query_blocks(query: jax.Array, most_queries: int) -> jax.Array:
+    """[B, T, heads, d] → [blocks, B, queries of a block, heads, d], the last filled up with zeros."""
     queries = query.shape[1]
     count = -(-queries // most_queries)
-    size = -(-queries // count)
-    padded = jnp.pad(query, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
+    padded = jnp.pad(query, ((0, 0), (0, -queries % count), (0, 0), (0, 0)))
     blocks = einops.rearrange(padded, "b (n t) heads d -> n b t heads d", n=count)
-    # In float32, so that the blocks' gradients of keys and values are summed in it.
-    exact_key, exact_value = key.astype(jnp.float32), value.astype(jnp.float32)
+    return constrain(blocks, None, "batch", None, "heads")
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # needless in the body of a scan
-    def attend_block(block: jax.Array) -> jax.Array:
-        key, value = exact_key.astype(block.dtype), exact_value.astype(block.dtype)
-        return jax.nn.dot_product_attention(block, key, value, implementation="xla")
 
-    outputs = jax.lax.map(attend_block, constrain(blocks, None, "batch", None, "heads"))
-    return einops.rearrange(outputs, "n b t heads d -> b (n t) heads d")[:, :queries]
+def _joined_blocks(blocks: jax.Array, queries: int) -> jax.Array:
+    return einops.rearrange(blocks, "n b t heads d -> b (n t) heads d")[:, :queries]
+
+
+def _blocks_forward(query, key, value, most_queries):
+    return attention_in_blocks(query, key, value, most_queries), (query, key, value)
+
+
+def _blocks_backward(most_queries: int, saved, gradient: jax.Array):
+    query, key, value = saved
+
+    def step(total, inputs):
+        block, to_output = inputs
+        to_block, *to_context = jax.vjp(_exact_attention, block, key, value)[1](to_output)
+        return tuple(x + part for x, part in zip(total, to_context, strict=True)), to_block
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    blocks = _query_blocks(query, most_queries), _query_blocks(gradient, most_queries)
+    (to_key, to_value), to_blocks = jax.lax.scan(step, zeros, blocks)
+    to_query = _joined_blocks(to_blocks, query.shape[1])
+    return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype)
+
+
+attention_in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:
@@ -193,15 +222,12 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpr
         interpret: evaluates the kernel step by step instead of compiling it, on any platform; for tests.
     """
     function = functools.partial(_splash, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return function(query, key, value)
-
-    def split(axis: str, size: int) -> tuple[str, ...] | None:
-        return RULES[axis] if size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else None
-
     # A kernel is opaque to the partitioner: without this it would be refused on more than one device.
-    spec = jax.P(split("batch", query.shape[0]), None, split("heads", query.shape[2]), None)
+    batch, heads = (activation_axes(axis, query.shape[i], mesh) for axis, i in (("batch", 0), ("heads", 2)))
+    spec = jax.P(batch, None, heads, None)
     return jax.shard_map(function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
 
 

@@ -30,22 +30,27 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: str) -> jax.
     Returns:
         [..., outputs] in `dtype`.
     """
-    return jnp.dot(x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
+    return _product(x.astype(dtype), kernel, bias, dtype)
+
+
+def _product(x, kernel, bias, dtype):
+    return jnp.dot(x, kernel.astype(dtype)) + bias.astype(dtype)
 
 
 def _forward(x, kernel, bias, dtype):
-    return linear(x, kernel, bias, dtype), (x, kernel, bias)
+    # What is kept of x is what was multiplied; of its own dtype the type alone, as an array of nothing. The product is
+    # not `linear`'s, in which `jax.checkpoint` would not find it.
+    rounded = x.astype(dtype)
+    return _product(rounded, kernel, bias, dtype), (rounded, jnp.zeros(0, x.dtype), kernel, bias)
 
 
 def _backward(dtype, saved, gradient):
-    x, kernel, bias = saved
+    x, like_x, kernel, bias = saved
     leading = tuple(range(x.ndim - 1))
     to_x = jnp.dot(gradient, kernel.astype(dtype).T)
-    to_kernel = jax.lax.dot_general(
-        x.astype(dtype), gradient, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
-    )
+    to_kernel = jax.lax.dot_general(x, gradient, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
     to_bias = gradient.sum(axis=leading, dtype=jnp.float32)
-    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_bias.astype(bias.dtype)
+    return to_x.astype(like_x.dtype), to_kernel.astype(kernel.dtype), to_bias.astype(bias.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, flow_to_clean
 from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiT, DiTConfig
-from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import Chunk, ChunkNoise
@@ -96,7 +96,8 @@ def generate_chunk(
     timesteps = jnp.asarray([*timesteps_of(phase, config), 0.0], jnp.float32)
     tokens = len(layout.live) * model.config.frame_tokens(*noises.shape[3:5])
     shape = (model.config.num_layers, noises.shape[1], tokens, model.config.num_heads, model.config.head_dim)
-    unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch", None, "heads")
+    zeros = jnp.zeros(shape, model.config.dtype)
+    unwritten = constrain_kept(KeyValues(zeros, zeros))
 
     def turn(step, carry):
         live, noisy, _ = carry
@@ -107,6 +108,6 @@ def generate_chunk(
         next_noise = noises[jnp.minimum(step + 1, len(steps) - 1)]
         return add_noise(clean, next_noise, next_sigma), jnp.where(step <= last_step, live, noisy), fresh
 
-    start = (noises[0], noises[0], KeyValues(unwritten, unwritten))
+    start = (noises[0], noises[0], unwritten)
     clean, noisy, fresh = jax.lax.fori_loop(0, last_step + 2, turn, start)
     return GeneratedChunk(noisy, clean, fresh)
