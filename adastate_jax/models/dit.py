@@ -99,6 +99,16 @@ def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
+def _rms_norm(x: jax.Array, norm: nnx.RMSNorm) -> jax.Array:
+    """RMS norm over all heads together, in float32.  [B, T, heads, head_dim].
+
+    Heads are split before it, not after: a TPU then writes the projection in the layout that attention reads.
+    """
+    y = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(axis=(-2, -1), keepdims=True) + norm.epsilon)
+    return (y * (inverse * norm.scale[...].astype(jnp.float32).reshape(x.shape[-2:]))).astype(x.dtype)
+
+
 def _xavier(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     return (draw_normal(key, shape) * math.sqrt(2 / sum(shape))).astype(dtype)
 
@@ -119,7 +129,7 @@ def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
+    """Projections of one attention layer; the RMS norm of queries and keys is over the full width, all heads together."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(_linear(config, rngs), config.dim, config.dim)
@@ -143,18 +153,17 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, heads, head_dim]."""
-        query = self.query(x)
-        return self._heads(self.norm_query(query).astype(query.dtype) if self.normalize else query)
+        query = self._heads(self.query(x))
+        return _rms_norm(query, self.norm_query) if self.normalize else query
 
     def keys_values(self, x: jax.Array) -> KeyValues:
         """[B, T, D] → keys and values [B, T, heads, head_dim]."""
-        key = self.key(x)
-        key = self.norm_key(key).astype(key.dtype) if self.normalize else key
-        return KeyValues(self._heads(key), self._heads(self.value(x)))
+        key = self._heads(self.key(x))
+        return KeyValues(_rms_norm(key, self.norm_key) if self.normalize else key, self._heads(self.value(x)))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[B, T, heads, head_dim] → [B, T, D], through the output projection."""
-        return self.output(einops.rearrange(x, "b t heads d -> b t (heads d)"))
+        return self.output(x, axes=2)
 
 
 class Block(nnx.Module):
