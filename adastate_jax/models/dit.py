@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
-from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.attention import Attend, Context, KeyValues
 from adastate_jax.models.linear import Linear
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
@@ -129,7 +129,7 @@ def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer; the RMS norm of queries and keys is over the full width, all heads together."""
+    """Projections of one attention layer; the RMS norm of queries and keys is over all heads together."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(_linear(config, rngs), config.dim, config.dim)
@@ -252,6 +252,16 @@ class DiT(nnx.Module):
         text = self.text_out(jax.nn.gelu(text, approximate=True))
         return jax.lax.map(lambda block: block.cross_attention.keys_values(text), self.blocks)
 
+    def lay_out(self, context: Context | None, latents: jax.Array) -> Context | None:
+        """A context as the passes over live `latents` [B, F, H, W, C] read it fastest: see `attention.lay_out`.
+
+        Every pass does this for itself; several passes with one context need it only once.
+        """
+        if not isinstance(context, KeyValues):
+            return context
+        tokens = latents.shape[1] * self.config.frame_tokens(*latents.shape[2:4])
+        return attention_lib.lay_out(context, tokens, self.config.attention, self.config.dtype)
+
     def __call__(
         self,
         latents: jax.Array,
@@ -259,7 +269,7 @@ class DiT(nnx.Module):
         text: KeyValues,
         positions,
         attend: Attend | None = None,
-        context: KeyValues | None = None,
+        context: Context | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """One pass over the live frames.
 
@@ -269,15 +279,18 @@ class DiT(nnx.Module):
             text: `text_keys_values` of the prompts, [layers, B, T, heads, head_dim].
             positions: temporal position of each frame, [F].
             attend: who sees whom; the default lets all frames see each other and the context.
-            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim].
+            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim], or what
+                `lay_out` made of them.
 
         Returns:
             The flow [B, F, H, W, C] in float32, and what `attend` kept of the layers: the frames' own keys (un-rotated)
             and values [layers, B, F·H·W / patch, heads, head_dim].
         """
         config = self.config
-        attend = attention_lib.attend_all(config.attention) if attend is None else attend
         _, patch_height, patch_width = config.patch_size
+        if attend is None:
+            attend = attention_lib.attend_all(config.attention)
+            context = self.lay_out(context, latents)
         config.frame_tokens(*latents.shape[2:4])
         height, width = latents.shape[2] // patch_height, latents.shape[3] // patch_width
         turn = rotation(positions, height, width, config.head_dim)
