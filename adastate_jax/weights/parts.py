@@ -20,7 +20,7 @@ _PARTS = {
     "tiny_vae": ("tiny_vae", "taew2_1.pth"),
 }
 # Fields that a configuration sets freely, whatever the weights are.
-_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "tile")
+_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "tile", "latents_per_call")
 
 
 def has_part(folder: Path, kind: str) -> bool:
