@@ -24,7 +24,9 @@ BACKENDS = ("auto", "xla", "cudnn", "splash")
 
 _FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
 
-_LANES = 128  # TPU tiles are so wide
+_LANES, _SUBLANES = 128, 8  # TPU tiles are so wide and so high
+
+_MOST_QUERIES = 9 * _LANES  # of a tile of the splash kernel's forward pass
 
 MOST_SCORE_BYTES = 2**30  # float32 scores that `xla` may hold at once on a device
 
@@ -55,9 +57,21 @@ def concatenate(*parts: KeyValues) -> KeyValues:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-3), *parts)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadsMajor:
+    """A context as the splash kernel reads it: keys and values [..., heads, T and more, head_dim], zeros at the end."""
+
+    key: jax.Array
+    value: jax.Array
+    num_tokens: int = dataclasses.field(metadata={"static": True})  # T
+
+
+Context = KeyValues | HeadsMajor
+
 # (query, key, value of the live tokens, un-rotated; their rotation; the layer's context, already rotated)
 # -> output, and what is kept of the layer: its keys and values, un-rotated, and whatever else is to be known of it
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, KeyValues | None], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, Context | None], tuple[jax.Array, Any]]
 
 
 def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> str | None:
@@ -110,13 +124,16 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) ->
     return "xla" if reason else wanted
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) -> jax.Array:
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, backend: str, context: Context | None = None
+) -> jax.Array:
     """Softmax attention, every query sees every key.
 
     Args:
         query: [B, T, heads, head_dim].
         key, value: [B, S, heads, head_dim].
         backend: one of `BACKENDS`, resolved for the default device when the program is traced.
+        context: keys and values that are seen beside them, plain or from `lay_out` for S further tokens.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
@@ -124,13 +141,48 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     Raises:
         ValueError, UserError: as `resolve_backend`.
     """
-    chosen = resolve_backend(backend, jax.devices()[0], query.dtype.name, query.shape[-1])
+    chosen = _serving(backend, query.dtype.name, query.shape[-1])
+    if isinstance(context, KeyValues):
+        seen = concatenate(context, KeyValues(key, value))
+        key, value, context = seen.key, seen.value, None
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     if chosen == "splash":
-        return splash_attention(query, key, value)
+        return splash_attention(query, key, value, context)
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return _xla_attention(query, key, value)
+
+
+def _serving(backend: str, dtype: str, head_dim: int) -> str:
+    return resolve_backend(backend, jax.devices()[0], dtype, head_dim)
+
+
+def lay_out(context: KeyValues | None, live_tokens: int, backend: str, dtype: str) -> Context | None:
+    """A context as the backend reads it, so that no pass and no layer has to turn it again.
+
+    Args:
+        context: rotated keys and values [..., T, heads, head_dim].
+        live_tokens: how many others will be seen beside it.
+        backend, dtype: of the attention that will read it.
+
+    Returns:
+        For `splash` heads-major, with the zeros behind it that fill its and the live tokens' last tile; else unchanged.
+    """
+    if context is None or _serving(backend, dtype, context.key.shape[-1]) != "splash":
+        return context
+    if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:  # tokens are exchanged for heads first
+        return context
+    total = context.num_tokens + live_tokens
+    return HeadsMajor(
+        *(_heads_major(x.astype(dtype), -total % _block(total)) for x in (context.key, context.value)),
+        num_tokens=context.num_tokens,
+    )
+
+
+def _heads_major(x: jax.Array, padding: int) -> jax.Array:
+    """[..., T, heads, head_dim] → [..., heads, T + padding, head_dim], zeros at the end."""
+    x = jnp.swapaxes(x, -3, -2)
+    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, padding), (0, 0))) if padding else x
 
 
 def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -138,10 +190,16 @@ def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
     queries, keys = query.shape[1], key.shape[1]
     per_query = 4 * keys * _per_device("batch", query.shape[0]) * _per_device("heads", query.shape[2])
     if queries * per_query <= MOST_SCORE_BYTES:
-        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        return _exact_attention(query, key, value)
     block = max(MOST_SCORE_BYTES // per_query, 1)
     _say_blocks(queries, keys, queries * per_query, block)
     return attention_in_blocks(query, key, value, block)
+
+
+def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    stated = "highest" if query.dtype == jnp.float32 else None  # as `linear.stated_precision`
+    with jax.default_matmul_precision(stated):
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
 
 def _per_device(axis: str, size: int) -> int:
@@ -173,10 +231,6 @@ def attention_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, most
     """
     outputs = jax.lax.map(lambda block: _exact_attention(block, key, value), _query_blocks(query, most_queries))
     return _joined_blocks(outputs, query.shape[1])
-
-
-def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
 
 def _query_blocks(query: jax.Array, most_queries: int) -> jax.Array:
@@ -214,48 +268,88 @@ def _blocks_backward(most_queries: int, saved, gradient: jax.Array):
 attention_in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    context: HeadsMajor | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """`attention` by JAX's Pallas kernel for TPUs, on each device's samples and heads by themselves.
 
     Args:
-        query, key, value: as `attention`, of one dtype.
+        query, key, value, context: as `attention`, of one dtype.
         interpret: evaluates the kernel step by step instead of compiling it, on any platform; for tests.
     """
     function = functools.partial(_splash, interpret=interpret)
     mesh = current_mesh()
     if mesh is None:
-        return function(query, key, value)
+        return function(query, key, value, context)
     # A kernel is opaque to the partitioner: without this it would be refused on more than one device.
     batch, heads = (activation_axes(axis, query.shape[i], mesh) for axis, i in (("batch", 0), ("heads", 2)))
-    spec = jax.P(batch, None, heads, None)
-    return jax.shard_map(function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
+    spec, context_spec = jax.P(batch, None, heads, None), jax.P(batch, heads, None, None)
+    run = jax.shard_map(function, in_specs=(spec, spec, spec, context_spec), out_specs=spec, check_vma=False)
+    return run(query, key, value, context)
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool) -> jax.Array:
+def _splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, context: HeadsMajor | None, interpret: bool
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Mosaic is loaded only where it is used
 
-    query_tokens, key_tokens = query.shape[1], key.shape[1]
-    query_block, key_block = _block(query_tokens), _block(key_tokens)
+    query_tokens, key_tokens = query.shape[1], key.shape[1] + (0 if context is None else context.num_tokens)
+    key_block = _block(key_tokens)
     scaled = (query.astype(jnp.float32) / math.sqrt(query.shape[-1])).astype(query.dtype)  # the kernel does not scale
-    query, key, value = _padded(scaled, query_block), _padded(key, key_block), _padded(value, key_block)
-    segments = None
-    if key.shape[2] != key_tokens:  # all queries are of segment 1, padding ones too: they need keys, and are cut off
-        real = (jnp.arange(key.shape[2]) < key_tokens).astype(jnp.int32)
-        segments = splash.SegmentIds(q=jnp.ones(query.shape[2], jnp.int32), kv=real)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=query_block,
-            block_kv=key_block,
-            block_q_dkv=query_block,
-            block_kv_dkv=key_block,
-            block_q_dq=query_block,
-            block_kv_dq=key_block,
-        ),
-        interpret=interpret,
-    )
-    output = jax.vmap(lambda query, key, value: kernel(query, key, value, segment_ids=segments))(query, key, value)
-    return einops.rearrange(output[:, :, :query_tokens], "b heads t d -> b t heads d")
+    query = _heads_major(scaled, 0)
+    # The order of keys does not matter: live ones come first, so that the zeros that fill the last tile, which lie
+    # behind the context, are behind all of them.
+    if context is None:
+        key, value = (_heads_major(x, -key_tokens % key_block) for x in (key, value))
+    else:
+        key, value = (
+            jnp.concatenate([_heads_major(live, 0), laid_out], axis=2)
+            for live, laid_out in ((key, context.key), (value, context.value))
+        )
+
+    def tiled(query: jax.Array, key: jax.Array, value: jax.Array, query_block: int) -> jax.Array:
+        segments = None
+        if key.shape[2] != key_tokens:  # all queries are of segment 1, those that fill a tile too: they need keys
+            real = (jnp.arange(key.shape[2]) < key_tokens).astype(jnp.int32)
+            segments = splash.SegmentIds(q=jnp.ones(query.shape[2], jnp.int32), kv=real)
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([splash.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]),
+            block_sizes=splash.BlockSizes(
+                block_q=query_block,
+                block_kv=key_block,
+                block_q_dkv=query_block,
+                block_kv_dkv=key_block,
+                block_q_dq=query_block,
+                block_kv_dq=key_block,
+            ),
+            interpret=interpret,
+        )
+        return jax.vmap(functools.partial(kernel, segment_ids=segments))(query, key, value)
+
+    def padded(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        block = _block(query_tokens)
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, -query_tokens % block), (0, 0)))
+        return tiled(query, key, value, block)[:, :, :query_tokens]
+
+    block = _exact_block(query_tokens)
+    if query_tokens % _block(query_tokens) == 0 or block is None:
+        output = padded(query, key, value)
+    else:
+        # Only the gradient's kernels need sides of whole lanes: without it, queries need not be filled up.
+        attend = jax.custom_vjp(functools.partial(tiled, query_block=block))
+        attend.defvjp(functools.partial(jax.vjp, padded), lambda pullback, gradient: pullback(gradient))
+        output = attend(query, key, value)
+    return einops.rearrange(output, "b heads t d -> b t heads d")
+
+
+def _exact_block(queries: int) -> int | None:
+    """The largest side of a tile that divides so many queries, if it is not much smaller than others; else None."""
+    sides = range(_MOST_QUERIES, _MOST_QUERIES // 2 - 1, -_SUBLANES) if queries > _MOST_QUERIES else (queries,)
+    return next((side for side in sides if queries % side == 0 and side % _SUBLANES == 0), None)
 
 
 def _block(tokens: int) -> int:
@@ -266,19 +360,13 @@ def _block(tokens: int) -> int:
     return min(range(largest, largest // 2 - 1, -_LANES), key=lambda block: -tokens % block)
 
 
-def _padded(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, heads, d] → [B, heads, T rounded up to whole blocks, d], with zeros."""
-    x = einops.rearrange(x, "b t heads d -> b heads t d")
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
-
-
 def attend_all(backend: str) -> Attend:
     """Live tokens see the context (if any) and each other: bidirectional without a context, streaming with one."""
 
     def attend(query, key, value, rotation, context):
         live = KeyValues(rotate(key, rotation), value)
-        seen = live if context is None else concatenate(context, live)
-        return attention(rotate(query, rotation), seen.key, seen.value, backend), KeyValues(key, value)
+        output = attention(rotate(query, rotation), live.key, live.value, backend, context)
+        return output, KeyValues(key, value)
 
     return attend
 

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
-from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.attention import Attend, Context, KeyValues
 from adastate_jax.models.context_parallel import constrain_kept, cross_attention, self_attention
 from adastate_jax.models.linear import Linear
 from adastate_jax.models.quantized import QUANTIZATIONS, QuantizedLinear
@@ -107,6 +107,16 @@ def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
+def _rms_norm(x: jax.Array, norm: nnx.RMSNorm) -> jax.Array:
+    """RMS norm over all heads together, in float32.  [B, T, heads, head_dim].
+
+    Heads are split before it, not after: a TPU then writes the projection in the layout that attention reads.
+    """
+    y = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(axis=(-2, -1), keepdims=True) + norm.epsilon)
+    return (y * (inverse * norm.scale[...].astype(jnp.float32).reshape(x.shape[-2:]))).astype(x.dtype)
+
+
 def _xavier(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     return (draw_normal(key, shape) * math.sqrt(2 / sum(shape))).astype(dtype)
 
@@ -134,7 +144,7 @@ def _block_linear(config: "DiTConfig", rngs: nnx.Rngs):
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
+    """Projections of one attention layer; the RMS norm of queries and keys is over all heads together."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(_block_linear(config, rngs), config.dim, config.dim)
@@ -158,18 +168,17 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, …, D] → [B, …, heads, head_dim]; … are F frames and S tokens of each, or T tokens."""
-        query = self.query(x)
-        return self._heads(self.norm_query(query).astype(query.dtype) if self.normalize else query)
+        query = self._heads(self.query(x))
+        return _rms_norm(query, self.norm_query) if self.normalize else query
 
     def keys_values(self, x: jax.Array) -> KeyValues:
         """[B, …, D] → keys and values [B, …, heads, head_dim]; … as for `queries`."""
-        key = self.key(x)
-        key = self.norm_key(key).astype(key.dtype) if self.normalize else key
-        return KeyValues(self._heads(key), self._heads(self.value(x)))
+        key = self._heads(self.key(x))
+        return KeyValues(_rms_norm(key, self.norm_key) if self.normalize else key, self._heads(self.value(x)))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[B, …, heads, head_dim] → [B, …, D], through the output projection."""
-        return self.output(einops.rearrange(x, "... heads d -> ... (heads d)"))
+        return self.output(x, axes=2)
 
 
 class Block(nnx.Module):
@@ -252,6 +261,16 @@ class DiT(nnx.Module):
         text = self.text_out(jax.nn.gelu(text, approximate=True))
         return jax.lax.map(lambda block: constrain_kept(block.cross_attention.keys_values(text)), self.blocks)
 
+    def lay_out(self, context: Context | None, latents: jax.Array) -> Context | None:
+        """A context as the passes over live `latents` [B, F, H, W, C] read it fastest: see `attention.lay_out`.
+
+        Every pass does this for itself; several passes with one context need it only once.
+        """
+        if not isinstance(context, KeyValues):
+            return context
+        tokens = latents.shape[1] * self.config.frame_tokens(*latents.shape[2:4])
+        return attention_lib.lay_out(context, tokens, self.config.attention, self.config.dtype)
+
     def __call__(
         self,
         latents: jax.Array,
@@ -259,7 +278,7 @@ class DiT(nnx.Module):
         text: KeyValues,
         positions,
         attend: Attend | None = None,
-        context: KeyValues | None = None,
+        context: Context | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """One pass over the live frames.
 
@@ -269,15 +288,18 @@ class DiT(nnx.Module):
             text: `text_keys_values` of the prompts, [layers, B, T, heads, head_dim].
             positions: temporal position of each frame, [F].
             attend: who sees whom; the default lets all frames see each other and the context.
-            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim].
+            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim], or what
+                `lay_out` made of them.
 
         Returns:
             The flow [B, F, H, W, C] in float32, and what `attend` kept of the layers: the frames' own keys (un-rotated)
             and values [layers, B, F·H·W / patch, heads, head_dim].
         """
         config = self.config
-        attend = attention_lib.attend_all(config.attention) if attend is None else attend
         _, patch_height, patch_width = config.patch_size
+        if attend is None:
+            attend = attention_lib.attend_all(config.attention)
+            context = self.lay_out(context, latents)
         config.frame_tokens(*latents.shape[2:4])
         height, width = latents.shape[2] // patch_height, latents.shape[3] // patch_width
         turn = rotation(positions, height, width, config.head_dim)

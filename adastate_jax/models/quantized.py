@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adastate_jax.models.linear import stated_precision
 from adastate_jax.sharding import path_name, tree_shardings
 
 # Name → dtype of a weight, and the largest of its numbers.
@@ -31,10 +32,16 @@ class QuantizedLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), param_dtype))
         self.dtype = dtype
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[..., inputs] → [..., outputs] in the layer's `dtype`, summed and scaled in float32."""
-        kernel = self.kernel[...].astype(self.dtype)
-        product = jnp.dot(inputs.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+    def __call__(self, inputs: jax.Array, axes: int = 1) -> jax.Array:
+        """[..., inputs] → [..., outputs] in the layer's `dtype`, summed and scaled in float32; `axes` as `Linear`'s."""
+        kernel = self.kernel[...].astype(self.dtype).reshape(*inputs.shape[inputs.ndim - axes :], -1)
+        product = jnp.tensordot(
+            inputs.astype(self.dtype),
+            kernel,
+            axes,
+            precision=stated_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return (product * self.scale[...] + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 

@@ -20,7 +20,16 @@ _PARTS = {
     "tiny_vae": ("tiny_vae", "taew2_1.pth"),
 }
 # Fields that a configuration sets freely, whatever the weights are.
-_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization", "tile")
+_FREE_FIELDS = (
+    "param_dtype",
+    "dtype",
+    "text_length",
+    "attention",
+    "remat",
+    "quantization",
+    "tile",
+    "latents_per_call",
+)
 
 
 def has_part(folder: Path, kind: str) -> bool:
