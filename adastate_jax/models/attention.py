@@ -15,6 +15,7 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
@@ -60,7 +61,15 @@ def concatenate(*parts: KeyValues) -> KeyValues:
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, KeyValues | None], tuple[jax.Array, Any]]
 
 
-def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> str | None:
+def target_device() -> jax.Device | AbstractDevice:
+    """The device that the program being traced is for: of the current mesh's kind, else the default one."""
+    wanted, here = jax.sharding.get_abstract_mesh().abstract_device, jax.devices()[0]
+    if wanted is None or (wanted.platform, wanted.device_kind) == (here.platform, here.device_kind):
+        return here
+    return wanted
+
+
+def shortcoming(backend: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str | None:
     """Why a backend cannot serve heads of this dtype and size on a device; None if it can."""
     if backend == "xla":
         return None
@@ -70,11 +79,12 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
         if dtype != "bfloat16":
             return f"it is for bfloat16, not for {dtype}"
         return f"head dim {head_dim} is no multiple of {_LANES}" if head_dim % _LANES else None
-    if "cuda" not in device.client.platform_version:
+    absent = isinstance(device, AbstractDevice)  # JAX knows but its name; what programs can be compiled for is Hopper
+    if not absent and "cuda" not in device.client.platform_version:
         return "it needs CUDA"
     if dtype not in ("bfloat16", "float16"):
         return f"it is for bfloat16 and float16, not for {dtype}"
-    capability = float(device.compute_capability)
+    capability = 9.0 if absent else float(device.compute_capability)
     if capability < 8:
         return f"it needs compute capability 8.0, not {capability}"
     largest = 256 if capability >= 9 else 128
@@ -82,7 +92,7 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
 
 
 @functools.cache  # so that each program's choice is in the log once, not once per trace
-def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) -> str:
+def resolve_backend(name: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str:
     """The backend that serves: the named one, or for `auto` the device's fused one where it can, else XLA's.
 
     Args:
@@ -116,7 +126,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     Args:
         query: [B, T, heads, head_dim].
         key, value: [B, S, heads, head_dim].
-        backend: one of `BACKENDS`, resolved for the default device when the program is traced.
+        backend: one of `BACKENDS`, resolved for `target_device` when the program is traced.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
@@ -124,13 +134,14 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     Raises:
         ValueError, UserError: as `resolve_backend`.
     """
-    chosen = resolve_backend(backend, jax.devices()[0], query.dtype.name, query.shape[-1])
+    chosen = resolve_backend(backend, target_device(), query.dtype.name, query.shape[-1])
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    if chosen == "splash":
-        return splash_attention(query, key, value)
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _xla_attention(query, key, value)
+    with jax.named_scope(f"attention_{chosen}"):  # by which profiles and compiled programs tell it
+        if chosen == "splash":
+            return splash_attention(query, key, value)
+        if chosen == "cudnn":
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return _xla_attention(query, key, value)
 
 
 def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
