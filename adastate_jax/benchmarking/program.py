@@ -184,11 +184,18 @@ class Program:
         found = [
             (instruction, times)
             for instruction, times in self.instructions(fused=False)
-            if instruction.operation in _COPIES
-            and not (instruction.operation == "copy-start" and _IN_FAST_MEMORY.search(instruction.shape))
-            and max(sizes(instruction.shape), default=0) >= at_least
+            if max(sizes(instruction.shape), default=0) >= at_least and self._only_moves(instruction)
         ]
         return sorted(found, key=lambda item: -item[0].bytes * item[1])
+
+    def _only_moves(self, instruction: Instruction) -> bool:
+        """Whether a kernel computes nothing; a fusion that only slices is how a loop's turn gets its part, and does."""
+        if instruction.operation == "fusion":
+            parts = {part.operation for part in self.computations[instruction.attribute("calls")]}
+            return bool(parts & {*_COPIES[:6]}) and parts <= {*_COPIES, "parameter", "constant", "bitcast", "tuple"}
+        if instruction.operation == "copy-start":
+            return not _IN_FAST_MEMORY.search(instruction.shape)
+        return instruction.operation in _COPIES
 
     def products(self) -> dict[str, float]:
         """Runs of matrix products and convolutions by dtypes, and by precision where it is not the platform's default.
