@@ -10,10 +10,11 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
+
+from adastate_jax.benchmarking.replica_groups import axes_along
 
 _BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -216,7 +217,7 @@ class Program:
         return dict(counted)
 
     def attention(self) -> dict[str, float]:
-        """Runs of attention by backend: of kernels for `splash` and `cudnn`, of matrix products for `xla`."""
+        """Runs of attention by backend: of kernels for `splash` and `cudnn`, of softmax exponentials for `xla`."""
         counted: collections.Counter[str] = collections.Counter()
         for instruction, times in self.instructions():
             target = instruction.custom_target or ""
@@ -224,7 +225,7 @@ class Program:
                 counted["cudnn"] += times
             elif target == "tpu_custom_call" and "splash" in instruction.line:
                 counted["splash"] += times
-            elif _is_product(instruction) and "attention_xla" in instruction.line:
+            elif instruction.operation == "exponential" and "attention_xla" in instruction.line:
                 counted["xla"] += times
         return dict(counted)
 
@@ -249,7 +250,7 @@ class Program:
                 parts = sizes(instruction.shape)
                 # What is started returns operands and results together.
                 size = max(parts) if instruction.operation.endswith("-start") else sum(parts)
-                row = found.setdefault((kind, _axes(instruction.line, mesh)), [0, 0, 0])
+                row = found.setdefault((kind, axes_along(instruction.line, mesh)), [0, 0, 0])
                 row[:] = row[0] + 1, row[1] + times, row[2] + times * size
         rows = [Collective(*key, int(count), runs, size) for key, (count, runs, size) in found.items()]
         return sorted(rows, key=lambda row: -row.bytes)
@@ -309,46 +310,3 @@ def _operand_shapes(instruction: Instruction, shapes: Mapping[str, str]) -> list
     found = re.search(re.escape(instruction.operation) + r"\((.*?)\)(?:,|$)", instruction.line)
     named = re.findall(r"(?:^|, )(?:/\*.*?\*/)?([^%]*?)%([\w.\-]+)", found[1]) if found else []
     return [written.strip() or shapes.get(name, "") for written, name in named]
-
-
-def _axes(line: str, mesh: jax.sharding.Mesh) -> str:
-    """The mesh axes along which the groups of a collective lie."""
-    groups = _groups(line, mesh.size)
-    if groups is None:
-        return "?"
-    found = {frozenset(group) for group in groups}
-    places = np.arange(mesh.size).reshape(mesh.devices.shape)
-    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-    for size in range(1, len(names) + 1):
-        for chosen in itertools.combinations(names, size):
-            last = [mesh.axis_names.index(name) for name in chosen]
-            moved = np.moveaxis(places, last, range(-len(last), 0))
-            extent = math.prod(mesh.shape[name] for name in chosen)
-            if found <= {frozenset(group) for group in moved.reshape(-1, extent).tolist()}:
-                return "+".join(chosen)
-    return "?"
-
-
-def _groups(line: str, devices: int) -> list[list[int]] | None:
-    """The groups of devices of a collective, by their places in the program."""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line):
-        return _joined([[int(x) for x in pair.split(",")] for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])])
-    if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line):
-        groups = [[int(x) for x in group.split(",") if x] for group in re.findall(r"\{([\d,]*)\}", listed[1])]
-        return groups or [list(range(devices))]
-    # [groups, size]<=[sizes]T(order): the places 0, 1, … laid out, turned, and cut into groups.
-    if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        places = np.arange(devices).reshape([int(x) for x in short[3].split(",")])
-        if short[4]:
-            places = places.transpose([int(x) for x in short[4].split(",")])
-        return places.reshape(int(short[1]), int(short[2])).tolist()
-    return None
-
-
-def _joined(pairs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Rings of devices from the pairs of neighbours in them."""
-    groups: list[set[int]] = []
-    for pair in pairs:
-        touched = [group for group in groups if group & set(pair)]
-        groups = [group for group in groups if group not in touched] + [set(pair).union(*touched)]
-    return [sorted(group) for group in groups]

@@ -104,7 +104,7 @@ class Target:
 
     @property
     def is_gpu(self) -> bool:
-        return self.devices[0].platform != "tpu"
+        return self.devices[0].platform == "gpu"
 
 
 def find_target(name: str) -> Target:

@@ -4,7 +4,6 @@ Nothing is allocated; every shape says where its parts lie on the mesh of the ch
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -222,8 +221,8 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: jax.shard
     sizes = dataclasses.replace(config.model, param_dtype="float32")
 
     def state(optimizer: OptimizerConfig, ema: bool) -> TrainState:
-        network = functools.partial(DiT, sizes, rngs=nnx.Rngs(0))
-        return with_shardings(jax.eval_shape(lambda: create_state(network(), optimizer, ema)), mesh)
+        abstract = jax.eval_shape(lambda: create_state(DiT(sizes, rngs=nnx.Rngs(0)), optimizer, ema))
+        return with_shardings(abstract, mesh)
 
     student, critic = state(settings.student, True), state(settings.critic, False)
     teacher = _transformer(teacher_sizes, mesh)

@@ -103,6 +103,28 @@ def test_collectives_are_told_by_mesh_axis(kind, axes, exchange, result):
     assert found == Collective(kind, axes, 1, 3, 3 * 4 * 4 * 4 * result)
 
 
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("mesh['x'=2,'y'=4] {'x'}", "data"),
+        ("mesh['x'=2,'y'=4] {'y'}", "fsdp+model"),
+        ("mesh['x'=2,'y'=4] {'y':(1)2}", "fsdp"),
+        ("mesh['x'=2,'y'=4] {'x','y':(2)2}", "data+model"),
+        ("mesh['x'=8] {'x'}", "data+fsdp+model"),
+        ("[4,2]<=[8]", "model"),
+        ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
+        ("[2,4]<=[2,4]T(0,1)", "fsdp+model"),
+        ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("{{0,1,2},{3,4,5},{6,7}}", "?"),
+        ("{}", "data+fsdp+model"),
+    ],
+)
+def test_groups_are_read_in_every_notation(groups, axes):
+    line = f"  ROOT %r = f32[2]{{0}} all-reduce(%a), replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
+    program = read_program(f"ENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}\n")
+    assert program.collectives(make_mesh(2, 2, 2)) == [Collective("all-reduce", axes, 1, 1, 8)]
+
+
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
