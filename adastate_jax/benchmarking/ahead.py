@@ -15,7 +15,7 @@ import jax
 
 from adastate_jax.benchmarking.program import Program, read_program
 from adastate_jax.benchmarking.targets import Target, answering_for, find_target
-from adastate_jax.benchmarking.workloads import Workload, device_bytes, make_workload
+from adastate_jax.benchmarking.workloads import Workload, device_bytes, make_workload, mesh_over
 from adastate_jax.config.run import Config
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
@@ -70,7 +70,8 @@ def run(
             for program in programs:
                 bar.set_description(f"compile: {program} for {target.name}")
                 try:
-                    rows.append(describe(make_workload(program, config, teacher, target), target, cache))
+                    mesh = mesh_over(config, target, program)
+                    rows.append(describe(make_workload(program, config, teacher, mesh), target, cache))
                 except UserError as error:  # of one program on one target: the others have their say
                     skipped.append({"target": target.name, "program": program, "reason": str(error)})
                 bar.update(1)

@@ -5,4 +5,5 @@ STREAMING = ("ready", "pass", "chunk", "decode", "end_to_end", "first_image", "p
 SECTIONS = (*STREAMING, "training")
 
 # What can be compiled for chips that are not here: a steady chunk, its decoders, the updates of distillation.
-PROGRAMS = ("stream", "wan", "tiny", "critic", "student")
+TRAINING = ("critic", "student")
+PROGRAMS = ("stream", "wan", "tiny", *TRAINING)

@@ -39,6 +39,10 @@ class Chip:
     bandwidth: float
     clock: float | None = None
 
+    @property
+    def is_gpu(self) -> bool:
+        return "NVIDIA" in self.name
+
 
 CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 1.5e9),
@@ -49,6 +53,9 @@ CHIPS = {
 }
 
 _GPUS_PER_HOST = 8
+
+# Whether for GPUs → the module that compiles, and what to install for it.
+_COMPILERS = {False: ("libtpu", "jax[tpu]"), True: ("jax_cuda12_plugin", "jax[cuda12]")}
 
 # What the CUDA compiler asks of a GPU: from the device descriptions that XLA prints on real ones.
 _GPU = """
@@ -113,19 +120,30 @@ def find_target(name: str) -> Target:
     Raises:
         UserError: the name is none, there is no such slice, or what compiles for it is not installed.
     """
+    chip, sizes = read_target(name)
+    topology = _gpus(name, chip, math.prod(sizes)) if chip.is_gpu else _tpus(name, sizes)
+    return Target(name, chip, tuple(topology.devices))
+
+
+def read_target(name: str) -> tuple[Chip, list[int]]:
+    """The chip that a name is of, and the sides of the slice, without asking a compiler; UserError if it is none."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", shape):
         raise UserError(
             f"{name}: name a chip and how many, for example v5e:1, v6e:2x2 or h100:8; known are {', '.join(CHIPS)}"
         )
-    sizes = [int(size) for size in shape.split("x")]
-    chip = CHIPS[kind]
-    topology = _gpus(name, chip, math.prod(sizes)) if "NVIDIA" in chip.name else _tpus(name, kind, sizes)
-    return Target(name, chip, tuple(topology.devices))
+    return CHIPS[kind], [int(size) for size in shape.split("x")]
 
 
-def _tpus(name: str, kind: str, sizes: list[int]):
-    _require("libtpu", name, "jax[tpu]")
+def can_compile_for(name: str) -> bool:
+    """Whether what compiles for a target is installed; UserError if its name is none."""
+    chip, _ = read_target(name)
+    return importlib.util.find_spec(_COMPILERS[chip.is_gpu][0]) is not None
+
+
+def _tpus(name: str, sizes: list[int]):
+    _require(name)
+    kind = name.partition(":")[0]
     axes = 3 if kind == "v5p" else 2
     if math.prod(sizes) == 1:
         sizes = [1] * axes
@@ -137,7 +155,7 @@ def _tpus(name: str, kind: str, sizes: list[int]):
 
 
 def _gpus(name: str, chip: Chip, count: int):
-    _require("jax_cuda12_plugin", name, "jax[cuda12]")
+    _require(name)
     if count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
         raise UserError(f"{name}: a host has {_GPUS_PER_HOST} of them; name up to so many, or whole hosts")
     hosts, each = max(count // _GPUS_PER_HOST, 1), min(count, _GPUS_PER_HOST)
@@ -146,8 +164,9 @@ def _gpus(name: str, chip: Chip, count: int):
     return _topology(name, platform="cuda", topology_name=chip.name, target_config=description, topology=shape)
 
 
-def _require(module: str, name: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(name: str) -> None:
+    if not can_compile_for(name):
+        extra = _COMPILERS[read_target(name)[0].is_gpu][1]
         version = ".".join(str(part) for part in jax.__version_info__)
         raise UserError(
             f'{name}: to compile for it, pip install "{extra}=={version}" (extra compile of this package has all that '

@@ -4,6 +4,7 @@ Nothing is allocated; every shape says where its parts lie on the mesh of the ch
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from flax import nnx
 
 from adastate_jax.benchmarking import flops
 from adastate_jax.benchmarking.flops import Flops
+from adastate_jax.benchmarking.sections import TRAINING
 from adastate_jax.benchmarking.targets import Target, make_target_mesh
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import OptimizerConfig
@@ -32,6 +34,8 @@ from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.frozen import with_shardings
 from adastate_jax.training.state import TrainState, create_state
 
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -49,7 +53,7 @@ class Workload:
     """
 
     name: str
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     function: Any
     arguments: tuple[Any, ...]
     donated: int
@@ -58,25 +62,24 @@ class Workload:
     unknown_turns: float = 1.0
 
 
-def make_workload(name: str, config: Config, teacher: DiTConfig, target: Target) -> Workload:
-    """A program of a configuration on a target; see `mesh_over` for how it is split.
+def make_workload(name: str, config: Config, teacher: DiTConfig, mesh: Mesh) -> Workload:
+    """A program of a configuration, split over a mesh.
 
     Args:
         name: one of `sections.PROGRAMS`.
         teacher: its sizes; critic and student have those of `config.model`.
+        mesh: of a target's chips, see `mesh_over`; an abstract one is enough to count what lies where.
 
     Raises:
         UserError: it is none of the configuration's, or cannot be split so.
     """
-    training = name in ("critic", "student")
-    mesh = mesh_over(config, target, training)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if name == "stream":
             return _stream(config, mesh)
-        return _update(name, config, teacher, mesh) if training else _decoder(name, config, mesh)
+        return _update(name, config, teacher, mesh) if name in TRAINING else _decoder(name, config, mesh)
 
 
-def mesh_over(config: Config, target: Target, training: bool) -> jax.sharding.Mesh:
+def mesh_over(config: Config, target: Target, program: str) -> jax.sharding.Mesh:
     """The configured mesh; where that is a single device and the target is more, all of them along one axis.
 
     That axis is `fsdp` in training, and `model`, which splits heads, in a stream.
@@ -84,7 +87,7 @@ def mesh_over(config: Config, target: Target, training: bool) -> jax.sharding.Me
     Raises:
         UserError: the configured mesh has another number of devices, or heads cannot be split over them.
     """
-    extents, devices = dataclasses.asdict(config.mesh), len(target.devices)
+    extents, devices, training = dataclasses.asdict(config.mesh), len(target.devices), program in TRAINING
     if math.prod(extents.values()) == 1:
         extents["fsdp" if training else "model"] = devices
         if not training and config.model.num_heads % devices:
@@ -106,7 +109,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def _whole(tree: Any, mesh: Mesh) -> Any:
     """Shapes of what every device has all of."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
@@ -114,7 +117,7 @@ def _whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 
-def _carried(config: Config, mesh: jax.sharding.Mesh) -> tuple[RolloutCarry, KeyValues]:
+def _carried(config: Config, mesh: Mesh) -> tuple[RolloutCarry, KeyValues]:
     """Carry and text keys and values of a running stream, split as the programs before this one left them."""
 
     def fit(axis: str, size: int) -> tuple[str, ...] | None:
@@ -133,11 +136,23 @@ def _carried(config: Config, mesh: jax.sharding.Mesh) -> tuple[RolloutCarry, Key
     return jax.tree.map(place, carry), KeyValues(place(text), place(text))
 
 
-def _transformer(config: DiTConfig, mesh: jax.sharding.Mesh) -> DiT:
-    return with_shardings(jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), mesh)
+@functools.cache
+def _abstract(config: DiTConfig) -> DiT:
+    """A transformer's shapes. Kept, because a search over meshes asks for the same ones again and again."""
+    return jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
 
 
-def _codec(name: str, config: Config, mesh: jax.sharding.Mesh) -> tuple[WanCodec, Any]:
+@functools.cache
+def _abstract_state(config: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
+    """A network's shapes in training, kept as `_abstract`'s are."""
+    return jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=ema), _abstract(config))
+
+
+def _transformer(config: DiTConfig, mesh: Mesh) -> DiT:
+    return with_shardings(_abstract(config), mesh)
+
+
+def _codec(name: str, config: Config, mesh: Mesh) -> tuple[WanCodec, Any]:
     """A decoder, and its cache of a running stream."""
     network, settings = {"wan": (VAE, config.vae), "tiny": (TinyVAE, config.tiny_vae)}[name]
     decoder = jax.eval_shape(lambda: network(settings, rngs=nnx.Rngs(0), parts=("decoder",)))
@@ -146,7 +161,7 @@ def _codec(name: str, config: Config, mesh: jax.sharding.Mesh) -> tuple[WanCodec
     return _whole(WanCodec(decoder, None), mesh), _whole(cache, mesh)
 
 
-def _stream(config: Config, mesh: jax.sharding.Mesh) -> Workload:
+def _stream(config: Config, mesh: Mesh) -> Workload:
     """A steady chunk: all denoising steps and the clean pass. The configured decoder lies beside it."""
     steady = config.stream.num_fill_chunks
     carry, text = _carried(config, mesh)
@@ -164,7 +179,7 @@ def _stream(config: Config, mesh: jax.sharding.Mesh) -> Workload:
     )
 
 
-def _decoder(name: str, config: Config, mesh: jax.sharding.Mesh) -> Workload:
+def _decoder(name: str, config: Config, mesh: Mesh) -> Workload:
     """The latents of a steady chunk into 8-bit frames. The transformer and its stream lie beside it."""
     if config.decoder == "patch":
         raise UserError(f"--programs {name}: config.decoder is patch, which is one product; set it to wan or tiny")
@@ -212,7 +227,7 @@ def student_update(config: Config) -> Callable:
     return update
 
 
-def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: jax.sharding.Mesh) -> Workload:
+def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> Workload:
     """An update of distillation. All three networks and both optimizers lie on the devices throughout."""
     settings, batch = config.distill, config.distill.batch_size
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
@@ -221,8 +236,7 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: jax.shard
     sizes = dataclasses.replace(config.model, param_dtype="float32")
 
     def state(optimizer: OptimizerConfig, ema: bool) -> TrainState:
-        abstract = jax.eval_shape(lambda: create_state(DiT(sizes, rngs=nnx.Rngs(0)), optimizer, ema))
-        return with_shardings(abstract, mesh)
+        return with_shardings(_abstract_state(sizes, optimizer, ema), mesh)
 
     student, critic = state(settings.student, True), state(settings.critic, False)
     teacher = _transformer(teacher_sizes, mesh)

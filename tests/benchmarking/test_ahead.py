@@ -2,39 +2,25 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import pytest
 from flax import nnx
+from small_targets import CONFIG, HOST, SMALL, here
 
 from adastate_jax import bench
 from adastate_jax.benchmarking import ahead, targets
-from adastate_jax.benchmarking.targets import Chip, Target
-from adastate_jax.benchmarking.workloads import make_workload, wan_14b
-from adastate_jax.config.files import parse_config
+from adastate_jax.benchmarking.targets import Chip
+from adastate_jax.benchmarking.workloads import make_workload, mesh_over, wan_14b
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT, DiTConfig
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMALL = [
-    f"--config={ROOT / 'configs' / 'tiny.py'}",
-    *("--config.model.dim=32", "--config.model.num_heads=2", "--config.model.ffn_dim=32"),
-    *("--config.model.num_layers=2", "--config.stream.denoising_steps=(1000.0, 500.0)"),
-    *("--config.decoder=wan", "--config.model.in_channels=16", "--config.model.out_channels=16"),
-    *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)", "--config.distill.batch_size=2"),
-]
-CONFIG = parse_config(SMALL)
-HOST = Chip("this processor", memory=2**33, flops=1e11, bandwidth=1e10, clock=1e9)
-
-
-def here(devices: int, chip: Chip = HOST) -> Target:
-    return Target(f"cpu:{devices}", chip, tuple(jax.devices()[:devices]))
 
 
 def describe(program: str, devices: int = 1, config=CONFIG, chip: Chip = HOST, cache=None) -> dict:
     target = here(devices, chip)
-    return ahead.describe(make_workload(program, config, config.model, target), target, cache)
+    return ahead.describe(
+        make_workload(program, config, config.model, mesh_over(config, target, program)), target, cache
+    )
 
 
 @pytest.fixture(scope="module")

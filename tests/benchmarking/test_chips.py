@@ -13,7 +13,7 @@ import pytest
 from adastate_jax.benchmarking import ahead
 from adastate_jax.benchmarking.program import read_program
 from adastate_jax.benchmarking.targets import find_target
-from adastate_jax.benchmarking.workloads import make_workload
+from adastate_jax.benchmarking.workloads import make_workload, mesh_over
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.streaming.schedule import layout_of, phase_of
@@ -45,7 +45,7 @@ CHIPS = [
 
 def compiled(name: str):
     target = find_target(name)
-    workload = make_workload("stream", CONFIG, CONFIG.model, target)
+    workload = make_workload("stream", CONFIG, CONFIG.model, mesh_over(CONFIG, target, "stream"))
     return workload, ahead.compile_for(workload, target, None)
 
 
