@@ -19,6 +19,7 @@ from adastate_jax.interrupts import if_stopped
 from adastate_jax.texts import parse_json, read_text
 
 _CONFIG = "configs/wan_1_3b.py"
+_REPEATS = 20
 
 _EXAMPLE = """example:
   python -m adastate_jax.bench --config=configs/wan_1_3b.py --random-weights --output=bench.json
@@ -46,13 +47,10 @@ def _parser() -> CommandParser:
         "--only",
         nargs="+",
         choices=SECTIONS,
-        default=STREAMING,
         metavar="SECTION",
         help=f"some of {', '.join(SECTIONS)} (default: all but training, whose programs take minutes to compile)",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="repetitions behind each median (default 20)"
-    )
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"repetitions behind each median (default {_REPEATS})")
     output_argument(parser, "JSON file", default="bench.json")
     ahead = parser.add_argument_group("compiling for chips that are not here")
     ahead.add_argument(
@@ -90,8 +88,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--{name}: goes with --compile-for")
     if options.config is None:
         raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
-    if options.repeats < 1:
-        raise UserError(f"--repeats={options.repeats}: must be at least 1")
+    repeats = _REPEATS if options.repeats is None else options.repeats
+    if repeats < 1:
+        raise UserError(f"--repeats={repeats}: must be at least 1")
     _require_file("--config", options.config)
     if options.until_ready:
         return _get_ready(options.config, rest)
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
         from adastate_jax.config.files import parse_config
 
         arguments = [f"--config={options.config}", *rest]
-        record = run(parse_config(arguments), options.only, options.repeats, arguments)
+        record = run(parse_config(arguments), options.only or STREAMING, repeats, arguments)
         _write(output, record)
     print(table(record))
     print(f"\n{output}")
@@ -120,6 +119,18 @@ def _write(output: Path, record: dict) -> None:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
 
 
+def _earlier(path: Path) -> dict:
+    """What an earlier run wrote."""
+    record = parse_json(read_text(path), str(path))
+    rows = record.get("programs") if isinstance(record, dict) else None
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and {"target", "program", "mesh"} <= {*row} for row in rows
+    )
+    if not named:
+        raise UserError(f"--against={path}: not what bench --compile-for wrote")
+    return record
+
+
 def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Compiles for the chips that were named, prints the table and writes the file."""
     config = options.config or _CONFIG
@@ -128,9 +139,10 @@ def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
         _require_file("--teacher", options.teacher)
     if options.default_output:
         options.default_output = Path("compiled.json")
-    before = options.against and parse_json(read_text(options.against), str(options.against))
-    if before is not None and not (isinstance(before, dict) and isinstance(before.get("programs"), list)):
-        raise UserError(f"--against={options.against}: not what bench --compile-for wrote")
+    for name in ("only", "repeats"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: does not go with --compile-for, which times nothing")
+    before = options.against and _earlier(options.against)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
     with claimed_output(options) as output, if_stopped(f"{output} was not written"):
         starting()

@@ -221,9 +221,14 @@ def _line(row: Mapping[str, Any]) -> str:
     estimate = f"{row['estimated_ms']:.0f}" if row.get("estimated_ms") else "-"
     return (
         f"{row['target']:12}{row['program']:9}{row['fits']:9}{gib('peak'):>7}{gib('bound'):>8}{gib('resident'):>8}"
-        f"{gib('limit'):>8}{gib('alias'):>9}{row['tflop']:9.4g}{moved:>10}{estimate:>9}{row['data_sheet_ms']:10.4g}"
+        f"{gib('limit'):>8}{gib('alias'):>9}{_digits(row['tflop']):>9}{moved:>10}{estimate:>9}{_digits(row['data_sheet_ms']):>10}"
         f"{row['compile_seconds']:12.1f}"
     )
+
+
+def _digits(value: float) -> str:
+    """With four significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _details(row: Mapping[str, Any]) -> Iterator[str]:

@@ -169,6 +169,8 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
         (["--compile-for", "v5e:1", "--teacher=nowhere.py"], "--teacher=nowhere.py: no such file"),
         (["--compile-for", "v5e:1", "--against=nowhere.json"], "nowhere.json"),
         (["--programs", "stream"], "--programs: goes with --compile-for"),
+        (["--compile-for", "v5e:1", "--repeats=3"], "--repeats: does not go with --compile-for"),
+        (["--compile-for", "v5e:1", "--only", "chunk"], "--only: does not go with --compile-for"),
     ],
 )
 def test_bad_input_is_refused(arguments, message, tmp_path, monkeypatch):
@@ -179,9 +181,10 @@ def test_bad_input_is_refused(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_file_is_not_compared_with(tmp_path):
+@pytest.mark.parametrize("text", ['{"measurements": []}', "[]", '{"programs": [{"program": "stream"}]}'])
+def test_another_file_is_not_compared_with(text, tmp_path):
     other = tmp_path / "other.json"
-    other.write_text('{"measurements": []}')
+    other.write_text(text)
     with pytest.raises(UserError, match=r"other.json: not what bench --compile-for wrote"):
         bench.main([*SMALL, "--compile-for", "v5e:1", f"--against={other}"])
 
