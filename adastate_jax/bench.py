@@ -12,10 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adastate_jax.benchmarking.sections import PROGRAMS, SECTIONS, STREAMING
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
+from adastate_jax.console import (
+    CommandParser,
+    claimed_output,
+    output_argument,
+    refuse_configuration,
+    run_command,
+    starting,
+)
 from adastate_jax.errors import UserError
 from adastate_jax.files import write_text
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json, read_text
 
 _CONFIG = "configs/wan_1_3b.py"
@@ -91,30 +98,26 @@ def main(arguments: Sequence[str]) -> int:
     repeats = _REPEATS if options.repeats is None else options.repeats
     if repeats < 1:
         raise UserError(f"--repeats={repeats}: must be at least 1")
-    _require_file("--config", options.config)
+    refuse_configuration(options.config, rest)
     if options.until_ready:
         return _get_ready(options.config, rest)
-    with claimed_output(options) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.benchmarking.report import run, table
         from adastate_jax.config.files import parse_config
 
         arguments = [f"--config={options.config}", *rest]
         record = run(parse_config(arguments), options.only or STREAMING, repeats, arguments)
-        _write(output, record)
+        output = _write(output, record, options.overwrite)
     print(table(record))
     print(f"\n{output}")
     return 0
 
 
-def _require_file(option: str, path: str) -> None:
-    if not Path(path.partition(":")[0]).is_file():
-        raise UserError(f"{option}={path}: no such file")
-
-
-def _write(output: Path, record: dict) -> None:
+def _write(output: Path, record: dict, replace: bool) -> Path:
+    """Writes the record; returns where."""
     try:
-        write_text(output, json.dumps(record, indent=2) + "\n")
+        return write_text(output, json.dumps(record, indent=2) + "\n", replace=replace)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
 
@@ -134,9 +137,9 @@ def _earlier(path: Path) -> dict:
 def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Compiles for the chips that were named, prints the table and writes the file."""
     config = options.config or _CONFIG
-    _require_file("--config", config)
-    if options.teacher:
-        _require_file("--teacher", options.teacher)
+    refuse_configuration(config, rest)
+    if options.teacher and not Path(options.teacher.partition(":")[0]).is_file():
+        raise UserError(f"--teacher={options.teacher}: no such file")
     if options.default_output:
         options.default_output = Path("compiled.json")
     for name in ("only", "repeats"):
@@ -144,7 +147,7 @@ def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise UserError(f"--{name}: does not go with --compile-for, which times nothing")
     before = options.against and _earlier(options.against)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
-    with claimed_output(options) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.benchmarking import ahead
         from adastate_jax.benchmarking.workloads import wan_14b
@@ -153,7 +156,7 @@ def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
         parsed = parse_config([f"--config={config}", *rest])
         teacher = parse_config([f"--config={options.teacher}"]).model if options.teacher else wan_14b(parsed.model)
         record = ahead.run(parsed, teacher, options.compile_for, options.programs or PROGRAMS, ahead.cache_folder())
-        _write(output, record)
+        output = _write(output, record, options.overwrite)
     print(ahead.table(record))
     if before:
         print(f"\nagainst {options.against}:\n{ahead.comparison(before, record)}")
