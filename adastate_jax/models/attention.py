@@ -15,18 +15,16 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
-from adastate_jax.sharding import RULES, activation_axes, constrain, current_mesh
+from adastate_jax.models.splash import LANES, HeadsMajor, heads_major, splash_attention, tile_side
+from adastate_jax.sharding import RULES, constrain, current_mesh
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
 _FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
-
-_LANES, _SUBLANES = 128, 8  # TPU tiles are so wide and so high
-
-_MOST_QUERIES = 9 * _LANES  # of a tile of the splash kernel's forward pass
 
 MOST_SCORE_BYTES = 2**30  # float32 scores that `xla` may hold at once on a device
 
@@ -57,16 +55,6 @@ def concatenate(*parts: KeyValues) -> KeyValues:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-3), *parts)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class HeadsMajor:
-    """A context as the splash kernel reads it: keys and values [..., heads, T and more, head_dim], zeros at the end."""
-
-    key: jax.Array
-    value: jax.Array
-    num_tokens: int = dataclasses.field(metadata={"static": True})  # T
-
-
 Context = KeyValues | HeadsMajor
 
 # (query, key, value of the live tokens, un-rotated; their rotation; the layer's context, already rotated)
@@ -74,7 +62,15 @@ Context = KeyValues | HeadsMajor
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, Context | None], tuple[jax.Array, Any]]
 
 
-def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> str | None:
+def target_device() -> jax.Device | AbstractDevice:
+    """The device that the program being traced is for: of the current mesh's kind, else the default one."""
+    wanted, here = jax.sharding.get_abstract_mesh().abstract_device, jax.devices()[0]
+    if wanted is None or (wanted.platform, wanted.device_kind) == (here.platform, here.device_kind):
+        return here
+    return wanted
+
+
+def shortcoming(backend: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str | None:
     """Why a backend cannot serve heads of this dtype and size on a device; None if it can."""
     if backend == "xla":
         return None
@@ -83,12 +79,13 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
     if backend == "splash":
         if dtype != "bfloat16":
             return f"it is for bfloat16, not for {dtype}"
-        return f"head dim {head_dim} is no multiple of {_LANES}" if head_dim % _LANES else None
-    if "cuda" not in device.client.platform_version:
+        return f"head dim {head_dim} is no multiple of {LANES}" if head_dim % LANES else None
+    absent = isinstance(device, AbstractDevice)  # JAX knows but its name; what programs can be compiled for is Hopper
+    if not absent and "cuda" not in device.client.platform_version:
         return "it needs CUDA"
     if dtype not in ("bfloat16", "float16"):
         return f"it is for bfloat16 and float16, not for {dtype}"
-    capability = float(device.compute_capability)
+    capability = 9.0 if absent else float(device.compute_capability)
     if capability < 8:
         return f"it needs compute capability 8.0, not {capability}"
     largest = 256 if capability >= 9 else 128
@@ -96,7 +93,7 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
 
 
 @functools.cache  # so that each program's choice is in the log once, not once per trace
-def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) -> str:
+def resolve_backend(name: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str:
     """The backend that serves: the named one, or for `auto` the device's fused one where it can, else XLA's.
 
     Args:
@@ -132,7 +129,7 @@ def attention(
     Args:
         query: [B, T, heads, head_dim].
         key, value: [B, S, heads, head_dim].
-        backend: one of `BACKENDS`, resolved for the default device when the program is traced.
+        backend: one of `BACKENDS`, resolved for `target_device` when the program is traced.
         context: keys and values that are seen beside them, plain or from `lay_out` for S further tokens.
 
     Returns:
@@ -146,15 +143,16 @@ def attention(
         seen = concatenate(context, KeyValues(key, value))
         key, value, context = seen.key, seen.value, None
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    if chosen == "splash":
-        return splash_attention(query, key, value, context)
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _xla_attention(query, key, value)
+    with jax.named_scope(f"attention_{chosen}"):  # by which profiles and compiled programs tell it
+        if chosen == "splash":
+            return splash_attention(query, key, value, context)
+        if chosen == "cudnn":
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return _xla_attention(query, key, value)
 
 
 def _serving(backend: str, dtype: str, head_dim: int) -> str:
-    return resolve_backend(backend, jax.devices()[0], dtype, head_dim)
+    return resolve_backend(backend, target_device(), dtype, head_dim)
 
 
 def lay_out(context: KeyValues | None, live_tokens: int, backend: str, dtype: str) -> Context | None:
@@ -174,15 +172,9 @@ def lay_out(context: KeyValues | None, live_tokens: int, backend: str, dtype: st
         return context
     total = context.num_tokens + live_tokens
     return HeadsMajor(
-        *(_heads_major(x.astype(dtype), -total % _block(total)) for x in (context.key, context.value)),
+        *(heads_major(x.astype(dtype), -total % tile_side(total)) for x in (context.key, context.value)),
         num_tokens=context.num_tokens,
     )
-
-
-def _heads_major(x: jax.Array, padding: int) -> jax.Array:
-    """[..., T, heads, head_dim] → [..., heads, T + padding, head_dim], zeros at the end."""
-    x = jnp.swapaxes(x, -3, -2)
-    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, padding), (0, 0))) if padding else x
 
 
 def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -266,98 +258,6 @@ def _blocks_backward(most_queries: int, saved, gradient: jax.Array):
 
 
 attention_in_blocks.defvjp(_blocks_forward, _blocks_backward)
-
-
-def splash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    context: HeadsMajor | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """`attention` by JAX's Pallas kernel for TPUs, on each device's samples and heads by themselves.
-
-    Args:
-        query, key, value, context: as `attention`, of one dtype.
-        interpret: evaluates the kernel step by step instead of compiling it, on any platform; for tests.
-    """
-    function = functools.partial(_splash, interpret=interpret)
-    mesh = current_mesh()
-    if mesh is None:
-        return function(query, key, value, context)
-    # A kernel is opaque to the partitioner: without this it would be refused on more than one device.
-    batch, heads = (activation_axes(axis, query.shape[i], mesh) for axis, i in (("batch", 0), ("heads", 2)))
-    spec, context_spec = jax.P(batch, None, heads, None), jax.P(batch, heads, None, None)
-    run = jax.shard_map(function, in_specs=(spec, spec, spec, context_spec), out_specs=spec, check_vma=False)
-    return run(query, key, value, context)
-
-
-def _splash(
-    query: jax.Array, key: jax.Array, value: jax.Array, context: HeadsMajor | None, interpret: bool
-) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Mosaic is loaded only where it is used
-
-    query_tokens, key_tokens = query.shape[1], key.shape[1] + (0 if context is None else context.num_tokens)
-    key_block = _block(key_tokens)
-    scaled = (query.astype(jnp.float32) / math.sqrt(query.shape[-1])).astype(query.dtype)  # the kernel does not scale
-    query = _heads_major(scaled, 0)
-    # The order of keys does not matter: live ones come first, so that the zeros that fill the last tile, which lie
-    # behind the context, are behind all of them.
-    if context is None:
-        key, value = (_heads_major(x, -key_tokens % key_block) for x in (key, value))
-    else:
-        key, value = (
-            jnp.concatenate([_heads_major(live, 0), laid_out], axis=2)
-            for live, laid_out in ((key, context.key), (value, context.value))
-        )
-
-    def tiled(query: jax.Array, key: jax.Array, value: jax.Array, query_block: int) -> jax.Array:
-        segments = None
-        if key.shape[2] != key_tokens:  # all queries are of segment 1, those that fill a tile too: they need keys
-            real = (jnp.arange(key.shape[2]) < key_tokens).astype(jnp.int32)
-            segments = splash.SegmentIds(q=jnp.ones(query.shape[2], jnp.int32), kv=real)
-        kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([splash.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]),
-            block_sizes=splash.BlockSizes(
-                block_q=query_block,
-                block_kv=key_block,
-                block_q_dkv=query_block,
-                block_kv_dkv=key_block,
-                block_q_dq=query_block,
-                block_kv_dq=key_block,
-            ),
-            interpret=interpret,
-        )
-        return jax.vmap(functools.partial(kernel, segment_ids=segments))(query, key, value)
-
-    def padded(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        block = _block(query_tokens)
-        query = jnp.pad(query, ((0, 0), (0, 0), (0, -query_tokens % block), (0, 0)))
-        return tiled(query, key, value, block)[:, :, :query_tokens]
-
-    block = _exact_block(query_tokens)
-    if query_tokens % _block(query_tokens) == 0 or block is None:
-        output = padded(query, key, value)
-    else:
-        # Only the gradient's kernels need sides of whole lanes: without it, queries need not be filled up.
-        attend = jax.custom_vjp(functools.partial(tiled, query_block=block))
-        attend.defvjp(functools.partial(jax.vjp, padded), lambda pullback, gradient: pullback(gradient))
-        output = attend(query, key, value)
-    return einops.rearrange(output, "b heads t d -> b t heads d")
-
-
-def _exact_block(queries: int) -> int | None:
-    """The largest side of a tile that divides so many queries, if it is not much smaller than others; else None."""
-    sides = range(_MOST_QUERIES, _MOST_QUERIES // 2 - 1, -_SUBLANES) if queries > _MOST_QUERIES else (queries,)
-    return next((side for side in sides if queries % side == 0 and side % _SUBLANES == 0), None)
-
-
-def _block(tokens: int) -> int:
-    """Side of the kernel's tiles along so many tokens: one tile if it fits, else the side that pads least."""
-    largest = 8 * _LANES
-    if tokens <= largest:
-        return -(-tokens // _LANES) * _LANES
-    return min(range(largest, largest // 2 - 1, -_LANES), key=lambda block: -tokens % block)
 
 
 def attend_all(backend: str) -> Attend:
