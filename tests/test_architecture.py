@@ -18,7 +18,8 @@ FLOORS = (
     ("training",),
     ("generation",),
     ("evaluation", "verification", "benchmarking"),
-    ("train", "sample", "convert", "verify", "evaluate", "probe", "bench", "bundle"),
+    ("serving",),
+    ("serve", "watch", "train", "sample", "convert", "verify", "evaluate", "probe", "bench", "bundle"),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
