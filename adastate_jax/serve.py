@@ -140,6 +140,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
     """Loads the model, and serves it until a signal comes."""
     import asyncio
 
+    import cv2
     import uvicorn
 
     from adastate_jax.generation.loading import load
@@ -153,6 +154,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
     from adastate_jax.serving.queue import Queue
     from adastate_jax.serving.recording import Store
 
+    cv2.setNumThreads(1)  # the cores are the model's; pictures are small work
     _cache_programs(options.cache)
     store = Store(options.recordings, options.keep)
     store.check()

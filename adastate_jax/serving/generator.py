@@ -1,4 +1,4 @@
-"""The generator: the one thread that uses the device, and the one behind it that encodes, records and measures.
+"""The generator: the one thread that uses the device; behind it, one that encodes, and one that records and measures.
 
 It asks its desk (`live.py`) what to do next, does it, and tells the desk what came of it; it knows no sockets.
 """
@@ -29,7 +29,7 @@ from adastate_jax.streaming.prompts import obstacle
 _SMALL = 256 * 256  # pixels of a picture that is sent without loss
 _QUALITY = 90
 _MESSAGE = 96 * 1024  # bytes from which on pictures go in another message
-_BEHIND = 2  # chunks that may be dispatched and not encoded: bounds memory
+_BEHIND = 4  # chunks that may be generated and not recorded: bounds memory
 
 
 @dataclasses.dataclass
@@ -59,7 +59,8 @@ class Generator(threading.Thread):
         self._anchors, self._prompt = [anchor or None for anchor in anchors], prompt
         self._head = session_head(model)
         self._running: _Running | None = None
-        self._finisher = concurrent.futures.ThreadPoolExecutor(1, "finisher")
+        self._sender = concurrent.futures.ThreadPoolExecutor(1, "sender")
+        self._recorder = concurrent.futures.ThreadPoolExecutor(1, "recorder")
         self._behind = threading.Semaphore(_BEHIND)
         self.pictures: dict[str, Path] = {}  # uploads, by name
 
@@ -77,7 +78,8 @@ class Generator(threading.Thread):
             traceback.print_exc()
             self._live.broken(one_line(f"{type(error).__name__}: {error}", 300))
         finally:
-            self._finisher.shutdown()
+            self._sender.shutdown()
+            self._recorder.shutdown()
 
     def check(self, wish: Wish) -> None:
         """Raises UserError for what no session can begin with; from any thread."""
@@ -139,10 +141,13 @@ class Generator(threading.Thread):
             return
         chunk, number = self._live.generated(session)
         self._behind.acquire()
-        job = self._finisher.submit(
-            self._after, running, chunk, number, step, running.take.take(), len(running.take.anchors), begun
+        jobs = (
+            self._sender.submit(self._send, session, chunk, number, step, begun),
+            self._recorder.submit(self._record, running, chunk, number, step, running.take.take()),
         )
-        job.add_done_callback(lambda job: self._finished(session, job))
+        for job in jobs:
+            job.add_done_callback(lambda job: self._report(session, job))
+        jobs[1].add_done_callback(lambda job: self._behind.release())
 
     def _begin(self, prompt: str, seed: int, anchors: Sequence[str | None], picture: np.ndarray | None) -> RunningTake:
         return RunningTake(self._model, prompt, seed, [anchor or None for anchor in anchors], picture)
@@ -174,25 +179,25 @@ class Generator(threading.Thread):
         if self._running is not None:
             running, self._running = self._running, None
             session = running.session
-            self._finisher.submit(running.recording.end, session.reason, self._live.controls_of(session)).result()
+            self._recorder.submit(running.recording.end, session.reason, self._live.controls_of(session)).result()
 
     # --- behind it
 
-    def _after(
-        self, running: _Running, chunk: int, number: int, step: Step, take: Take, panels: int, begun: float
-    ) -> None:
-        """Encodes, sends, records and measures a chunk, in the finisher's thread."""
+    def _send(self, session: Session, chunk: int, number: int, step: Step, begun: float) -> None:
+        """Encodes a chunk and hands its pictures out, in the sender's thread."""
         for pictures in encode(step.frames, chunk, number):
-            self._live.show(running.session, chunk, len(pictures.frames), pack(pictures))
-        total = time.perf_counter() - begun
-        self._live.done(running.session, chunk, number, step, total)
+            self._live.show(session, chunk, len(pictures.frames), pack(pictures))
+        self._live.done(session, chunk, number, step, time.perf_counter() - begun)
+
+    def _record(self, running: _Running, chunk: int, number: int, step: Step, take: Take) -> None:
+        """Records and measures a chunk, in the recorder's thread."""
         running.recording.add(take, number, step, self._live.controls_of(running.session))
-        meters = running.meters.measure(chunk, number, step.frames, panels)
+        meters = running.meters.measure(chunk, number, step.frames, len(take.panels))
         if meters is not None:
             self._live.say(running.session, meters)
 
-    def _finished(self, session: Session, job: concurrent.futures.Future) -> None:
-        self._behind.release()
+    def _report(self, session: Session, job: concurrent.futures.Future) -> None:
+        """Ends a session of which a chunk could not be sent or recorded."""
         error = job.exception()
         if error is not None:
             self._live.failed(session, str(error) if isinstance(error, UserError) else "recording it failed")
