@@ -70,13 +70,14 @@ def _refuse_too_large(folder: Path, tree: Any) -> None:
 def _without_stragglers(folder: Path) -> Iterator[None]:
     """Keeps quiet TensorStore's threads when a save into a temporary folder has failed, and removes what they leave.
 
-    Orbax closes its event loop at the first write that fails. The other writes go on for a while; each then finds the
-    loop closed, and C++ hands that to `sys.excepthook`. It may do so later, so after a failure the hook stays.
+    Orbax closes its event loop at the first write that fails. The other writes go on for a while; what each then finds,
+    C++ hands to `sys.excepthook` in its own threads (Python's threads have a hook of theirs). What counts is what the
+    save itself raises. They may do so later, so after a failure the hook stays.
     """
     before = sys.excepthook
 
     def report(kind, error, trace):
-        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+        if threading.current_thread() is threading.main_thread():
             before(kind, error, trace)
 
     sys.excepthook = report

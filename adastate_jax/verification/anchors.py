@@ -63,6 +63,7 @@ def noise_by_chunk(fixture: Fixture, config: StreamConfig, batch: int) -> Callab
 
 
 def keys_values(fixture: Fixture, name: str, key: Any, value: Any) -> Records:
+    """The records of keys and values [L, B, tokens, heads, head_dim] that the fixture has as `name_k` and `name_v`."""
     yield fixture.network(f"{name}_k", key)
     yield fixture.network(f"{name}_v", value)
 

@@ -40,6 +40,7 @@ _LINEAR = "outputs inputs -> inputs outputs"
 
 
 def linear(official: str, path: str, bias: bool = True) -> list[Entry]:
+    """A linear layer, whose official weight is [outputs, inputs]."""
     entries = [Entry(f"{official}.weight", f"{path}/kernel", _LINEAR)]
     return entries + ([Entry(f"{official}.bias", f"{path}/bias")] if bias else [])
 

@@ -1,4 +1,4 @@
-"""From converted networks and a prompt to frames: laws of loading, embedding, streaming and starting from frames."""
+"""From converted networks and a prompt to frames: laws of loading and streaming, schedules, streams on disk."""
 
 import dataclasses
 import doctest
@@ -10,22 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_wan
-from conftest import LATENT_SHAPE, SMALL
 
 import adastate_jax as ada
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.generation import loading as generate
 from adastate_jax.generation import video_stream
-from adastate_jax.generation.embeddings import StoredTextEncoder, random_embed
+from adastate_jax.generation.embeddings import StoredTextEncoder
 from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.carry import initial_carry, seed_keys
-from adastate_jax.streaming.continuation import max_given_frames
-from adastate_jax.streaming.presets import named_stream
-from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule
+from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.streaming.sinks import RestartAnchor
@@ -35,25 +31,12 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red fox runs", "snow"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_wan.write_model(tmp_path_factory.mktemp("model") / "weights")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return ada.load(folder, small_wan.CONFIG)
-
-
 @pytest.mark.parametrize("module", [ada, generate, video_stream], ids=lambda module: module.__name__)
 def test_the_examples_in_docstrings_run(module, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = doctest.testmod(module)
     assert found.attempted > 1
     assert found.failed == 0
-
-
-# --- the whole path ---------------------------------------------------------------------------------------------------
 
 
 def test_a_stream_is_text_then_rollout_then_the_whole_clips_decoding(folder, model):
@@ -183,9 +166,6 @@ def test_random_weights_depend_on_the_configured_seed_alone():
     assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -227,173 +207,6 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"has 44 pieces, which is more than config\.text\.vocab_size 40"):
         StoredTextEncoder(tmp_path, small_wan.CONFIG.text, None)
 
-
-# --- embeddings -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def encodings(monkeypatch):
-    """Counts the prompts that are encoded."""
-    count = []
-    encode = StoredTextEncoder._encode
-    monkeypatch.setattr(StoredTextEncoder, "_encode", lambda *arguments: count.append(1) or encode(*arguments))
-    return count
-
-
-def test_a_prompt_is_encoded_once_and_for_all(folder, tmp_path, encodings):
-    first = StoredTextEncoder(folder, small_wan.CONFIG.text, tmp_path / "cache")
-    expected = first([*PROMPTS, "  a&nbsp;red fox \n runs"])
-    assert expected.shape == (3, 70, 12)
-    assert len(encodings) == 2  # the third is the first, cleaned
-    np.testing.assert_array_equal(expected[0], expected[2])
-    assert not np.any(expected[0, 5:])
-    assert np.all(np.any(expected[0, :5] != 0, axis=-1))
-    np.testing.assert_array_equal(
-        StoredTextEncoder(folder, small_wan.CONFIG.text, tmp_path / "cache")(PROMPTS), expected[:2]
-    )
-    assert len(encodings) == 2
-
-
-def test_everything_that_an_embedding_depends_on_is_in_its_key(folder, tmp_path, encodings):
-    def encode(folder, **fields):
-        StoredTextEncoder(folder, dataclasses.replace(small_wan.CONFIG.text, **fields), tmp_path / "cache")(["snow"])
-        return len(encodings)
-
-    assert encode(folder) == 1
-    assert encode(folder, dtype="bfloat16") == 2
-    assert encode(folder, text_length=64) == 3
-    copy = tmp_path / "copy"
-    shutil.copytree(folder / "text_encoder", copy / "text_encoder")
-    shutil.copy(folder / "tokenizer.json", copy)
-    assert encode(copy) == 3
-    small_wan.write_tokenizer(copy / "tokenizer.json", small_wan.WORDS[::-1])
-    assert encode(copy) == 4
-    description = copy / "text_encoder" / "converted.json"
-    description.write_text(description.read_text() + "\n")
-    assert encode(copy) == 5
-
-
-def test_half_precision_survives_the_disk(folder, tmp_path):
-    half = dataclasses.replace(small_wan.CONFIG.text, param_dtype="bfloat16", dtype="bfloat16")
-    one, two = (StoredTextEncoder(folder, half, tmp_path)(PROMPTS) for _ in range(2))
-    assert one.dtype == two.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(one, two)
-
-
-def test_a_damaged_or_unwritable_cache_stops_nothing(folder, tmp_path, encodings, capsys):
-    cache = tmp_path / "cache"
-    expected = StoredTextEncoder(folder, small_wan.CONFIG.text, cache)(["snow"])
-    (entry,) = cache.iterdir()
-    entry.write_bytes(entry.read_bytes()[:-5])
-    np.testing.assert_array_equal(StoredTextEncoder(folder, small_wan.CONFIG.text, cache)(["snow"]), expected)
-    np.testing.assert_array_equal(StoredTextEncoder(folder, small_wan.CONFIG.text, cache)(["snow"]), expected)
-    assert len(encodings) == 2
-    np.testing.assert_array_equal(
-        StoredTextEncoder(folder, small_wan.CONFIG.text, entry / "no folder")(["snow"]), expected
-    )
-    assert "embeddings are not kept" in capsys.readouterr().err
-
-
-def test_an_encoder_split_over_devices_gives_the_same(folder):
-    mesh = make_mesh(data=2, fsdp=2, model=2)
-    one, split = (StoredTextEncoder(folder, small_wan.CONFIG.text, None, m)(PROMPTS) for m in (None, mesh))
-    np.testing.assert_allclose(one, split, rtol=0, atol=1e-5)
-    assert (
-        len(load_part(folder, "text_encoder", small_wan.CONFIG.text, mesh).token_embedding[...].sharding.device_set)
-        == 8
-    )
-
-
-def test_a_prompt_as_long_as_the_encoder_takes(folder):
-    long = " ".join(["fox"] * 100)
-    embedding = StoredTextEncoder(folder, small_wan.CONFIG.text, None)([long])
-    assert np.all(np.any(embedding[0] != 0, axis=-1))
-
-
-def test_random_embeddings_are_a_prompts_own():
-    embed = random_embed(small_wan.CONFIG.text)
-    one, two = embed(["fox", "snow"]), embed(["snow"])
-    np.testing.assert_array_equal(one[1], two[0])
-    assert np.any(one[0] != one[1])
-    assert not np.any(one[0, 4:])
-    assert np.all(one[0, :4] != 0)
-
-
-# --- starting from frames ---------------------------------------------------------------------------------------------
-
-
-def run(student, text, given, chunks, config):
-    carry = initial_carry(SMALL, config, seed_keys(0, 1), *LATENT_SHAPE[:2])
-    carry = initial_prompted(carry, config, LATENT_SHAPE)
-    schedule = Schedule((Cue(0, "x"),), (0,))
-    generated = prompted_stream(student, carry, [text[:1]], schedule, config, LATENT_SHAPE, chunks, given)
-    return np.concatenate([next(generated)[1].content for _ in range(chunks)], axis=1)
-
-
-def test_a_stream_that_is_given_its_own_frames_goes_on_the_same(student, text):
-    """One chunk, or both that fill the window, taken from a stream and given to another: the rest is the same."""
-    config = StreamConfig()
-    carry = initial_carry(SMALL, config, seed_keys(0, 1), *LATENT_SHAPE[:2])
-    chunks = stream(student, carry, student.text_keys_values(text[:1]), config, LATENT_SHAPE, 4)
-    expected = np.concatenate([chunk.content for _, chunk in chunks], axis=1)
-    for given in (0, 3, 6):
-        found = run(student, text, jnp.asarray(expected[:, :given]), 4, config)
-        np.testing.assert_array_equal(found[:, :given], expected[:, :given])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-
-
-def test_given_frames_are_kept_and_seen(student, text):
-    config = StreamConfig()
-    given = jax.random.normal(jax.random.key(1), (1, 4, *LATENT_SHAPE))
-    one, other = (run(student, text, frames, 3, config) for frames in (given, given.at[:, 0].add(1.0)))
-    np.testing.assert_array_equal(one[:, :4], given)
-    assert np.all(
-        np.abs(one[:, 4:] - other[:, 4:]).max(axis=(0, 2, 3, 4)) > 1e-4
-    )  # every generated frame depends on it
-    unrelated = run(student, text, given[:, :0], 3, config)
-    assert np.all(np.abs(one[:, 4:] - unrelated[:, 4:]).max(axis=(0, 2, 3, 4)) > 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "frames"), [("adastate", 6), ("self_forcing_frame", 21), ("causvid", 18), ("rolling_forcing", 0)]
-)
-def test_frames_are_given_before_the_steady_state_only(name, frames):
-    assert max_given_frames(named_stream(name, StreamConfig())) == frames
-
-
-def test_more_frames_than_fill_the_window_are_refused(student, text):
-    config = StreamConfig()
-    with pytest.raises(ValueError, match="at most 6 latent frames"):
-        run(student, text, jnp.zeros((1, 7, *LATENT_SHAPE)), 3, config)
-
-
-def test_a_video_begins_with_the_last_of_the_frames_it_starts_from(model):
-    rng = np.random.default_rng(0)
-    start = rng.integers(0, 255, (40, 16, 24, 3), np.uint8)
-    assert [generate.num_given_frames(model.config, n) for n in (1, 4, 5, 20, 21, 40)] == [1, 1, 5, 17, 21, 21]
-    frames = np.concatenate(list(ada.stream(model, "a fox", seconds=2, start=start)))
-    assert len(frames) == 32
-    network, video = model.codec.encoder, jnp.asarray(start[None, -21:]) / 127.5 - 1
-    seen = decode_clip(network, encode_clip(network, video))
-    np.testing.assert_allclose(frames[:21], np.round((np.clip(seen[0], -1, 1) + 1) * 127.5), rtol=0, atol=1)
-    with pytest.raises(UserError, match=r"starts with 21 given frames; ask for more than 1.3125 seconds"):
-        next(ada.stream(model, "a fox", seconds=1, start=start))
-
-
-def test_a_stream_of_joint_chunks_starts_from_no_frames(model):
-    with pytest.raises(UserError, match="anchor rolling_forcing: denoises chunks jointly"):
-        next(ada.stream(model, "a fox", seconds=1, anchor="rolling_forcing", start=np.zeros((1, 16, 24, 3), np.uint8)))
-
-
-def test_a_model_without_encoder_cannot_start_from_frames(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    shutil.rmtree(copy / "vae")
-    model = ada.load(copy, small_wan.TINY_DECODER)
-    with pytest.raises(UserError, match="add the network vae"):
-        next(ada.stream(model, "a fox", seconds=1, start=np.zeros((1, 32, 48, 3), np.uint8)))
-
-
-# --- schedules, and streams on disk -----------------------------------------------------------------------------------
 
 STORY = (Cue(0, "a red fox runs"), Cue(1.5, "snow", "recache"))
 
