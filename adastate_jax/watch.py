@@ -71,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         client.begin(cues[0].prompt if cues else None, options.seed, options.anchors)
         with progress("watch", math.ceil(options.seconds), unit="s") as bar:
             client.follow(options.seconds, cues[1:], lambda seconds: bar.update(int(seconds) - bar.n))
+        if not client.watches:
+            client.finish()
         with writing(path), whole_file(path) as temporary:
             temporary.write_bytes(client.fetch("video.mp4"))
         print(path, file=sys.stderr)

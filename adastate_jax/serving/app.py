@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from pydantic import Field
@@ -36,6 +37,7 @@ MOST_PICTURE_BYTES = 8 << 20
 _MOST_PICTURE_PIXELS = 40_000_000
 _MOST_PICTURES = 8  # of a session
 _MOST_REFUSALS = 100  # messages that make no sense, or are too many, until the socket is closed
+_PART = 1 << 16  # bytes of a file that are read at once
 _POLICY = 1008  # a WebSocket's close code: against the rules
 _TRY_LATER = 1013
 
@@ -172,15 +174,15 @@ def make_app(
         generator.pictures[label] = path
         return {"picture": label}
 
-    @app.get("/v1/sessions/{name}/video.mp4", response_class=FileResponse)
-    async def video(name: str, key: Key) -> FileResponse:
+    @app.get("/v1/sessions/{name}/video.mp4", response_class=StreamingResponse)
+    async def video(name: str, key: Key) -> StreamingResponse:
         """The recording: complete up to the last chunk, also while the session runs."""
-        return _file(store, name, key, VIDEO, "video/mp4")
+        return await _file(store, name, key, VIDEO, "video/mp4")
 
-    @app.get("/v1/sessions/{name}/session.json", response_class=FileResponse)
-    async def session_file(name: str, key: Key) -> FileResponse:
+    @app.get("/v1/sessions/{name}/session.json", response_class=StreamingResponse)
+    async def session_file(name: str, key: Key) -> StreamingResponse:
         """What replays it: `python -m adastate_jax.sample --session=session.json`."""
-        return _file(store, name, key, SESSION, "application/json")
+        return await _file(store, name, key, SESSION, "application/json")
 
     @app.websocket("/v1/sessions/{name}")
     async def socket(websocket: WebSocket, name: str, key: str = "") -> None:
@@ -278,11 +280,26 @@ async def _turn_away(websocket: WebSocket, reason: str, code: int) -> None:
     await websocket.close(code)
 
 
-def _file(store: Store, name: str, key: str, file: str, kind: str) -> FileResponse:
-    path = store.find(name, key, file)
+async def _file(store: Store, name: str, key: str, file: str, kind: str) -> StreamingResponse:
+    """A recording's file as long as it is now: that of a running session grows while it is read."""
+    path = await run_in_threadpool(store.find, name, key, file)
     if path is None:
         raise HTTPException(404, "no recording has this id and key")
-    return FileResponse(path, media_type=kind, filename=f"adastate-{name}{path.suffix}")
+    opened = await run_in_threadpool(path.open, "rb")
+    length = os.fstat(opened.fileno()).st_size
+
+    def parts() -> Iterator[bytes]:
+        left = length
+        with opened:
+            while left and (part := opened.read(min(left, _PART))):
+                left -= len(part)
+                yield part
+
+    headers = {
+        "content-length": str(length),
+        "content-disposition": f'attachment; filename="adastate-{name}{path.suffix}"',
+    }
+    return StreamingResponse(parts(), media_type=kind, headers=headers)
 
 
 def _check_picture(path: Path, height: int, width: int) -> None:

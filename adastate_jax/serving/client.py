@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -84,7 +85,7 @@ class Client:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise UserError(f"{path.partition('?')[0]}: {_detail(error)}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise UserError(f"{self._base}: does not answer ({error}); is serve running there?") from None
 
     def begin(self, prompt: str | None = None, seed: int = 0, anchors: Sequence[str] | None = None) -> None:
@@ -101,6 +102,18 @@ class Client:
     def fetch(self, file: str) -> bytes:
         """The recording's `video.mp4` or `session.json`."""
         return self.request("GET", f"/v1/sessions/{self.session['id']}/{file}?key={quote(self.session['key'])}")
+
+    def finish(self) -> None:
+        """Stops the session, and waits until its recording is complete."""
+        self.control("stop")
+        while self.state != "ended":
+            if self.hear(10.0) is None:
+                raise UserError(f"{self._base}: does not stop")
+        for _ in range(100):
+            if json.loads(self.fetch("session.json"))["ended"] is not None:
+                return
+            time.sleep(0.1)
+        raise UserError(f"{self._base}: the recording does not end")
 
     # --- the socket
 

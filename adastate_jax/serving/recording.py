@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from adastate_jax.errors import UserError, writing
 from adastate_jax.files import write_text
 from adastate_jax.generation.takes import Step, Take, take_to_dict
+from adastate_jax.media import enlarge, fitted
 from adastate_jax.media.growing import GrowingVideo
 from adastate_jax.serving.session import Session, digest
 from adastate_jax.texts import read_json
@@ -75,18 +75,9 @@ class Recording:
     def _fit(self, frames: np.ndarray) -> np.ndarray:
         """Frames [F, h, w, 3] enlarged by a whole number; in a later take of another width, fitted into the first's."""
         scale = max(1, -(-_SMALLEST // frames.shape[1]))
-        frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+        frames = enlarge(frames, scale)
         self._size = self._size or frames.shape[1:3]
-        height, width = self._size
-        if frames.shape[1:3] == self._size:
-            return frames
-        factor = min(height / frames.shape[1], width / frames.shape[2])
-        size = (round(frames.shape[2] * factor), round(frames.shape[1] * factor))
-        fitted = np.zeros((len(frames), height, width, 3), np.uint8)
-        top, left = (height - size[1]) // 2, (width - size[0]) // 2
-        for frame, ground in zip(frames, fitted, strict=True):
-            ground[top : top + size[1], left : left + size[0]] = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-        return fitted
+        return fitted(frames, *self._size)
 
 
 @dataclasses.dataclass(frozen=True)
