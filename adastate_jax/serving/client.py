@@ -206,7 +206,7 @@ class Client:
             now = time.monotonic()
             if shows and now >= due:
                 chunk, length = shows.pop(0)
-                due = max(due, now - length) + length if self._realtime else 0.0
+                due = (due if now - due < length else now) + length if self._realtime else 0.0
                 self.shown(chunk)
                 heard((chunk + 1) * length)
                 while cues and cues[0].second <= (chunk + 1) * length:

@@ -11,39 +11,36 @@ from adastate_jax.serving.protocol import Meters
 
 
 class LiveMeters:
-    """Of one session; holds the take's first frame and the last one."""
+    """Of one session; holds the take's first frame."""
 
     def __init__(self, fps: int):
         self._fps = fps
         self._take = -1
         self._first: list[np.ndarray] = []
-        self._last: list[np.ndarray] = []
 
     def measure(self, chunk: int, take: int, frames: np.ndarray, panels: int) -> Meters | None:
-        """The meters after a chunk of frames uint8 [F, H, panels · W, 3]; None where it has nothing to compare with."""
-        parts = np.split(frames, panels, axis=2)
+        """The meters of a chunk of frames uint8 [F, H, panels · W, 3]; None of a single frame."""
+        parts = [np.ascontiguousarray(part) for part in np.split(frames, panels, axis=2)]
         if take != self._take:
-            self._take, self._first, self._last = take, [part[0] for part in parts], []
-        last, self._last = self._last or [None] * panels, [part[-1] for part in parts]
+            self._take, self._first = take, [part[0] for part in parts]
+        if len(frames) < 2:
+            return None
         motion, lock, drift, hue = [], [], [], []
-        for before, first, part in zip(last, self._first, parts, strict=True):
-            shown = [*([] if before is None else [before]), *part]
-            if len(shown) < 2:
-                return None
-            motion.append(self._motion(shown))
+        for first, part in zip(self._first, parts, strict=True):
+            motion.append(self._motion(part))
             meter = DriftMeter()
             meter.add(0.0, first)
-            meter.add(1.0, np.ascontiguousarray(part[-1]))
+            meter.add(1.0, part[-1])
             look = meter.result().values
             lock.append(round(float(look["ssim"][1]), 4))
             drift.append(round(1.0 - float(look["histogram"][1]), 4))
             hue.append(_mean_hue(part[-1]))
         return Meters(chunk=chunk, motion=motion, lock=lock, drift=drift, hue=hue)
 
-    def _motion(self, frames: list[np.ndarray]) -> float:
+    def _motion(self, frames: np.ndarray) -> float:
         meter = MotionMeter(self._fps)
         for number, frame in enumerate(frames):
-            meter.add(number / self._fps, np.ascontiguousarray(frame))
+            meter.add(number / self._fps, frame)
         return round(float(meter.result().pairs["motion"].mean()), 2)
 
 
