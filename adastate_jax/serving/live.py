@@ -174,6 +174,8 @@ class Live:
         for answer in answers:
             self.metrics.controls.labels(answer.type).inc()
             viewer.say(answer)
+        if isinstance(answers[0], protocol.Withdrawn) and not again:
+            self.say_here(session, answers[0], but=viewer)
         if isinstance(answers[0], protocol.Received) and not again and not now:
             for entry in session.entries():
                 if entry.number == control.number:

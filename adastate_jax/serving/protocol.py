@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, one_line
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
 
 MOST_BYTES = 16 * 1024  # of a message from a client
@@ -109,7 +109,7 @@ def parse(text: str) -> Message:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "message"
-        raise UserError(f"{where}: {first['msg'].lower()}") from None
+        raise UserError(one_line(f"{where}: {first['msg'].lower()}", 300)) from None
     except (ValueError, RecursionError):
         raise UserError("message: is no JSON") from None
 
@@ -176,8 +176,11 @@ class Refused(Message):
 
 
 class Withdrawn(Message):
+    """Control `target` will not be applied; all viewers hear it."""
+
     type: Literal["withdrawn"] = "withdrawn"
     number: int
+    target: int
 
 
 class Entry(Message):

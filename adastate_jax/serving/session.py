@@ -143,8 +143,8 @@ class Session:
         for waiting in self.pending:
             if waiting.control.number == control.target:
                 self.pending.remove(waiting)
-                self._remember(Withdrawn(number=control.target))
-                return Withdrawn(number=control.number)
+                self._remember(Refused(number=control.target, reason="it was withdrawn"))
+                return Withdrawn(number=control.number, target=control.target)
         return Refused(number=control.number, reason=f"control {control.target} does not wait any more")
 
     def due(self) -> list[Control]:

@@ -123,8 +123,8 @@ const hear = {
     if (number !== null && timeline.get(number)) timeline.set(number, { state: "refused", note: `refused: ${reason}` });
     else status(`refused: ${reason}`);
   },
-  withdrawn({ number }) {
-    timeline.remove(number);
+  withdrawn({ target }) {
+    timeline.remove(target);
   },
   entry({ number, kind, text, transition, chunk: at, applied }) {
     if (["prompt", "restart"].includes(kind)) timeline.set(number, { kind, text, transition, chunk: at, state: applied ? "applied" : "coming" });
