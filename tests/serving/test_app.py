@@ -1,4 +1,4 @@
-"""The whole server in this process: routes, sockets, generator, recordings; a small random network makes the pictures."""
+"""The whole server in this process: routes, sockets, generator, recordings; a small random network makes pictures."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import json
 import random
 import time
 
+import anyio
 import av
 import cv2
 import numpy as np
@@ -29,7 +30,8 @@ from adastate_jax.serving.recording import Store
 
 ANCHORS = ("static", "adastate")
 PROMPT = "a camera pans left"
-HOST = "http://127.0.0.1"
+HOST, SOCKETS = "http://127.0.0.1", "ws://127.0.0.1"
+LOOPBACK = Door("127.0.0.1", None)
 MUTANTS = 2000
 
 
@@ -50,14 +52,14 @@ class Server:
         return answer.json()
 
     def open(self, session: dict, key: str = "key"):
-        return self.client.websocket_connect(f"{session['socket']}?key={session[key]}")
+        return self.client.websocket_connect(f"{SOCKETS}{session['socket']}?key={session[key]}")
 
     def recording(self, session: dict, file: str):
         return self.client.get(f"/v1/sessions/{session['id']}/{file}", params={"key": session["key"]})
 
 
 @contextlib.contextmanager
-def serving(model, folder, door: Door = Door("127.0.0.1", None), allowed: Allowed | None = None, limit: float = 600.0):
+def serving(model, folder, door: Door = LOOPBACK, allowed: Allowed | None = None, limit: float = 600.0):
     many = Allowed(sessions=(1e6, 1e6), sockets=(1e6, 1e6), messages=(1e6, 1e6))
     live = Live(facts_of(model, ANCHORS), Queue(limit, 2))
     store = Store(folder, 20)
@@ -80,6 +82,16 @@ def server(model, tmp_path_factory):
         yield server
 
 
+def receive(socket):
+    """The next message of a test client's socket, which by itself would wait for ever."""
+
+    async def wait():
+        with anyio.fail_after(60):
+            return await socket._send_rx.receive()
+
+    return socket.portal.call(wait)
+
+
 class Socket:
     """A client's end of a socket, which shows what it gets."""
 
@@ -89,7 +101,7 @@ class Socket:
         self.pictures = []
 
     def hear(self):
-        received = self.socket.receive()
+        received = receive(self.socket)
         if received["type"] == "websocket.close":
             raise WebSocketDisconnect(received["code"])
         if received.get("bytes") is not None:
@@ -159,7 +171,7 @@ def test_a_session_from_its_first_picture_to_its_replay(server, model, tmp_path)
         coming = socket.control("prompt", text="sand dunes", at=socket.chunk + 5)
         edited = socket.control("prompt", text="never shown", at=socket.chunk + 4)
         socket.control("withdraw", target=edited)
-        socket.until("withdrawn", number=edited)
+        socket.until("withdrawn", target=edited)
         pause = socket.control("pause")
         socket.until("state", state="paused")
         still = socket.until("applied", number=pause)["chunk"]
@@ -344,9 +356,10 @@ def test_too_much_of_anything_is_refused_in_words(guarded):
     for _ in range(5):
         with guarded.open(sessions[0].json()):
             pass
-    with guarded.open(sessions[0].json()) as raw, pytest.raises(WebSocketDisconnect):
+    with guarded.open(sessions[0].json()) as raw:
         socket = Socket(raw)
-        socket.until("never")
+        with pytest.raises(WebSocketDisconnect):
+            socket.until("never")
     assert "too many sockets" in socket.messages[0]["reason"]
 
 
@@ -380,9 +393,10 @@ def test_nothing_is_found_without_its_key(server):
             assert server.client.delete(f"/v1/sessions/{name}", params={"key": key}).status_code == 404
         path = f"/v1/sessions/{session['id']}"
         assert server.client.delete(path, params={"key": session["watch_key"]}).status_code == 403
-        with server.client.websocket_connect(f"{path}?key=wrong") as raw, pytest.raises(WebSocketDisconnect):
+        with server.client.websocket_connect(f"{SOCKETS}{path}?key=wrong") as raw:
             stranger = Socket(raw)
-            stranger.until("never")
+            with pytest.raises(WebSocketDisconnect):
+                stranger.until("never")
         assert "no session" in stranger.messages[0]["reason"]
     assert server.store.find("../secret", "k", "session.json") is None
     assert server.store.find(session["id"], session["key"], "access.json") is None
