@@ -7,13 +7,19 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from adastate_jax.benchmarking.sections import SECTIONS, STREAMING
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
+from adastate_jax.console import (
+    CommandParser,
+    claimed_output,
+    output_argument,
+    refuse_configuration,
+    run_command,
+    starting,
+)
 from adastate_jax.errors import UserError
 from adastate_jax.files import write_text
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 
 _EXAMPLE = """example:
   python -m adastate_jax.bench --config=configs/wan_1_3b.py --random-weights --output=bench.json
@@ -56,11 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     if options.repeats < 1:
         raise UserError(f"--repeats={options.repeats}: must be at least 1")
-    if not Path(options.config.partition(":")[0]).is_file():
-        raise UserError(f"--config={options.config}: no such file")
+    refuse_configuration(options.config, rest)
     if options.until_ready:
         return _get_ready(options.config, rest)
-    with claimed_output(options) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.benchmarking.report import run, table
         from adastate_jax.config.files import parse_config
@@ -68,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments = [f"--config={options.config}", *rest]
         record = run(parse_config(arguments), options.only, options.repeats, arguments)
         try:
-            write_text(output, json.dumps(record, indent=2) + "\n")
+            output = write_text(output, json.dumps(record, indent=2) + "\n", replace=options.overwrite)
         except OSError as error:
             raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
     print(table(record))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
 from adastate_jax.generation.shipped import find_model, shipped_config
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if not name.startswith("config."):
             raise UserError(f"{argument}: unknown argument; --help lists what there is")
     output = options.output or options.default_output
-    if output.suffix not in (*_SUFFIXES, ""):
+    if output.suffix.lower() not in (*_SUFFIXES, ""):
         raise UserError(
             f"--output={output}: must end in {', '.join(_SUFFIXES)}, or be a folder of PNG files, without an ending"
         )
@@ -289,14 +289,14 @@ def _write(
             _refuse_another(options.like, then, metadata)
         title = "sample" if len(calls) == 1 else output.name
         with (
-            if_stopped(f"{output} was not written"),
-            open_writer(output, metadata) as writer,
+            if_unwritten(output),
+            open_writer(output, metadata, replace=options.overwrite) as writer,
             progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
         ):
             for frames in stream(model, prompt, seconds, seed, options.anchor, start=start, prompts=cues):
                 writer.write(enlarge(frames, options.scale or 1))
                 bar.update(len(frames))
-        print(output, file=sys.stderr)
+        print(writer.path, file=sys.stderr)
 
 
 def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path, command: Sequence[str]) -> int:
@@ -311,8 +311,8 @@ def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path,
     metadata = {"session": options.session.name, "command": shlex.join(command)}
     metadata |= {name: str(value) for name, value in session_head(model).items()}
     with (
-        if_stopped(f"{output} was not written"),
-        open_writer(output, metadata) as writer,
+        if_unwritten(output),
+        open_writer(output, metadata, replace=options.overwrite) as writer,
         progress("replay", len(checksums), unit="chunk", compiles=True) as bar,
     ):
         for number, (step, checksum) in enumerate(zip(replay(model, takes), checksums, strict=True)):
@@ -321,7 +321,7 @@ def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path,
             if step.checksum != checksum:
                 others.append(number)
             bar.update()
-    print(output, file=sys.stderr)
+    print(writer.path, file=sys.stderr)
     if others:
         print(f"note: from chunk {others[0]} on, {len(others)} of {len(checksums)} differ from the session's latents")
         return 1

@@ -12,30 +12,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from adastate_jax.checkpoint import flatten
-from adastate_jax.config.files import load_config, parse_config, save_config
-from adastate_jax.config.run import Config
-from adastate_jax.console import CommandParser, run_command
+from adastate_jax.console import CommandParser, refuse_configuration, run_command, starting
 from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
 from adastate_jax.files import write_text
-from adastate_jax.generation.samples import sample
 from adastate_jax.interrupts import if_stopped
-from adastate_jax.sharding import all_devices, make_mesh
 from adastate_jax.texts import read_json
-from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.training.metrics import Metrics
-from adastate_jax.training.stages.distill import distill
-from adastate_jax.training.stages.initialize import initialize
-from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
-from adastate_jax.training.stages.pretrain import pretrain
-from adastate_jax.training.stages.run import Run
 
-_STAGES = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
+if TYPE_CHECKING:
+    from adastate_jax.config.run import Config
 
 # Fields in which a run and the one that it starts from must be alike.
 _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "data")
@@ -44,13 +31,17 @@ _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "da
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: "Config", workdir: Path) -> None:
     """Runs the stages; those that the work directory has already finished are not repeated.
 
     Raises:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
+    import jax
+
+    from adastate_jax.sharding import all_devices
+
     all_devices()
     if jax.process_count() > 1:
         raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
@@ -58,7 +49,21 @@ def train(config: Config, workdir: Path) -> None:
         _train(config, workdir)
 
 
-def _train(config: Config, workdir: Path) -> None:
+def _train(config: "Config", workdir: Path) -> None:
+    import jax
+
+    from adastate_jax.config.files import save_config
+    from adastate_jax.generation.samples import sample
+    from adastate_jax.sharding import make_mesh
+    from adastate_jax.training.frozen import embed_prompts
+    from adastate_jax.training.metrics import Metrics
+    from adastate_jax.training.stages.distill import distill
+    from adastate_jax.training.stages.initialize import initialize
+    from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
+    from adastate_jax.training.stages.pretrain import pretrain
+    from adastate_jax.training.stages.run import Run
+
+    stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
     try:
@@ -77,11 +82,11 @@ def _train(config: Config, workdir: Path) -> None:
         run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
         for stage in config.stages:
             if not run.is_finished(stage):
-                _STAGES[stage](run)
+                stages[stage](run)
             run.refuse_removed()
 
 
-def _refuse_uneven_batches(config: Config) -> None:
+def _refuse_uneven_batches(config: "Config") -> None:
     """Batches are split over the devices of the mesh's axes data and fsdp."""
     parts = config.mesh.data * config.mesh.fsdp
     for stage in config.stages:
@@ -107,8 +112,11 @@ def _open_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_other_configuration(workdir: Path, config: Config) -> None:
+def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
     """Checks that what the work directory holds was made with this configuration."""
+    from adastate_jax.config.files import load_config
+    from adastate_jax.config.run import Config
+
     path = workdir / "config.json"
     if path.exists():
         fields = [field.name for field in dataclasses.fields(Config) if field.name not in _FREE_FIELDS]
@@ -117,8 +125,10 @@ def _refuse_other_configuration(workdir: Path, config: Config) -> None:
             raise UserError(f"{workdir}: was made with {difference}; use a fresh --workdir or the old value")
 
 
-def _refuse_other_start(config: Config) -> None:
+def _refuse_other_start(config: "Config") -> None:
     """Checks that the run to start from has this one's networks and data."""
+    from adastate_jax.config.files import load_config
+
     if config.start_from:
         path = Path(config.start_from) / "config.json"
         difference = _difference(load_config(path), config, _INHERITED_FIELDS)
@@ -126,8 +136,10 @@ def _refuse_other_start(config: Config) -> None:
             raise UserError(f"config.start_from={config.start_from}: was made with {difference}; they must be alike")
 
 
-def _difference(old: Config, new: Config, fields: Sequence[str]) -> str:
+def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
     """The first of the fields in which two configurations differ, or nothing."""
+    from adastate_jax.checkpoint import flatten
+
     before, after = (flatten({name: to_dict(config)[name] for name in fields}) for config in (old, new))
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
@@ -177,6 +189,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="everything is written here")
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
+    refuse_configuration(known.config, rest)
+    if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
+        raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
+    starting()
+    from adastate_jax.config.files import parse_config
+
     config = parse_config([f"--config={known.config}", *rest])
     with if_stopped(f"the same command resumes {known.workdir}"):
         train(config, known.workdir)

@@ -1,6 +1,7 @@
 """A full disk, at whichever write: one line, nothing half-written, what was there stays, and with room all goes on."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import resource
@@ -16,6 +17,8 @@ from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree, save_tr
 from adastate_jax.data.batches import open_source, read_batch
 from adastate_jax.data.worlds import WorldConfig, worlds
 from adastate_jax.errors import UserError, one_line, reason, writing
+from adastate_jax.files import write_text
+from adastate_jax.generation import samples
 from adastate_jax.train import _refuse_other_data
 from adastate_jax.training.metrics import Metrics, read_metrics
 from adastate_jax.training.stages.trajectories import read_trajectories, write_trajectories
@@ -154,6 +157,42 @@ def test_a_saved_stream(tmp_path):
         tmp_path, lambda: ada.save_stream(video, tmp_path / "saved"), lambda: ada.load_stream(model, tmp_path / "saved")
     )
     assert count >= 3
+
+
+def test_the_stage_of_samples(tmp_path, monkeypatch, capsys):
+    """On ever larger disks more and more of its files are there, each whole; on one that is large enough, all."""
+    config = small_config()
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, count=2, frames=9))
+    model = ada.load(config=config, random_weights=True)
+    monkeypatch.setattr(samples, "load", lambda *_, **__: model)
+
+    def run_in(workdir):
+        workdir.mkdir(exist_ok=True)
+        write_text(workdir / "metrics.jsonl", '{"stage": "distill", "step": 0, "loss": 1.0}\n')
+        texts = ["a red ball", "a white ball"]
+        return types.SimpleNamespace(
+            config=config, workdir=workdir, mesh=model.mesh, prompts=texts, refuse_removed=lambda: None
+        )
+
+    def content(workdir):
+        return {name: (workdir / name).read_bytes() for name in files(workdir)}
+
+    run = run_in(tmp_path / "whole")
+    samples.sample(run)
+    whole, counts = content(run.workdir), []
+    assert len(whole) == 2 + 2 * len(config.sample.anchors) + 4  # contact sheet, prompts, curves, metrics
+    run = run_in(tmp_path / "full")
+    sizes = sorted(map(len, whole.values()))
+    for limit in (*LIMITS, *(size - 1 for size in sizes[1:]), resource.RLIM_INFINITY):
+        full_disk = refused(lambda: samples.sample(run), limit)
+        found = content(run.workdir)
+        assert found.items() <= whole.items(), limit
+        counts.append(len(found))
+        if not full_disk:
+            break
+    assert found == whole
+    assert len(set(counts)) >= 3
+    assert not list(run.workdir.rglob("*.partial*"))
 
 
 @pytest.mark.parametrize(
