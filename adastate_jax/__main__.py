@@ -14,6 +14,8 @@ from adastate_jax.errors import UserError
 
 COMMANDS = {
     "sample": "streams a video from a prompt into a file",
+    "serve": "serves a page where a stream runs, and a person steers it",
+    "watch": "steers a served session from a terminal, and saves it",
     "train": "trains a configuration's stages, and resumes",
     "evaluate": "measures motion and drift of videos, and writes a report",
     "probe": "measures which cached frames the attention goes to",

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans right over sand dunes with a white ball" \\
       --seed 0 1 2 --scale=4 --output=dunes.gif
   python -m adastate_jax.sample --like=hills.mp4 --output=again.mp4
+  python -m adastate_jax.sample --checkpoint=tiny --session=session.json --output=session.mp4
   python -m adastate_jax.sample --checkpoint=weights --prompt="a red fox runs through fresh snow" --seconds=30
   python -m adastate_jax.sample --checkpoint=weights --prompts=story.txt --seconds=60
   python -m adastate_jax.sample --checkpoint=weights --decoder=tiny --image=fox.jpg --prompt="the fox runs on"
@@ -109,6 +111,12 @@ def _parser() -> CommandParser:
         metavar="VIDEO",
         help="makes a video of this command again, from what it says of itself; to the same frames on the same machine",
     )
+    parser.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="replays a session of the serve command, to the same latents on the same machine",
+    )
     output_argument(
         parser,
         "a file that ends in .mp4, .gif or .webp, or without ending a folder of PNG files; several videos are "
@@ -146,13 +154,17 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(f"--seed={seed}: must not be negative")
     if options.scale is not None and options.scale < 1:
         raise UserError(f"--scale={options.scale}: must be at least 1")
-    if not options.like and (options.prompt is None) == (options.prompts is None):
+    if options.session:
+        for name in ("prompt", "prompts", "seed", "seconds", "anchor", "image", "video", "like"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name}: --session takes it from the session; leave one of them out")
+    elif not options.like and (options.prompt is None) == (options.prompts is None):
         raise UserError("--prompt: say what to show, or name a schedule with --prompts instead")
     if not all(prompt.strip() for prompt in options.prompt or ()):
         raise UserError("--prompt: is empty; say what to show")
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
-    for file in (options.image, options.video, options.prompts, options.like):
+    for file in (options.image, options.video, options.prompts, options.like, options.session):
         if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
     if (options.random_weights and options.checkpoint is not None) or not (
@@ -287,6 +299,36 @@ def _write(
         print(writer.path, file=sys.stderr)
 
 
+def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path, command: Sequence[str]) -> int:
+    """Makes the video of a session again; 1 where its latents are others than they were."""
+    from adastate_jax.generation.takes import read_session, replay, session_head
+    from adastate_jax.media import enlarge, fitted, open_writer
+
+    model = _load(options, overrides)
+    takes = read_session(options.session, model)
+    checksums = [checksum for take in takes for checksum in take.checksums]
+    others, size = [], None
+    metadata = {"session": options.session.name, "command": shlex.join(command)}
+    metadata |= {name: str(value) for name, value in session_head(model).items()}
+    with (
+        if_unwritten(output),
+        open_writer(output, metadata, replace=options.overwrite) as writer,
+        progress("replay", len(checksums), unit="chunk", compiles=True) as bar,
+    ):
+        for number, (step, checksum) in enumerate(zip(replay(model, takes), checksums, strict=True)):
+            size = size or step.frames.shape[1:3]
+            writer.write(enlarge(fitted(step.frames, *size), options.scale or 1))
+            if step.checksum != checksum:
+                others.append(number)
+            bar.update()
+    print(writer.path, file=sys.stderr)
+    if others:
+        print(f"note: from chunk {others[0]} on, {len(others)} of {len(checksums)} differ from the session's latents")
+        return 1
+    print(f"all {len(checksums)} chunks have the session's latents, bit for bit")
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and writes the videos."""
     options, overrides = _parser().parse_known_args(arguments)
@@ -300,6 +342,9 @@ def main(arguments: Sequence[str]) -> int:
     folder = not (options.output or options.default_output).suffix
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(claimed_output(options, folder=folder, number=n + 1)) for n in range(count)]
+        if options.session:
+            starting()
+            return _replay(options, overrides, outputs[0], ["python", "-m", "adastate_jax.sample", *arguments])
         if not options.like:
             starting()
         _write(options, overrides, outputs, then, ["python", "-m", "adastate_jax.sample", *arguments])

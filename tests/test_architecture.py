@@ -19,7 +19,21 @@ FLOORS = (
     ("training",),
     ("generation",),
     ("evaluation", "verification", "benchmarking"),
-    ("train", "sample", "convert", "verify", "evaluate", "probe", "bench", "bundle", "embed", "encode"),
+    ("serving",),
+    (
+        "train",
+        "sample",
+        "serve",
+        "watch",
+        "convert",
+        "verify",
+        "evaluate",
+        "probe",
+        "bench",
+        "bundle",
+        "embed",
+        "encode",
+    ),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

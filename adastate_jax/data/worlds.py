@@ -10,6 +10,7 @@ the other way: when a camera pans left, hills slide to the right. `zoom > 0` is 
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -284,6 +285,17 @@ def caption_pattern(config: WorldConfig) -> str:
         _caption(config, kind, "/".join(found), landscapes, shapes, colours, hue) for kind, found in ways.items()
     ]
     return "; ".join(patterns)
+
+
+def captions(config: WorldConfig) -> tuple[str, ...]:
+    """The captions that worlds can have, each once; of turning colours, the first way that they turn."""
+    kinds = itertools.product(config.palettes, config.motions, config.shapes, config.colours)
+    return tuple(
+        dict.fromkeys(
+            _caption(config, *motion.split(), PALETTES[palette].landscape, shape, colour, max(config.hue_turn, key=abs))
+            for palette, motion, shape, colour in kinds
+        )
+    )
 
 
 def knows_words(config: WorldConfig, prompt: str) -> bool:

@@ -95,7 +95,7 @@ class VideoWriter:
         self._size = self._size or shape[1:3]
         if shape[1:3] != self._size:
             raise UserError(f"{self.path}: frames must all be {list(self._size)} pixels, not {list(shape[1:3])}")
-        if isinstance(self._encoder, _Mp4) and any(side % 2 for side in self._size):
+        if isinstance(self._encoder, Mp4) and any(side % 2 for side in self._size):
             raise UserError(f"{self.path}: an mp4 has even sides, not {list(self._size)} pixels; write a .webp or .gif")
         with writing(self.path):
             self._wait()
@@ -233,7 +233,7 @@ class _Container:
             self._container.close()
 
 
-class _Mp4(_Container):
+class Mp4(_Container):
     """H.264 that any player shows, tagged as BT.709 whatever its size.
 
     Players take untagged video for BT.601 or BT.709 by its size, and some go by nothing but the size; of those that
@@ -361,4 +361,4 @@ class _Pictures:
         """Who made the folder removes it."""
 
 
-_KINDS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _WebP}
+_KINDS = {".mp4": Mp4, ".gif": _Gif, ".webp": _WebP}

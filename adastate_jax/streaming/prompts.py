@@ -256,7 +256,7 @@ def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: i
     """
     check_schedule(cues, name)
     for number, cue in enumerate(cues[1:], 2):
-        if reason := _obstacle(cue.transition, config):
+        if reason := obstacle(cue.transition, config):
             raise UserError(f"{name}: entry {number}: {cue.transition} {reason}")
     starts = tuple(chunk_of(cue.second, config, time_factor, fps) for cue in cues)
     for number, (one, other) in enumerate(itertools.pairwise(starts), 2):
@@ -265,7 +265,7 @@ def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: i
     return Schedule(tuple(cues), starts)
 
 
-def _obstacle(transition: str, config: StreamConfig) -> str | None:
+def obstacle(transition: str, config: StreamConfig) -> str | None:
     """Why a stream cannot do a transition."""
     anchor = config.anchor
     if transition in ("keep_state", "reset_state") and not isinstance(anchor, AdaptiveAnchor):
