@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 import tqdm
 
-from adastate_jax import interrupts
+from adastate_jax import distributed, interrupts
 from adastate_jax.errors import UserError, one_line, reason
 from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
 
@@ -235,6 +235,8 @@ def _logging() -> Iterator[None]:
 class Progress(tqdm.tqdm):
     """A progress bar in a terminal; elsewhere a line for every tenth of the work and where the description changes.
 
+    Of several processes, the first alone shows it.
+
     The time that JAX spends compiling does not count: neither as elapsed, nor in the estimate of what remains.
     """
 
@@ -243,7 +245,8 @@ class Progress(tqdm.tqdm):
         self._said = None
         self._later = desc if compiles else None
         desc = f"{desc} (compiling)" if compiles else desc
-        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, **settings)
+        quiet = not distributed.is_first()
+        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, disable=quiet, **settings)
 
     def update(self, n: float = 1) -> bool | None:
         if n and self._later is not None:
@@ -253,7 +256,8 @@ class Progress(tqdm.tqdm):
 
     def exclude(self, seconds: float) -> None:
         """Takes seconds out of the elapsed time."""
-        self.start_t = min(self.start_t + seconds, time.time())
+        if not self.disable:
+            self.start_t = min(self.start_t + seconds, time.time())
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self._lines:

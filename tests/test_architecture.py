@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
     ("errors", "interrupts"),
-    ("hidden_names", "fields", "checks", "texts"),
+    ("hidden_names", "fields", "checks", "texts", "distributed"),
     ("files",),
     ("diffusion", "sharding", "console", "seals"),
     ("models",),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from adastate_jax import interrupts
+from adastate_jax import distributed, interrupts
 from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
@@ -50,7 +50,7 @@ def run_stage(
             signal raises at once.
         UserError: a loss or gradient norm is not finite; the last good checkpoint stays.
     """
-    first = checkpoints.latest or 0
+    first = distributed.from_first(lambda: checkpoints.latest) or 0
     state = checkpoints.load(like) if first else create()
     metrics.rewind(name, first)
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adastate_jax import seals
+from adastate_jax import distributed, seals
 from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.console import progress
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError, reading, writing
 from adastate_jax.files import whole_file
-from adastate_jax.sharding import batch_sharding, shard_batch
+from adastate_jax.sharding import batch_sharding, fetch, local_rows, shard_batch
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.stages.run import Run, trained
 
@@ -56,22 +56,24 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     with writing(folder):
         folder.mkdir(exist_ok=True)
     sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
-    missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    missing = distributed.from_first(
+        lambda: [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    )
     if missing:
         teacher = trained(run, "pretrain", "ema")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.refuse_removed()
-                numbers = np.arange(index * per_file, (index + 1) * per_file)
+                numbers = index * per_file + local_rows(per_file, run.mesh)
                 token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
                 batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
-                drawn = np.asarray(draw(teacher, run.frozen, run.negative_text, *batch))
+                drawn = fetch(draw(teacher, run.frozen, run.negative_text, *batch))
                 if not np.isfinite(drawn).all():
                     raise UserError(
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                write_trajectories(file(index), drawn, sealed)
+                distributed.from_first(functools.partial(write_trajectories, file(index), drawn, sealed))
                 bar.set_description("trajectories")
                 bar.update(per_file)
 
