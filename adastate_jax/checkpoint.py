@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
 from adastate_jax import distributed
@@ -29,7 +30,7 @@ from adastate_jax.errors import UserError, reading, reason, writing
 from adastate_jax.files import numbered_name, remove_leftovers, whole_folder
 from adastate_jax.hidden_names import hidden_name
 from adastate_jax.seals import SEAL, fingerprints, is_sealed, seal, verify
-from adastate_jax.sharding import path_name
+from adastate_jax.sharding import path_name, replicated
 
 # Orbax reports each save and restore at INFO, thousands of lines in a long run, and logs what it raises, too, with a
 # traceback from each of its threads.
@@ -97,10 +98,15 @@ def _saved(tree: Any) -> dict[str, Any]:
     """What Orbax is handed: by path names, and what every process has for itself as the first one has it."""
     if distributed.count() == 1:
         return flatten(tree)
-    return {
-        name: np.asarray(leaf) if isinstance(leaf, jax.Array) and leaf.is_fully_addressable else leaf
-        for name, leaf in flatten(tree).items()
-    }
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+
+    def shared(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
+        value = multihost_utils.broadcast_one_to_all(np.asarray(leaf))
+        return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
+
+    return {name: shared(leaf) for name, leaf in flatten(tree).items()}
 
 
 def _refuse_too_large(folder: Path, tree: Any) -> None:
@@ -141,7 +147,7 @@ def _finish(folder: Path, channel: str) -> None:
 
     Each takes the checksums of the files that it wrote itself, so that no process reads what others wrote.
     """
-    own = f"ocdbt.process_{distributed.index()}"
+    own = f"**/ocdbt.process_{distributed.index()}"
     parts = distributed.gather(fingerprints(folder / _INNER, own), channel)
     if not distributed.is_first():
         return

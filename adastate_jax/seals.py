@@ -50,14 +50,13 @@ def seal(folder: Path, known: Mapping[str, Fingerprint] = MappingProxyType({})) 
     )
 
 
-def fingerprints(folder: Path, within: str) -> dict[str, Fingerprint]:
-    """Fingerprints of what lies within a folder of a folder, by names relative to the latter; none if it is not there.
+def fingerprints(folder: Path, pattern: str) -> dict[str, Fingerprint]:
+    """Fingerprints of what lies in the folders within a folder that a glob pattern names, by names relative to it.
 
     Raises OSError.
     """
-    if not (folder / within).is_dir():
-        return {}
-    return {f"{within}/{name}": fingerprint(folder / within / name) for name in sorted(_names(folder / within))}
+    parts = [part.relative_to(folder) for part in folder.glob(pattern)]
+    return {f"{part}/{name}": fingerprint(folder / part / name) for part in parts for name in _names(folder / part)}
 
 
 def write_seal(folder: Path, content: Mapping[str, Fingerprint]) -> None:

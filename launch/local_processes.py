@@ -33,12 +33,13 @@ def free_port() -> int:
 
 def environments(processes: int, devices: int, port: int) -> list[dict[str, str]]:
     """What each process finds in its environment beside what is there."""
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags, threads = os.environ.get("XLA_FLAGS", ""), max((os.cpu_count() or 1) // processes, 1)
     return [
         {
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+            "OPENBLAS_NUM_THREADS": str(threads),  # of all processes no more than there are cores: they spin
             "ADASTATE_COORDINATOR": f"127.0.0.1:{port}",
             "ADASTATE_PROCESSES": str(processes),
             "ADASTATE_PROCESS": str(index),

@@ -92,6 +92,9 @@ def main(folder: Path) -> None:
     save_tree(folder / "two", made)
     assert same(load_tree(folder / "two", made), made)
     save_tree(folder / "two", made)  # in the place of the one before
+    save_tree(folder / "own", {"a": np.float32(7 + index)})  # what each has for itself is saved as the first has it
+    like = jax.ShapeDtypeStruct((), np.float32, sharding=made["whole"].sharding)
+    assert np.asarray(load_tree(folder / "own", {"a": like})["a"]) == 7
     with Checkpoints(folder / "numbered", keep=1) as checkpoints:
         for step in (2, 4):
             checkpoints.save(step, made)
