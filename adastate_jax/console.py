@@ -116,6 +116,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     | 0 | done; also where stderr could not be written |
     | 1 | done, and the answer is no (`verify`, `evaluate export --check`); or stdout could not be written |
     | 2 | bad input: one line on stderr, a `UserError` |
+    | 75 | of several processes, another one is gone: see `lockstep`; the same command goes on |
     | 130, 143 | stopped by Ctrl-C, by SIGTERM: see `interrupts` |
     | 141 | done, but who read stdout has gone |
 

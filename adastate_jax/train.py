@@ -22,6 +22,7 @@ from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
 from adastate_jax.files import write_text
 from adastate_jax.interrupts import if_stopped
+from adastate_jax.lockstep import watched
 from adastate_jax.texts import read_json
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def train(config: "Config", workdir: Path) -> None:
 
     all_devices()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(watched())
 
         def open_workdir() -> None:
             stack.enter_context(_open_workdir(workdir))

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 FLOORS = (
     ("errors", "interrupts"),
     ("hidden_names", "fields", "checks", "texts", "distributed"),
-    ("files",),
+    ("files", "lockstep"),
     ("diffusion", "sharding", "console", "seals"),
     ("models",),
     ("streaming", "data"),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +78,14 @@ def test_two_processes_agree_and_share_checkpoints_with_one(tmp_path):
         file.write_bytes(content)
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    """Losses to 1e-6; the checkpoint of two goes on as one process, and its data were built once."""
-    cache = tmp_path / "cache"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Compilations that the runs of this module share."""
+    return tmp_path_factory.mktemp("compilations")
+
+
+def test_two_processes_train_what_one_trains(cache, tmp_path):
+    """Losses to 1e-6; the first alone speaks."""
     two = local(2, 1, [*TRAIN, f"--workdir={tmp_path / 'two'}", "--config.mesh.fsdp=2"], cache)
     assert two.returncode == 0, two.stderr
     lines = two.stderr.splitlines()
@@ -99,6 +106,38 @@ def test_two_processes_train_what_one_trains(tmp_path):
     ]
     assert len(found[0]) == 4
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def processes_of(launcher: int) -> list[int]:
+    """The process of each number that a launcher has started."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    found = {}
+    for child in map(int, children):
+        variables = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found[dict(v.partition("=")[::2] for v in variables)["ADASTATE_PROCESS"]] = child
+    return [found[name] for name in sorted(found)]
+
+
+def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
+    """The second alone is told; both end with 143, and the one checkpoint is of the last step that was logged."""
+    options = ["--config.pretrain.steps=100000", "--config.logging.save_every=100000", "--config.mesh.fsdp=2"]
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", *TRAIN, *options]
+    command.append(f"--workdir={tmp_path}")
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(cache), stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(processes_of(launcher.pid)[1], signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 143, errors
+    for name in "01":
+        assert f"[{name}] SIGTERM: stopping as soon as all is saved" in errors
+        assert f"[{name}] stopped; the same command resumes {tmp_path}" in errors
+    assert "Traceback" not in errors
+    [saved] = (int(path.name) for path in (tmp_path / "pretrain").iterdir())
+    assert metrics.read_bytes().count(b"\n") == saved >= 4
 
 
 @pytest.mark.parametrize(
