@@ -15,7 +15,7 @@
 #   TOPOLOGY HOSTS        of a slice of Compute Engine: 4x4x4, and how many machines that is (default 1)
 #   PROVISION             spot (default), flex-start or standard          HOURS   of flex-start (default 24)
 #   RUNTIME               software of the TPU (default by TYPE), or family of images for Compute Engine
-#   IMAGE_PROJECT         project of that family
+#   IMAGE_PROJECT         project of that family (default ubuntu-os-accelerator-images)
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -35,6 +35,9 @@ PAUSE=${PAUSE:-60} # seconds between two looks
 [[ $NAME =~ ^[a-z][a-z0-9-]{0,40}$ ]] || fail "NAME=$NAME: small letters, digits and dashes"
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 LOG=adastate/train.log
+
+((HOSTS == 1)) || [[ -n $TOPOLOGY ]] || fail "TOPOLOGY is not set: of a slice of $HOSTS machines"
+IMAGE_PROJECT=${IMAGE_PROJECT:-ubuntu-os-accelerator-images}
 
 case $TYPE in
   v[0-9]*-[0-9]*) KIND=tpu ;;
@@ -58,66 +61,70 @@ do_() {
 
 HERE=(--project="$PROJECT" --zone="$ZONE")
 
-# Runs a shell command on all machines, or on the first.
+# Runs a shell command on all machines, or on the first; of Compute Engine, @PROCESS@ in it is the machine's number.
 on() {
   local worker=$1 command=$2
   if [[ $KIND == tpu ]]; then
     do_ gcloud compute tpus tpu-vm ssh "$NAME" "${HERE[@]}" --worker="$worker" --command="$command"
     return
   fi
-  local index codes=() pids=()
-  for ((index = 0; index < HOSTS; index++)); do
+  find_machines || return
+  local index code=0 pids=()
+  for index in "${!MACHINES[@]}"; do
     [[ $worker == all || $worker == "$index" ]] || continue
-    if [[ -n $DRY ]]; then
-      do_ gcloud compute ssh "$(machine "$index")" "${HERE[@]}" --command="$command"
-    else
-      gcloud compute ssh "$(machine "$index")" "${HERE[@]}" --command="$command" &
-      pids+=($!)
-    fi
+    # one after the other in a dry run, so that their lines do not mix
+    do_ gcloud compute ssh "${MACHINES[index]}" "${HERE[@]}" --command="${command//@PROCESS@/"$index"}" &
+    if [[ -n $DRY ]]; then wait $!; else pids+=($!); fi
   done
-  for index in "${pids[@]}"; do wait "$index" || codes+=($?); done
-  [[ ${#codes[@]} == 0 ]] || return "${codes[0]}"
+  for index in "${pids[@]}"; do wait "$index" || code=$?; done
+  return "$code"
 }
 
-machine() { if ((HOSTS == 1)); then echo "$NAME"; else echo "$NAME-$1"; fi; }
-
-machines() {
-  local index
-  for ((index = 0; index < HOSTS; index++)); do machine "$index"; done
+# The names of Compute Engine's machines, in an order that stays; those of a group have endings of the cloud's choice.
+find_machines() {
+  if [[ -z $TOPOLOGY ]]; then MACHINES=("$NAME"); return; fi
+  if [[ -n $DRY ]]; then
+    mapfile -t MACHINES < <(seq -f "$NAME-%g" 0 $((HOSTS - 1)))
+    return
+  fi
+  mapfile -t MACHINES < <(gcloud compute instance-groups managed list-instances "$NAME" "${HERE[@]}" \
+    --format='value(instance.basename())' | sort)
+  ((${#MACHINES[@]} == HOSTS)) || { echo "$NAME: has ${#MACHINES[@]} of $HOSTS machines" >&2; return 255; }
 }
 
 create() {
   if [[ $KIND == tpu ]]; then
-    local way=()
+    local way=() alpha=()
     case $PROVISION in
       spot) way=(--spot) ;;
-      flex-start) way=(--provisioning-model=FLEX_START --max-run-duration="${HOURS}h") ;;
+      flex-start) alpha=(alpha) way=(--provisioning-model=FLEX_START --max-run-duration="${HOURS}h") ;;
     esac
-    do_ gcloud compute tpus queued-resources create "$NAME" "${HERE[@]}" \
+    # flags of flex-start: the alpha command alone has them
+    do_ gcloud "${alpha[@]}" compute tpus queued-resources create "$NAME" "${HERE[@]}" \
       --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${way[@]}"
     return
   fi
-  local way=() names
+  local way=(--maintenance-policy=TERMINATE)
   case $PROVISION in
-    spot) way=(--provisioning-model=SPOT --instance-termination-action=DELETE) ;;
+    spot) way+=(--provisioning-model=SPOT --instance-termination-action=DELETE) ;;
     flex-start)
-      way=(--provisioning-model=FLEX_START --max-run-duration="${HOURS}h" --instance-termination-action=DELETE
-        --reservation-affinity=none --maintenance-policy=TERMINATE)
+      way+=(--provisioning-model=FLEX_START --max-run-duration="${HOURS}h" --instance-termination-action=DELETE
+        --reservation-affinity=none)
       ;;
   esac
   if [[ -n $TOPOLOGY ]]; then
     do_ gcloud compute resource-policies create workload-policy "$NAME" --project="$PROJECT" --region="${ZONE%-*}" \
       --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY"
     do_ gcloud compute instance-templates create "$NAME" --project="$PROJECT" --machine-type="$TYPE" \
-      --image-family="$RUNTIME" --image-project="${IMAGE_PROJECT:?the project of the image family}" "${way[@]}"
-    do_ gcloud compute instance-groups managed create "$NAME" "${HERE[@]}" --template="$NAME" --size=0 \
+      --image-family="$RUNTIME" --image-project="$IMAGE_PROJECT" "${way[@]}"
+    # bulk: all machines or none
+    do_ gcloud compute instance-groups managed create "$NAME" "${HERE[@]}" --template="$NAME" --size="$HOSTS" \
+      --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
       --workload-policy="projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$NAME"
-    names=$(machines | paste -sd,)
-    do_ gcloud compute instance-groups managed create-instance "$NAME" "${HERE[@]}" --instance="$names"
     return
   fi
   do_ gcloud compute instances create "$NAME" "${HERE[@]}" --machine-type="$TYPE" --image-family="$RUNTIME" \
-    --image-project="${IMAGE_PROJECT:?the project of the image family}" "${way[@]}"
+    --image-project="$IMAGE_PROJECT" "${way[@]}"
 }
 
 # What the TPU is: nothing, or in capitals the state that the cloud gives.
@@ -125,7 +132,9 @@ state() {
   if [[ $KIND == tpu ]]; then
     gcloud compute tpus queued-resources describe "$NAME" "${HERE[@]}" --format='value(state.state)' 2>/dev/null || true
   else
-    gcloud compute instances describe "$(machine 0)" "${HERE[@]}" --format='value(status)' 2>/dev/null || true
+    find_machines 2>/dev/null || true
+    [[ -z ${MACHINES[0]:-} ]] ||
+      gcloud compute instances describe "${MACHINES[0]}" "${HERE[@]}" --format='value(status)' 2>/dev/null || true
   fi
 }
 
@@ -144,14 +153,15 @@ await() {
 }
 
 setup() {
-  local archive index
+  local archive machine
   archive=$(mktemp "${TMPDIR:-/tmp}/adastate.XXXXXX")
   do_ tar -czf "$archive" -C "$ROOT" --exclude=.git --exclude=runs . || return
   if [[ $KIND == tpu ]]; then
     do_ gcloud compute tpus tpu-vm scp "$archive" "$NAME:adastate.tgz" "${HERE[@]}" --worker=all || return
   else
-    for ((index = 0; index < HOSTS; index++)); do
-      do_ gcloud compute scp "$archive" "$(machine "$index"):adastate.tgz" "${HERE[@]}" || return
+    find_machines || return
+    for machine in "${MACHINES[@]}"; do
+      do_ gcloud compute scp "$archive" "$machine:adastate.tgz" "${HERE[@]}" || return
     done
   fi
   rm -f "$archive"
@@ -164,15 +174,14 @@ command_line() {
   local words
   words=$(printf '%q ' "${TRAIN[@]}")
   if [[ $KIND == engine && $HOSTS -gt 1 ]]; then
-    # Compute Engine tells a machine its own name alone: the last number of it is the process.
-    # shellcheck disable=SC2016
-    words+='--coordinator='"$(machine 0):8476 --processes=$HOSTS"' --process=${HOSTNAME##*-} '
+    words+="--coordinator=${MACHINES[0]}:8476 --processes=$HOSTS --process=@PROCESS@ "
   fi
   echo "cd adastate && rm -f train.exit && nohup bash -c '.venv/bin/python -u -m adastate_jax.train ${words//\'/\'\\\'\'}; echo \$? > train.exit' > train.log 2>&1 < /dev/null &"
 }
 
 run() {
   ((${#TRAIN[@]})) || fail "name what to train after --: --config=… --workdir=…"
+  [[ $KIND == tpu ]] || find_machines || return
   on all "$(command_line)"
 }
 

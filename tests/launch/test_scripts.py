@@ -16,6 +16,8 @@ SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
 TRAIN = ["--", "--config=configs/tiny.py", '--config.negative_prompt=it\'s "dim" & $HOME', "--workdir=/runs/a b"]
 TPU = {"PROJECT": "p", "ZONE": "us-east5-a", "NAME": "run", "TYPE": "v6e-16"}
 ENGINE = {**TPU, "TYPE": "tpu7x-standard-4t", "RUNTIME": "family", "IMAGE_PROJECT": "images"}
+SLICE = {**ENGINE, "HOSTS": "2", "TOPOLOGY": "2x2x2"}
+NAMES = ["list-instances", [["run-b7\nrun-a3", 0]]]  # of a slice's machines
 GKE = {
     "NAME": "run",
     "IMAGE": "registry/adastate:1",
@@ -75,8 +77,9 @@ DRY = [
     ("tpu_vm.sh", ["run", *TRAIN], TPU),
     *(("tpu_vm.sh", ["create"], {**TPU, "PROVISION": way}) for way in ("flex-start", "standard")),
     *(("tpu_vm.sh", [action], ENGINE) for action in ("create", "delete")),
-    ("tpu_vm.sh", ["create"], {**ENGINE, "HOSTS": "2", "TOPOLOGY": "2x2x2", "PROVISION": "flex-start"}),
-    ("tpu_vm.sh", ["delete"], {**ENGINE, "HOSTS": "2", "TOPOLOGY": "2x2x2"}),
+    ("tpu_vm.sh", ["create"], {**SLICE, "PROVISION": "flex-start"}),
+    ("tpu_vm.sh", ["delete"], SLICE),
+    ("tpu_vm.sh", ["setup"], ENGINE),
     ("gke.sh", ["follow"], GKE),
     ("gke.sh", ["delete"], GKE),
 ]
@@ -90,7 +93,7 @@ def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(fakes, script, 
     printed = [words for words in map(shlex.split, dry.stdout.splitlines()) if words[0] in ("gcloud", "kubectl")]
     done = launch(fakes, script, arguments, settings)
     assert done.returncode == 0, done.stderr
-    made = [call[:-1] for call in calls(fakes)]
+    made = [call[:-1] for call in calls(fakes) if "list-instances" not in call]
     unnamed = [[re.sub(r"adastate\.\w{6}", "ARCHIVE", word) for word in words] for words in (*printed, *made)]
     assert printed
     assert unnamed[: len(printed)] == unnamed[len(printed) :]
@@ -100,23 +103,22 @@ def remote_command(call: list[str]) -> str:
     return next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
 
 
-@pytest.mark.parametrize("settings", [TPU, {**ENGINE, "HOSTS": "2"}])
+@pytest.mark.parametrize("settings", [TPU, ENGINE, SLICE], ids=["tpu", "engine", "slice"])
 def test_arguments_reach_the_training_as_they_were_typed(fakes, settings):
     """The command that a machine gets, run by a shell there with a Python that records its arguments."""
-    assert launch(fakes, "tpu_vm.sh", ["run", *TRAIN], settings).returncode == 0
+    (fakes / "answers").write_text(json.dumps([["list-instances", NAMES[1] * 2]]))
+    done = launch(fakes, "tpu_vm.sh", ["run", *TRAIN], settings)
+    assert done.returncode == 0, done.stderr
     home = fakes / "there"
     (home / "adastate" / ".venv" / "bin").mkdir(parents=True)
     (home / "adastate" / ".venv" / "bin" / "python").write_text(
         f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('arguments', 'w'))\nsys.exit(75)\n"
     )
     (home / "adastate" / ".venv" / "bin" / "python").chmod(0o755)
-    command = remote_command(calls(fakes)[-1])
-    environment = {**os.environ, "HOSTNAME": "run-1"}
-    subprocess.run(["bash", "-c", f"{command} wait"], cwd=home, env=environment, check=True)
+    command = remote_command(next(call for call in calls(fakes) if {"run", "run-b7"} & {*call} and "ssh" in call))
+    subprocess.run(["bash", "-c", f"{command} wait"], cwd=home, check=True)
     arguments = json.loads((home / "adastate" / "arguments").read_text())
-    several = (
-        ["--coordinator=run-0:8476", "--processes=2", "--process=1"] if settings["TYPE"].startswith("tpu7x") else []
-    )
+    several = ["--coordinator=run-a3:8476", "--processes=2", "--process=1"] if settings is SLICE else []
     assert arguments == ["-u", "-m", "adastate_jax.train", *TRAIN[1:], *several]
     assert (home / "adastate" / "train.exit").read_text() == "75\n"
 
@@ -134,6 +136,13 @@ def test_after_a_pre_emption_the_tpu_is_made_again_and_in_the_end_deleted(fakes)
     once = ["scp", "ssh", "ssh", "ssh"]  # copy, install, start, follow
     assert actions == ["create", *once, "delete", "create", *once, "delete"]
     assert "ended with 255; again" in done.stderr
+
+
+def test_a_slice_that_is_not_complete_is_not_used(fakes):
+    (fakes / "answers").write_text(json.dumps([["list-instances", [["run-a3", 0]]]]))
+    done = launch(fakes, "tpu_vm.sh", ["run", *TRAIN], SLICE)
+    assert done.returncode == 255  # as a machine that is gone
+    assert "run: has 1 of 2 machines" in done.stderr
 
 
 def test_bad_input_is_not_tried_again(fakes):
@@ -206,6 +215,7 @@ def test_the_slurm_job_passes_arguments_on_and_goes_back_into_the_queue(fakes):
         ("tpu_vm.sh", ["create"], {"PROJECT": "p"}, "ZONE is not set"),
         ("tpu_vm.sh", ["run"], TPU, "name what to train"),
         ("tpu_vm.sh", ["create"], {**TPU, "PROVISION": "cheap"}, "PROVISION=cheap: must be"),
+        ("tpu_vm.sh", ["create"], {**ENGINE, "HOSTS": "2"}, "TOPOLOGY is not set"),
         ("gke.sh", ["apply", *TRAIN], {**GKE, "NAME": "a" * 29}, "at most 28"),
         ("gke.sh", ["apply", *TRAIN], {**GKE, "IMAGE": ""}, "IMAGE is not set"),
         ("slurm.sh", [], {}, "name what to train"),
