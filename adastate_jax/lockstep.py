@@ -83,6 +83,8 @@ class Watch:
             return
         self._leaving = True
         with contextlib.suppress(Exception):
+            if number := interrupts.received():  # it may end the process before the next round
+                self._client.key_value_set(f"{_SIGNAL}0", str(int(number)), allow_overwrite=True)
             self._client.key_value_set(f"{_LEFT}{self._index}", why, allow_overwrite=True)
             deadline = time.monotonic() + _FAREWELL
             while self._index == 0 and time.monotonic() < deadline and len(self._read(_LEFT)) < self._count:

@@ -127,3 +127,16 @@ def test_a_process_that_has_left_takes_the_others_with_it(monkeypatch):
         75,
         "error: process 1 has ended: data.txt: damaged; remove it; the same command goes on from the last checkpoint",
     )
+
+
+def test_a_signal_that_ends_a_process_at_once_ends_the_others_by_it(monkeypatch):
+    """Where nothing is to be saved, a process has left before its next round."""
+    monkeypatch.setattr(lockstep, "_FAREWELL", 0.02)
+    service, received, codes = Service(), [15], []
+    monkeypatch.setattr(interrupts, "received", lambda: received[0])
+    lockstep.Watch(service, 1, 2).leave("it was stopped")
+    received[0] = None
+    monkeypatch.setattr(lockstep.os, "kill", lambda process, number: received.__setitem__(0, number))
+    monkeypatch.setattr(interrupts, "end", codes.append)
+    lockstep.Watch(service, 0, 2, end=lambda *_: None).round()
+    assert codes == [15]
