@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 import tqdm
 
-from adastate_jax import interrupts
+from adastate_jax import distributed, interrupts
 from adastate_jax.errors import UserError, one_line, reason
 from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
 
@@ -116,6 +116,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     | 0 | done; also where stderr could not be written |
     | 1 | done, and the answer is no (`verify`, `evaluate export --check`); or stdout could not be written |
     | 2 | bad input: one line on stderr, a `UserError` |
+    | 75 | of several processes, another one is gone: see `lockstep`; the same command goes on |
     | 130, 143 | stopped by Ctrl-C, by SIGTERM: see `interrupts` |
     | 141 | done, but who read stdout has gone |
 
@@ -235,6 +236,8 @@ def _logging() -> Iterator[None]:
 class Progress(tqdm.tqdm):
     """A progress bar in a terminal; elsewhere a line for every tenth of the work and where the description changes.
 
+    Of several processes, the first alone shows it.
+
     The time that JAX spends compiling does not count: neither as elapsed, nor in the estimate of what remains.
     """
 
@@ -243,7 +246,8 @@ class Progress(tqdm.tqdm):
         self._said = None
         self._later = desc if compiles else None
         desc = f"{desc} (compiling)" if compiles else desc
-        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, **settings)
+        quiet = not distributed.is_first()
+        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, disable=quiet, **settings)
 
     def update(self, n: float = 1) -> bool | None:
         if n and self._later is not None:
@@ -253,7 +257,8 @@ class Progress(tqdm.tqdm):
 
     def exclude(self, seconds: float) -> None:
         """Takes seconds out of the elapsed time."""
-        self.start_t = min(self.start_t + seconds, time.time())
+        if not self.disable:
+            self.start_t = min(self.start_t + seconds, time.time())
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self._lines:

@@ -145,12 +145,13 @@ def is_file(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path, replaces: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+def whole_folder(path: str | Path, replaces: Callable[[str], bool] | None = lambda name: False) -> Iterator[Path]:
     """Yields a temporary folder to fill; afterwards it takes the place of `path`, or goes if an exception came.
 
     Args:
         path: the folder to make; it may be there if it is empty, or holds nothing but files of which `replaces` says by
-            their names that they are of the same kind, and may go.
+            their names that they are of the same kind, and may go; None for a folder of the caller's own making, which
+            may go whatever it holds.
 
     Raises:
         OSError: the folder cannot be made, or what lies there may not go.
@@ -254,10 +255,12 @@ def refuse_in_use(path: Path) -> None:
         raise OSError(errno.EBUSY, "it is a mount point", str(path))
 
 
-def _refuse_to_replace(path: Path, replaces: Callable[[str], bool]) -> None:
+def _refuse_to_replace(path: Path, replaces: Callable[[str], bool] | None) -> None:
     try:
         entries = list(os.scandir(path))
     except FileNotFoundError:
+        return
+    if replaces is None:
         return
     foreign = sorted(entry.name for entry in entries if entry.is_dir() or not replaces(entry.name))
     if foreign:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from adastate_jax.errors import UserError
@@ -237,7 +238,20 @@ def constrain_weights(tree: Any) -> Any:
     return jax.tree.map(lambda x, sharding: jax.lax.with_sharding_constraint(x, sharding.spec), tree, shardings)
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """All of a global array, on every process; all of them call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def local_rows(batch_size: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, ascending; several processes may hold the same."""
+    blocks = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[block] for block in blocks]))
+
+
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Global arrays from this process's rows: each leaf [B_local, ...] → [B, ...], split over the batch axes."""
+    """Global arrays from this process's rows (`local_rows`), split over the batch axes: [B_local, ...] → [B, ...]."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

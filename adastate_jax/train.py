@@ -8,17 +8,21 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adastate_jax import distributed
 from adastate_jax.console import CommandParser, refuse_configuration, run_command, starting
+from adastate_jax.distributed import from_first
 from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
 from adastate_jax.files import write_text
 from adastate_jax.interrupts import if_stopped
+from adastate_jax.lockstep import watched
 from adastate_jax.texts import read_json
 
 if TYPE_CHECKING:
@@ -38,14 +42,16 @@ def train(config: "Config", workdir: Path) -> None:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
-    import jax
-
     from adastate_jax.sharding import all_devices
 
     all_devices()
-    if jax.process_count() > 1:
-        raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
-    with _open_workdir(workdir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watched())
+
+        def open_workdir() -> None:
+            stack.enter_context(_open_workdir(workdir))
+
+        from_first(open_workdir)
         _train(config, workdir)
 
 
@@ -74,16 +80,16 @@ def _train(config: "Config", workdir: Path) -> None:
     _refuse_uneven_batches(config)
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
-        _refuse_other_data(workdir, inputs.names)
+        from_first(lambda: _refuse_other_data(workdir, inputs.names))
         frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
-            save_config(config, workdir / "config.json")
+            from_first(lambda: save_config(config, workdir / "config.json"))
         texts = inputs.clips, inputs.captions, inputs.prompts, inputs.critic_prompts
         run = Run(config, workdir, mesh, *texts, frozen, *guiding_texts(config, inputs, frozen), Metrics(workdir))
         for stage in config.stages:
-            if not run.is_finished(stage):
+            if not from_first(functools.partial(run.is_finished, stage)):
                 stages[stage](run)
-            run.refuse_removed()
+            from_first(run.refuse_removed)
 
 
 def _refuse_uneven_batches(config: "Config") -> None:
@@ -192,12 +198,14 @@ def main(arguments: Sequence[str]) -> int:
         "--config", required=True, metavar="FILE", help="a file under configs/; its docstring says more"
     )
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="everything is written here")
+    distributed.add_arguments(parser)
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
     refuse_configuration(known.config, rest)
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
     starting()
+    distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config
 
     config = parse_config([f"--config={known.config}", *rest])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adastate_jax import distributed
 from adastate_jax.checkpoint import is_finished, load_tree, save_tree
 from adastate_jax.config.run import Config
 from adastate_jax.data.batches import open_source, read_batch
@@ -25,7 +26,7 @@ from adastate_jax.data.prompts import prompts as prompts_dataset
 from adastate_jax.data.videos import videos as videos_dataset
 from adastate_jax.data.worlds import worlds as worlds_dataset
 from adastate_jax.errors import UserError
-from adastate_jax.models.patch_codec import fit_patch_codec
+from adastate_jax.models.patch_codec import PatchCodec, fit_patch_codec
 from adastate_jax.models.text import PieceTokenizer, TextEncoder
 from adastate_jax.sharding import init_sharded
 from adastate_jax.training.frozen import Frozen, abstract_frozen, embed_prompts, with_shardings
@@ -153,14 +154,30 @@ def make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
     if not is_finished(folder) and config.start_from:
         save_tree(folder, make_frozen(*start_of(config), clips, mesh))
     elif not is_finished(folder):
+        codec = _fit_codec(config, clips)
+        encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, key_of(config, "frozen"))
+        save_tree(folder, Frozen(codec, encoder))
+    return load_tree(folder, with_shardings(abstract_frozen(config), mesh))
+
+
+def _fit_codec(config: Config, clips) -> PatchCodec:
+    """The codec, fitted to some clips by the first process; of several, the others have zeros in its place.
+
+    `save_tree` writes what the first one has, and all load that. On the host: JAX takes an array that is made under a
+    mesh of several processes for the same on all of them.
+    """
+    fitted: list[PatchCodec] = []
+
+    def fit() -> None:
         chosen = np.linspace(0, len(clips) - 1, min(CODEC_CLIPS, len(clips))).astype(int)
         try:
             codec = fit_patch_codec(config.codec, read_batch(clips, chosen)["video"])
         except ValueError as error:
             raise UserError(f"config.codec: {error}") from None
-        encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, key_of(config, "frozen"))
-        save_tree(folder, Frozen(codec, encoder))
-    return load_tree(folder, with_shardings(abstract_frozen(config), mesh))
+        fitted.append(jax.tree.map(np.asarray, codec))
+
+    distributed.from_first(fit)
+    return fitted[0] if fitted else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_frozen(config).codec)
 
 
 def read_texts(run: Run, texts: Sequence[str], numbers: Sequence[int]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from adastate_jax.data.batches import example_indices, prefetch
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.text import ByteTokenizer
-from adastate_jax.sharding import replicated, shard_batch, tree_shardings
+from adastate_jax.sharding import local_rows, replicated, shard_batch, tree_shardings
 from adastate_jax.training.frozen import Frozen, with_shardings
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
@@ -72,10 +72,10 @@ class Run:
         return steps is not None and (latest_step(self.workdir / stage) or 0) >= steps
 
     def indices(self, stage: str, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-        """The examples of this process at a step of a stage."""
+        """The examples of the rows that this process's devices hold at a step of a stage."""
         salt = ("pretrain", "initialize", "distill").index(stage)
         seed = self.config.seed * 3 + salt
-        return example_indices(step, batch_size, num_examples, seed, jax.process_index(), jax.process_count())
+        return example_indices(step, batch_size, num_examples, seed, local_rows(batch_size, self.mesh))
 
     def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask [B, T]."""

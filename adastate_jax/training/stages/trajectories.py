@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adastate_jax import seals
+from adastate_jax import distributed, seals
 from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.console import progress
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError, reading, writing
 from adastate_jax.files import whole_file
-from adastate_jax.sharding import batch_sharding, shard_batch
+from adastate_jax.sharding import batch_sharding, fetch, local_rows, shard_batch
 from adastate_jax.training.frozen import batch_text
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.stages.inputs import read_texts
@@ -59,22 +59,24 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
-    missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    missing = distributed.from_first(
+        lambda: [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    )
     if missing:
         teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.refuse_removed()
-                numbers = np.arange(index * per_file, (index + 1) * per_file)
+                numbers = index * per_file + local_rows(per_file, run.mesh)
                 texts = read_texts(run, run.captions, numbers)
                 batch = shard_batch((numbers.astype(np.int32), texts), run.mesh)
-                drawn = np.asarray(draw(teacher, run.frozen, run.negative_text, *batch))
+                drawn = fetch(draw(teacher, run.frozen, run.negative_text, *batch))
                 if not np.isfinite(drawn).all():
                     raise UserError(
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                write_trajectories(file(index), drawn, sealed)
+                distributed.from_first(functools.partial(write_trajectories, file(index), drawn, sealed))
                 bar.set_description("trajectories")
                 bar.update(per_file)
 
