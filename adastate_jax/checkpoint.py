@@ -16,7 +16,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +118,11 @@ def _refuse_too_large(folder: Path, tree: Any) -> None:
 
 @contextlib.contextmanager
 def _without_stragglers(folder: Path) -> Iterator[None]:
-    """Keeps quiet TensorStore's threads when a save into a temporary folder has failed, and removes what they leave.
+    """Removes what TensorStore's threads still write into a temporary folder when a save has failed; keeps them quiet.
 
-    Orbax closes its event loop at the first write that fails. The other writes go on for a while; what each then finds,
-    C++ hands to `sys.excepthook` in its own threads (Python's threads have a hook of theirs). What counts is what the
-    save itself raises. They may do so later, so after a failure the hook stays.
+    Orbax closes its event loop at the first write that fails, and waits for no other. The others go on for a while.
     """
-    before = sys.excepthook
-
-    def report(kind, error, trace):
-        if threading.current_thread() is threading.main_thread():
-            before(kind, error, trace)
-
-    sys.excepthook = report
+    _quiet_stragglers()
     try:
         yield
     except BaseException:
@@ -139,7 +132,37 @@ def _without_stragglers(folder: Path) -> Iterator[None]:
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.05)
         raise
-    sys.excepthook = before
+
+
+def _quiet_stragglers() -> None:
+    """Wraps `sys.excepthook` and `sys.unraisablehook`, for good, so that they say nothing of a straggling write.
+
+    Such a write finds its event loop closed and hands that to one of the two hooks, from whatever thread it ends in,
+    perhaps long after the save was given up: hooks that came and went with a save would miss it.
+    """
+    if not isinstance(sys.excepthook, _Hook):
+        report = sys.excepthook
+        sys.excepthook = _Hook(lambda kind, error, trace: _straggles(trace) or report(kind, error, trace))
+    if not isinstance(sys.unraisablehook, _Hook):
+        complain = sys.unraisablehook
+        sys.unraisablehook = _Hook(lambda what: _straggles(what.exc_traceback) or complain(what))
+
+
+class _Hook:
+    """A hook of ours; told from others by its class, so that none is wrapped twice."""
+
+    def __init__(self, function: Callable[..., object]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        self._function(*arguments)
+
+
+def _straggles(trace: types.TracebackType | None) -> bool:
+    """Whether C++ called asyncio, and no function in Python did: the traceback would begin with that."""
+    if trace is None:  # C++ called C
+        return threading.current_thread() is not threading.main_thread()
+    return trace.tb_frame.f_globals.get("__name__", "").startswith("asyncio.")
 
 
 def _finish(folder: Path, channel: str) -> None:

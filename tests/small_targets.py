@@ -12,7 +12,7 @@ SMALL = [
     f"--config={ROOT / 'configs' / 'tiny.py'}",
     *("--config.model.dim=32", "--config.model.num_heads=2", "--config.model.ffn_dim=32"),
     *("--config.model.num_layers=2", "--config.stream.denoising_steps=(1000.0, 500.0)"),
-    *("--config.decoder=wan", "--config.model.in_channels=16", "--config.model.out_channels=16"),
+    *("--config.stages=()", "--config.decoder=wan", "--config.model.in_channels=16", "--config.model.out_channels=16"),
     *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)", "--config.distill.batch_size=2"),
 ]
 CONFIG = parse_config(SMALL)
