@@ -33,8 +33,10 @@ def test_a_stream_is_described(stream):
     passes, layers = 3, CONFIG.model.num_layers
     assert stream["fits"] == "yes"
     assert stream["attention"] == {"xla": passes * layers * 2}
-    # Query, key, value and output, the cross-attention's query and output, two of the feed-forward, and its own two.
-    assert sum(stream["products"].values()) == passes * (layers * (8 + 4) + 1 + 3 + 1)
+    # Query, key, value and output, the cross-attention's query and output, two of the feed-forward; the attentions' own
+    # two each; and those that rotate queries and keys.
+    assert sum(stream["products"].values()) == passes * (layers * (8 + 4 + 2) + 1 + 3 + 1)
+    assert list(stream["products"]) == ["f32 f32 -> f32 highest"]  # as float32 is meant everywhere here
     assert stream["alias_bytes"] == stream["donated_bytes"] > 0
     assert stream["bound_bytes"] == (
         stream["argument_bytes"] + stream["output_bytes"] - stream["alias_bytes"] + stream["temp_bytes"]
@@ -120,7 +122,7 @@ def test_two_runs_are_compared_line_by_line(stream):
     lines = ahead.comparison(run, {"programs": [less, stream | {"program": "wan"}]}).splitlines()
     assert any(line.endswith("(-50.0 %)") and "cpu:1 stream: kernel GB" in line for line in lines)
     assert "cpu:1 stream: fits yes -> no" in lines
-    assert any("products {'f32 f32 -> f32'" in line for line in lines)
+    assert any("products {'f32 f32 -> f32 highest'" in line for line in lines)
     assert lines[-1] == "cpu:1 wan: was not compiled before"
     assert ahead.comparison(run, {"programs": []}) == "cpu:1 stream: is not compiled now"
 
@@ -154,7 +156,7 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
         bench.main([*command, "stream"])
     with pytest.raises(UserError, match="batch_size: 2 prompts are not split over 8 devices of the batch"):
         bench.main([*command, "critic", "student"])
-    with pytest.raises(UserError, match=r"config.mesh: cpu:8 has 8 devices, not 2 \(data 1, fsdp 2, model 1\)"):
+    with pytest.raises(UserError, match=r"config.mesh: cpu:8 has 8 devices, not 2 \(data 1, fsdp 2, model 1, context 1\)"):
         bench.main([*command, "stream", "--config.mesh.fsdp=2"])
     assert not output.exists()
 

@@ -64,14 +64,14 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_every_mesh_is_tried():
-    """Every way to split eight devices over the axes, with three ways to recompute each; all different."""
+    """Every way to split eight devices over the axes, with four ways to recompute each; all different."""
     found = list(variants(configured(), 8))
     meshes = [variant.mesh for variant in found]
     assert len(found) == len({str(variant) for variant in found})
     assert all(math.prod(dataclasses.asdict(mesh).values()) == 8 for mesh in meshes)
-    for mesh in ({"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "model": 2}):
+    for mesh in ({"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "model": 2}, {"fsdp": 4, "context": 2}):
         assert configured(**mesh).mesh in meshes
-    assert {variant.model.remat for variant in found} == {"none", "block", "attention"}
+    assert {variant.model.remat for variant in found} == {"none", "block", "attention", "dots"}
 
 
 @pytest.fixture
