@@ -156,7 +156,7 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
         bench.main([*command, "stream"])
     with pytest.raises(UserError, match="batch_size: 2 prompts are not split over 8 devices of the batch"):
         bench.main([*command, "critic", "student"])
-    with pytest.raises(UserError, match=r"config.mesh: cpu:8 has 8 devices, not 2 \(data 1, fsdp 2, model 1, context 1\)"):
+    with pytest.raises(UserError, match=r"config.mesh: cpu:8 has 8 devices, not 2 \(data 1, fsdp 2, "):
         bench.main([*command, "stream", "--config.mesh.fsdp=2"])
     assert not output.exists()
 
