@@ -5,6 +5,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
     interrupts.install()
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -187,6 +188,22 @@ _EXAMPLE = """example:
   python -m adastate_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.distill.steps=200"""
 
 
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints what distillation takes on the chips that were named; 1 if it does not fit, and nothing near does."""
+    if not 0 < options.share <= 1:
+        raise UserError(f"--share={options.share}: must lie in (0, 1]")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+    starting()
+    from adastate_jax.benchmarking.ahead import cache_folder
+    from adastate_jax.benchmarking.plan import plan, table
+    from adastate_jax.config.files import parse_config
+
+    config = parse_config([f"--config={options.config}", *rest])
+    record = plan(config, config.network("teacher"), options.plan, options.share, cache_folder())
+    print(table(record))
+    return 0 if record["asked"]["fits"] != "no" or record["nearest"] else 1
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
     parser = CommandParser(
@@ -197,11 +214,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a file under configs/; its docstring says more"
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="everything is written here")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="everything is written here; needed but for --plan")
     distributed.add_arguments(parser)
+    plan = parser.add_argument_group("planning")
+    plan.add_argument(
+        "--plan",
+        metavar="CHIP:SIZES",
+        help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
+    )
+    plan.add_argument(
+        "--share", type=float, default=0.4, metavar="X", help="of the chips' peak that times are predicted at (0.4)"
+    )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
     refuse_configuration(known.config, rest)
+    if known.plan is not None:
+        return _plan(known, rest)
+    if known.workdir is None:
+        parser.error("the following arguments are required: --workdir")
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
     starting()

@@ -161,7 +161,26 @@ def changes(asked: Config, other: Config) -> dict[str, Any]:
 
 
 def fitting(config: Config, teacher: DiTConfig, chip: Chip, devices: int) -> list[tuple[Config, int]]:
-    """The variants that fit by counting, and the bytes counted; those first that change least, then the fastest.
+    """The variants that fit by counting, and the bytes counted; see `_counted_variants` for their order."""
+    room = chip.memory * COUNTED_SHARE
+    return [(variant, most) for variant, most in _counted_variants(config, teacher, devices) if most <= room]
+
+
+def spread(config: Config, teacher: DiTConfig, chip: Chip, devices: int) -> Config:
+    """A configuration of one device on the mesh of so many that suits it best; where none fits, that which holds least.
+
+    Raises:
+        UserError: no mesh of so many devices divides it.
+    """
+    counted = _counted_variants(config, teacher, devices)
+    if not counted:
+        raise UserError(f"config.mesh: no mesh of {devices} devices divides the networks and the batch; take fewer")
+    fits = (variant for variant, most in counted if most <= chip.memory * COUNTED_SHARE)
+    return next(fits, min(counted, key=lambda item: item[1])[0])
+
+
+def _counted_variants(config: Config, teacher: DiTConfig, devices: int) -> list[tuple[Config, int]]:
+    """Variants and the bytes that are counted of each; those first that change least, then the fastest.
 
     Among equally fast ones come first those that split fewer activations: less is exchanged.
     """
@@ -174,10 +193,8 @@ def fitting(config: Config, teacher: DiTConfig, chip: Chip, devices: int) -> lis
         except UserError:  # the batch is not divided
             continue
         most = max(each.bytes for each in counts)
-        if most <= chip.memory * COUNTED_SHARE:
-            work = sum(each.flops.total for each in counts)
-            split = variant.mesh.model * getattr(variant.mesh, "context", 1)
-            found.append((len(changes(config, variant)), work, split, variant, most))
+        work = sum(each.flops.total for each in counts)
+        found.append((len(changes(config, variant)), work, variant.mesh.model * variant.mesh.context, variant, most))
     return [(variant, most) for *_, variant, most in sorted(found, key=lambda item: item[:3])]
 
 
@@ -185,6 +202,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
     """What distillation takes on a target as it is configured, and if that does not fit, the nearest that does.
 
     Args:
+        config: on a mesh of as many devices as the target has; one device is any mesh, see `spread`.
         name: of the target, see `find_target`; where what compiles for it is not installed, it is only counted.
         share: of the data sheet's rate that times are predicted at.
         cache: folder of what was compiled before.
@@ -199,7 +217,10 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
     """
     chip, sizes = read_target(name)
     devices, target = math.prod(sizes), find_target(name) if can_compile_for(name) else None
-    if math.prod(dataclasses.asdict(config.mesh).values()) != devices:
+    given = math.prod(dataclasses.asdict(config.mesh).values())
+    if given == 1 < devices:
+        config = spread(config, teacher, chip, devices)
+    elif given != devices:
         raise UserError(f"config.mesh: {name} has {devices} devices; set fsdp, or another axis, to as many")
     place = _Place(chip, devices, share, target, cache)
     asked = _figures(config, teacher, place)
@@ -257,6 +278,8 @@ def _figures(config: Config, teacher: DiTConfig, place: _Place) -> dict[str, Any
     answers = [figures["fits"] for figures in updates.values()]
     return {
         "mesh": dataclasses.asdict(config.mesh),
+        "remat": config.model.remat,
+        "accumulate": config.distill.accumulate,
         "updates": updates,
         "counted_bytes": max(figures["counted_bytes"] for figures in updates.values()),
         "fits": next(answer for answer in ("no", "tightly", "yes") if answer in answers),
@@ -285,7 +308,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     mesh = ", ".join(f"{axis} {extent}" for axis, extent in figures["mesh"].items() if extent > 1) or "one device"
-    yield f"mesh {mesh}"
+    yield f"mesh {mesh}; remat {figures['remat']}, accumulate {figures['accumulate']}"
     for program, row in figures["updates"].items():
         compiled = row.get("compiled")
         sizes = f"{row['counted_bytes'] / 2**30:.1f} GiB counted"

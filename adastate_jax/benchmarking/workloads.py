@@ -17,6 +17,7 @@ from adastate_jax.benchmarking import flops
 from adastate_jax.benchmarking.flops import Flops
 from adastate_jax.benchmarking.sections import TRAINING
 from adastate_jax.benchmarking.targets import Target, make_target_mesh
+from adastate_jax.config.networks import trained_sizes
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.errors import UserError
@@ -67,7 +68,7 @@ def make_workload(name: str, config: Config, teacher: DiTConfig, mesh: Mesh) -> 
 
     Args:
         name: one of `sections.PROGRAMS`.
-        teacher: its sizes; critic and student have those of `config.model`.
+        teacher: its sizes, where they are not those of the configuration.
         mesh: of a target's chips, see `mesh_over`; an abstract one is enough to count what lies where.
 
     Raises:
@@ -231,14 +232,15 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> 
     """An update of distillation. All three networks and both optimizers lie on the devices throughout."""
     settings, batch = config.distill, config.distill.batch_size
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if batch % parts:
-        raise UserError(f"config.distill.batch_size: {batch} prompts are not split over {parts} devices of the batch")
-    sizes = dataclasses.replace(config.model, param_dtype="float32")
+    if batch // settings.accumulate % parts:
+        at_once = f"{batch} prompts" + (f", {batch // settings.accumulate} at once," if settings.accumulate > 1 else "")
+        raise UserError(f"config.distill.batch_size: {at_once} are not split over {parts} devices of the batch")
+    critic_sizes, sizes = (trained_sizes(config.network(network)) for network in ("critic", "student"))
 
-    def state(optimizer: OptimizerConfig, ema: bool) -> TrainState:
+    def state(sizes: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
         return with_shardings(_abstract_state(sizes, optimizer, ema), mesh)
 
-    student, critic = state(settings.student, True), state(settings.critic, False)
+    student, critic = state(sizes, settings.student, True), state(critic_sizes, settings.critic, False)
     teacher = _transformer(teacher_sizes, mesh)
     text = jax.ShapeDtypeStruct(
         (batch, sizes.text_length, sizes.text_dim), jnp.dtype(config.text.dtype), sharding=batch_sharding(mesh)
@@ -247,10 +249,10 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> 
     rollout = (config.stream, settings.rollout_frames, sizes.frame_tokens(*config.latent_shape[:2]))
     if name == "student":
         own, update, others = student, student_update(config), (critic.params, teacher)
-        work = flops.student_flops(sizes, sizes, teacher_sizes, *rollout)
+        work = flops.student_flops(sizes, critic_sizes, teacher_sizes, *rollout)
     else:
         own, update, others = critic, critic_update(config), (student.params,)
-        work = flops.critic_flops(sizes, sizes, *rollout)
+        work = flops.critic_flops(sizes, critic_sizes, *rollout)
     held = device_bytes((student, critic, teacher)) - device_bytes((own, others))
     shardings = tree_shardings(own, mesh), replicated(mesh)
     function = jax.jit(update, donate_argnums=0, out_shardings=shardings)

@@ -7,6 +7,7 @@ import jax
 import pytest
 from small_targets import CONFIG, HOST, SMALL, here
 
+from adastate_jax import train
 from adastate_jax.benchmarking import plan as planning
 from adastate_jax.benchmarking.plan import COUNTED_SHARE, changes, count, fitting, plan, variants
 from adastate_jax.benchmarking.workloads import make_workload
@@ -175,3 +176,29 @@ def test_another_number_of_devices_is_refused(chip, tmp_path):
         plan(configured(fsdp=4), TEACHER, "chip:8", 0.5, tmp_path)
     with pytest.raises(UserError, match="2 prompts are not split over 8 devices"):
         plan(configured(batch=2, fsdp=8), TEACHER, "chip:8", 0.5, tmp_path)
+
+
+def test_a_configuration_of_one_device_is_spread_over_all(chip, tmp_path):
+    """On the mesh that changes nothing else, if it fits; where none does, on the one that holds least."""
+    chip(need(configured(fsdp=8)) / COUNTED_SHARE + 1)
+    record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
+    assert record["asked"]["fits"] == "yes"
+    assert math.prod(record["asked"]["mesh"].values()) == 8
+    assert (record["asked"]["remat"], record["asked"]["accumulate"]) == ("block", 1)
+    chip(1.0)
+    record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
+    assert (record["asked"]["fits"], record["nearest"]) == ("no", None)
+    meshes = [configured(**mesh) for mesh in ({"fsdp": 8}, {"data": 8}, {"fsdp": 4, "context": 2})]
+    assert record["asked"]["counted_bytes"] <= min(need(config) for config in meshes)
+
+
+def test_the_command_plans_without_a_work_directory(chip, capsys):
+    chip(2**40)
+    assert train.main([*SMALL, "--config.distill.batch_size=8", "--plan=chip:8", "--share=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "chip:8 (this processor x 8), times at 50 % of the data sheet's rate" in printed
+    assert "device-hours" in printed
+    with pytest.raises(UserError, match=r"--share=2\.0: must lie in"):
+        train.main([*SMALL, "--plan=chip:8", "--share=2"])
+    with pytest.raises(UserError, match="--workdir"):
+        train.main(SMALL)
