@@ -182,9 +182,11 @@ def spread(config: Config, teacher: DiTConfig, chip: Chip, devices: int) -> Conf
 def _counted_variants(config: Config, teacher: DiTConfig, devices: int) -> list[tuple[Config, int]]:
     """Variants and the bytes that are counted of each; those first that change least, then the fastest.
 
-    Among equally fast ones come first those that split fewer activations: less is exchanged.
+    A mesh is no change where the configuration has one device. Among equally fast ones come first those that split
+    fewer activations: less is exchanged.
     """
     found = []
+    free = math.prod(dataclasses.asdict(config.mesh).values()) == 1
     for variant in variants(config, devices):
         if variant.model.num_heads % variant.mesh.model or teacher.num_heads % variant.mesh.model:
             continue
@@ -194,7 +196,8 @@ def _counted_variants(config: Config, teacher: DiTConfig, devices: int) -> list[
             continue
         most = max(each.bytes for each in counts)
         work = sum(each.flops.total for each in counts)
-        found.append((len(changes(config, variant)), work, variant.mesh.model * variant.mesh.context, variant, most))
+        changed = [field for field in changes(config, variant) if not (free and field.startswith("config.mesh."))]
+        found.append((len(changed), work, variant.mesh.model * variant.mesh.context, variant, most))
     return [(variant, most) for *_, variant, most in sorted(found, key=lambda item: item[:3])]
 
 
