@@ -47,6 +47,7 @@ SMALL_CONFIG = [
     "--config.stream.denoising_steps=(1000.0, 500.0)",
 ]
 WAN_DECODERS = [
+    "--config.stages=()",
     "--config.decoder=wan",
     *("--config.model.in_channels=16", "--config.model.out_channels=16"),
     *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)"),

@@ -507,6 +507,17 @@ WRONG = {
         ["--config=configs/tiny.py", "--workdir=README.md"],
     ),
     "sample": (["--checkpoint=tiny"], ["--checkpoint=nowhere", "--prompt=x"]),
+    "serve": (
+        ["--checkpoint=nowhere"],
+        ["--checkpoint=tiny", "--port=70000"],
+        ["--checkpoint=tiny", "--anchors", "static", "none", "ema"],
+        ["--checkpoint=tiny", "--token=short"],
+    ),
+    "watch": (
+        ["http://127.0.0.1:9/", "--seconds=nan"],
+        ["http://127.0.0.1:9/", "--output=a.gif"],
+        ["http://127.0.0.1:9/", "--prompts=nowhere"],
+    ),
     "convert": (
         ["--source=no.pt", "--output=a"],
         ["--source=configs", "--output=README.md"],
@@ -618,7 +629,7 @@ def test_all_commands_are_listed(capsys):
     for arguments in ([], ["--help"]):
         assert __main__._dispatch(arguments) == 0
         assert capsys.readouterr().out.count("\n  ") == len(COMMANDS)
-    with pytest.raises(UserError, match="nonsense: no such command; use one of sample, train"):
+    with pytest.raises(UserError, match="nonsense: no such command; use one of sample, serve, watch, train"):
         __main__._dispatch(["nonsense"])
     with pytest.raises(UserError, match="--anchor: invalid choice: 'x'"):
         __main__._dispatch(["sample", "--anchor=x"])

@@ -88,9 +88,9 @@ def test_an_interrupt_while_the_last_frames_are_compressed_waits_for_the_thread(
         done.append("abandoned")
         closed(encoder)
 
-    original, closed = writers._Mp4.write, writers._Mp4.abandon
-    monkeypatch.setattr(writers._Mp4, "write", write)
-    monkeypatch.setattr(writers._Mp4, "abandon", abandon)
+    original, closed = writers.Mp4.write, writers.Mp4.abandon
+    monkeypatch.setattr(writers.Mp4, "write", write)
+    monkeypatch.setattr(writers.Mp4, "abandon", abandon)
 
     def interrupted():
         with VideoWriter(tmp_path / "a.mp4") as writer:
