@@ -14,24 +14,19 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from serving.mutants import mutate
+from serving.small_server import LOOPBACK, PROMPT, assemble
 from small_run import small_config
 from starlette.websockets import WebSocketDisconnect
 
 import adastate_jax as ada
 from adastate_jax.generation.takes import read_session, replay
-from adastate_jax.serving.app import MOST_PICTURE_BYTES, Allowed, Offer, make_app
-from adastate_jax.serving.generator import Generator, facts_of
-from adastate_jax.serving.guard import Guard
+from adastate_jax.serving.app import MOST_PICTURE_BYTES, Allowed
 from adastate_jax.serving.limits import Door
 from adastate_jax.serving.live import Live
 from adastate_jax.serving.protocol import unpack
-from adastate_jax.serving.queue import Queue
 from adastate_jax.serving.recording import Store
 
-ANCHORS = ("static", "adastate")
-PROMPT = "a camera pans left"
 HOST, SOCKETS = "http://127.0.0.1", "ws://127.0.0.1"
-LOOPBACK = Door("127.0.0.1", None)
 MUTANTS = 2000
 
 
@@ -60,13 +55,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model, folder, door: Door = LOOPBACK, allowed: Allowed | None = None, limit: float = 600.0):
-    many = Allowed(sessions=(1e6, 1e6), sockets=(1e6, 1e6), messages=(1e6, 1e6))
-    live = Live(facts_of(model, ANCHORS), Queue(limit, 2))
-    store = Store(folder, 20)
-    store.check()
-    generator = Generator(model, live, store, ANCHORS, PROMPT)
-    offer = Offer("small", PROMPT, ANCHORS, ("static", "adastate", "longlive"), (PROMPT,), "")
-    app = make_app(live, generator, store, offer, Guard(door, MOST_PICTURE_BYTES), allowed or many)
+    app, live, store = assemble(model, folder, door, allowed, limit)
     with TestClient(app, base_url=HOST) as client:
         yield Server(client, live, store)
 
