@@ -8,7 +8,6 @@ losses are compared with those of a run that nobody stopped. About a minute per 
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -54,7 +53,7 @@ def processes_of(launcher: int) -> list[int]:
 
 def lines_of(workdir: Path) -> int:
     path = workdir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
 def newest(workdir: Path) -> int:
@@ -119,11 +118,12 @@ def result_of(workdir: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
     from adastate_jax.config.files import load_config
     from adastate_jax.sharding import make_mesh
     from adastate_jax.training.frozen import with_shardings
+    from adastate_jax.training.metrics import read_metrics
     from adastate_jax.training.stages.run import abstract_states
 
     like = with_shardings(abstract_states(load_config(workdir / "config.json"))["pretrain"], make_mesh())
     state = load_tree(workdir / "pretrain" / str(STEPS), like)
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(workdir / "metrics.jsonl")
     return {name: np.asarray(leaf) for name, leaf in flatten(state).items()}, records
 
 

@@ -1,7 +1,6 @@
 """The train and sample commands as processes: resuming, being killed, and what they refuse."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+from adastate_jax.training.metrics import read_metrics, read_times
 
 ROOT = Path(__file__).parents[1]
 # A few seconds of work: everything at its smallest, all stages.
@@ -68,10 +69,34 @@ def run(environment, workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
+    """A run that nobody stopped; it is traced and says where its time went, which changes nothing of what it trains."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    code, errors = run(environment, workdir)
+    start = time.monotonic()
+    code, errors = run(environment, workdir, "--profile=4:5")
     assert code == 0, errors
+    refuse_wrong_times(workdir, errors.splitlines(), time.monotonic() - start)
     return workdir
+
+
+def refuse_wrong_times(workdir, lines, wall):
+    """The spans leave out nothing of what a run took but the interpreter's start and end."""
+    times = read_times(workdir / "metrics.jsonl")
+    names = {name.removeprefix("seconds_") for record in times for name in record if name.startswith("seconds_")}
+    assert names == {"start", "data", "compile", "step", "save", "profile", "sample"}
+    total = sum(value for record in times for name, value in record.items() if name.startswith("seconds_"))
+    assert 0.5 * wall < total <= wall
+    assert {record["stage"] for record in times if record.get("tflops_per_second", 0) > 0} == {
+        "pretrain",
+        "initialize",
+        "distill",
+    }
+    assert any(line.startswith(f"time: {total:.1f} s: ") and "compile" in line for line in lines)
+    assert sum(line.startswith(("pretrain: steps at ", "distill: steps at ")) for line in lines) == 2
+    assert sorted(path.name for path in (workdir / "profile").iterdir()) == [
+        "distill",
+        "pretrain",
+    ]  # the others end at 4
+    assert all(list((workdir / "profile" / stage).rglob("*.xplane.pb")) for stage in ("pretrain", "distill"))
 
 
 def weights(workdir) -> dict[str, bytes]:
@@ -89,7 +114,7 @@ def weights(workdir) -> dict[str, bytes]:
 
 
 def scalars(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(workdir / "metrics.jsonl")
 
 
 def test_a_run_leaves_everything_behind(uninterrupted):
@@ -176,6 +201,8 @@ def test_a_run_that_starts_from_another_is_what_that_one_became(environment, uni
     ("options", "message"),
     [
         (("--config.model.num_heads=2",), "was made with config.model.num_heads=1, now it is 2"),
+        (("--profile=5:4",), "--profile=5:4: must be 1 to 100 steps, the first of them first"),
+        (("--profile=4:6",), "no stage has a step 6: they have pretrain 6, initialize 4, distill 6, from 0"),
         (("--config.start_from=nowhere",), "nowhere/config.json: no such file"),
     ],
 )

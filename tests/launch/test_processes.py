@@ -16,6 +16,7 @@ from adastate_jax import distributed
 from adastate_jax.checkpoint import load_tree, save_tree
 from adastate_jax.errors import UserError
 from adastate_jax.sharding import make_mesh
+from adastate_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
@@ -101,8 +102,8 @@ def test_two_processes_train_what_one_trains(cache, tmp_path):
     )
     assert one.returncode == 0, one.stderr
     found = [
-        [(record["step"], record["loss"], record["gradient_norm"]) for record in map(json.loads, text.splitlines())]
-        for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
+        [(r["step"], r["loss"], r["gradient_norm"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("one", "two")
     ]
     assert len(found[0]) == 4
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
@@ -125,7 +126,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
     command.append(f"--workdir={tmp_path}")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(cache), stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+    while not metrics.exists() or len(read_metrics(metrics)) < 4:
         assert launcher.poll() is None, launcher.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -137,7 +138,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
         assert f"[{name}] stopped; the same command resumes {tmp_path}" in errors
     assert "Traceback" not in errors
     [saved] = (int(path.name) for path in (tmp_path / "pretrain").iterdir())
-    assert metrics.read_bytes().count(b"\n") == saved >= 4
+    assert len(read_metrics(metrics)) == saved >= 4
 
 
 @pytest.mark.parametrize(
