@@ -109,6 +109,55 @@ def test_two_processes_train_what_one_trains(cache, tmp_path):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
 
 
+WATCHED = """
+import sys, time
+from adastate_jax import distributed, lockstep
+from adastate_jax.console import run_command
+def main(arguments):
+    distributed.start(timeout=int(arguments[0]))
+    with lockstep.watched():
+        print("ready", flush=True)
+        time.sleep(300)
+run_command(main)
+"""
+
+
+def test_the_first_is_killed_and_the_others_name_it(cache):
+    """JAX would abort them; a line of ours comes first, with our exit code."""
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-c", WATCHED, "100"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(cache), text=True, **pipes) as launcher:
+        ready = [launcher.stdout.readline() for _ in range(2)]
+        assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
+        time.sleep(3)
+        start = time.monotonic()
+        os.kill(processes_of(launcher.pid)[0], signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=100)
+    assert time.monotonic() - start < 60
+    lines = [line for line in errors.splitlines() if line.startswith("[1] error: ")]
+    assert len(lines) == 1, errors
+    assert "error: process 0 on " in lines[0]
+    assert "is dead: nobody listens where it held the coordination service; the same command goes on" in lines[0]
+    assert launcher.returncode == 137
+    assert "[0] ended with 137" in errors
+
+
+def test_a_process_whose_partner_never_comes_says_so(cache):
+    alone = {"ADASTATE_COORDINATOR": "127.0.0.1:1", "ADASTATE_PROCESSES": "2", "ADASTATE_PROCESS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, "2"],
+        cwd=ROOT,
+        env={**environment(cache), **alone},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "process 1 of 2 at 127.0.0.1:1: did not find each other within 2 s" in line
+    assert "--start-timeout" in line
+
+
 def processes_of(launcher: int) -> list[int]:
     """The process of each number that a launcher has started."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
