@@ -1,4 +1,4 @@
-"""Two real processes on this machine: they agree, they share checkpoints with one, and they train what one trains."""
+"""Two and four real processes on this machine: they agree, share checkpoints with one, and train what one trains."""
 
 import json
 import os
@@ -54,28 +54,30 @@ def local(processes: int, devices: int, command: list[str], cache: Path) -> subp
     return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=False)
 
 
-def test_two_processes_agree_and_share_checkpoints_with_one(tmp_path):
-    """What one wrote loads in two, what two wrote in one, to the bit; damage to what either wrote is named."""
+def test_several_processes_agree_and_share_checkpoints(tmp_path):
+    """What one wrote loads in four, what these wrote in two, and all of it in one, to the bit; damage is named."""
     mesh = make_mesh(fsdp=2)
     made = tree(mesh)
-    save_tree(tmp_path / "one", made)
-    done = local(2, 2, [str(ROOT / "tests" / "launch_worker.py"), str(tmp_path)], tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    ends = [line for line in done.stdout.splitlines() if line.endswith("is done")]  # Gloo speaks on stdout, too
-    assert sorted(ends) == ["[0] process 0 is done", "[1] process 1 is done"]
-    for folder in (tmp_path / "two", tmp_path / "numbered" / "4"):
-        assert same(load_tree(folder, made), made)
-    assert [path.name for path in (tmp_path / "numbered").iterdir()] == ["4"]
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "own", "numbered", "cache"}
-    seal = json.loads((tmp_path / "two" / "seal.json").read_text())
+    trees = tmp_path / "trees"
+    trees.mkdir()
+    save_tree(trees / "one", made)
+    for processes, name in ((4, "four"), (2, "two")):
+        worker = [str(ROOT / "tests" / "launch_worker.py"), str(trees), name]
+        done = local(processes, 4 // processes, worker, tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        ends = [line for line in done.stdout.splitlines() if line.endswith("is done")]  # Gloo speaks on stdout, too
+        assert sorted(ends) == [f"[{index}] process {index} is done" for index in range(processes)]
+        assert same(load_tree(trees / name, made), made)
+    assert {path.name for path in trees.iterdir()} == {"one", "two", "four"}
+    seal = json.loads((trees / "two" / "seal.json").read_text())
     written = [name for name in seal if "/ocdbt.process_" in name and "/d/" in name]
     assert {name.split("/")[1] for name in written} == {"ocdbt.process_0", "ocdbt.process_1"}  # each wrote its own
     for name in written:
-        file = tmp_path / "two" / name
+        file = trees / "two" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError, match=file.name):
-            load_tree(tmp_path / "two", made)
+            load_tree(trees / "two", made)
         file.write_bytes(content)
 
 
