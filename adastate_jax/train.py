@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -268,6 +269,11 @@ def main(arguments: Sequence[str]) -> int:
         return _plan(known, rest)
     if known.workdir is None:
         parser.error("the following arguments are required: --workdir")
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(known.workdir)):  # `Path` has made one slash of two
+        raise UserError(
+            f"--workdir={known.workdir}: is no folder; mount the bucket (gcsfuse for gs://) and name where: data sets, "
+            "trajectories and checkpoints are renamed into place, which a bucket's address cannot do"
+        )
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
     begun = time.monotonic()

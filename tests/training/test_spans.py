@@ -107,6 +107,14 @@ def test_ranges_that_are_none_are_refused(text, tmp_path):
         Profile(text, parse_config(["--config=configs/tiny.py", "--config.pretrain.steps=1000"]), tmp_path)
 
 
+def test_steps_that_no_stage_has_are_refused(tmp_path):
+    sizes = [f"--config.{stage}.steps={steps}" for stage, steps in (("pretrain", 6), ("initialize", 4), ("distill", 6))]
+    config = parse_config(["--config=configs/tiny.py", *sizes])
+    Profile("4:5", config, tmp_path)
+    with pytest.raises(UserError, match="no stage has a step 6: they have pretrain 6, initialize 4, distill 6, from 0"):
+        Profile("4:6", config, tmp_path)
+
+
 def test_a_profile_that_is_cut_short_leaves_nothing(tmp_path):
     config = parse_config(["--config=configs/tiny.py"])
     with Profile("1:2", config, tmp_path / "profile") as profile:
