@@ -114,7 +114,7 @@ class Metrics:
             times |= self._work.rates(stage, steps, taken.get("step", 0.0))
         if steps and (memory := device_memory()):
             times["memory_gib"] = max(memory.values())
-        return times
+        return {name: float(f"{value:.6g}") for name, value in times.items()}
 
     def _report(self, stage: str, step: int, times: Mapping[str, float]) -> None:
         self._append([{"stage": stage, "step": step, **times}])
