@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -60,7 +61,8 @@ def train(config: "Config", workdir: Path, begun: float | None = None, profile: 
 
     all_devices()
     traced = Profile(profile, config, workdir / "profile") if profile else None
-    metrics = Metrics(workdir, Spans(begun), Work(functools.partial(step_flops, config), device_peak()))
+    work = Work(functools.partial(step_flops, config), math.prod(dataclasses.astuple(config.mesh)), device_peak())
+    metrics = Metrics(workdir, Spans(begun), work)
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched())
 

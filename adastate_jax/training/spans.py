@@ -49,17 +49,19 @@ class Work:
 
     Attributes:
         flops: (stage, step) → floating-point operations of the networks' arithmetic, on all devices together.
+        devices: how many compute; there may be more.
         peak: of one device, operations per second by its data sheet; None where it is not known.
     """
 
     flops: Callable[[str, int], int]
+    devices: int
     peak: float | None
 
     def rates(self, stage: str, steps: list[int], seconds: float) -> dict[str, float]:
         """Of steps that took so many seconds: `tflops_per_second` of a device, and its `utilisation` in 0 … 1."""
         if not steps or seconds <= 0:
             return {}
-        rate = sum(self.flops(stage, step) for step in steps) / seconds / jax.device_count()
+        rate = sum(self.flops(stage, step) for step in steps) / seconds / self.devices
         return {"tflops_per_second": rate / 1e12, **({"utilisation": rate / self.peak} if self.peak else {})}
 
 

@@ -34,8 +34,8 @@ def test_laps_leave_nothing_out(clock):
 
 
 def test_a_run_that_is_resumed_counts_the_steps_that_it_repeats(clock, tmp_path):
-    """Ten seconds per step of 4e12 operations; the second call goes on from step 2."""
-    work = spans.Work(lambda stage, step: 4 * 10**12 * jax.device_count(), peak=1e12)
+    """Ten seconds per step of 4e12 operations on each of two devices; the second call goes on from step 2."""
+    work = spans.Work(lambda stage, step: 8 * 10**12, devices=2, peak=1e12)
 
     def steps(metrics, first, last):
         for step in range(first, last):
@@ -76,6 +76,25 @@ def test_a_run_that_is_resumed_counts_the_steps_that_it_repeats(clock, tmp_path)
         "memory: at most 2.50 GiB (TPU_0), at least 2.25 (TPU_1)",
     ]
     assert Metrics(tmp_path).summary({}) == []  # a call that had nothing to do
+    events = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard" / "pretrain").iterdir())
+    assert all(f"time/{name}".encode() in events for name in ("seconds_step", "seconds_save", "utilisation"))
+
+
+def test_memory_is_that_of_each_device_where_the_backend_tells(monkeypatch):
+    class Device:
+        def __init__(self, name, peak):
+            self.name, self.peak = name, peak
+
+        def __str__(self):
+            return self.name
+
+        def memory_stats(self):
+            return self.peak and {"peak_bytes_in_use": self.peak}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device("TPU_0", 3 << 30), Device("TPU_1", 1 << 29)])
+    assert spans.device_memory() == {"TPU_0": 3.0, "TPU_1": 0.5}
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device("CPU_0", None)])
+    assert spans.device_memory() == {}
 
 
 def test_what_steps_count_follows_from_the_work_and_not_from_how_it_is_done():
