@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 FIELDS = {
     "data.num_worlds": 12,
     "data.worlds.num_frames": 9,
+    "codec.patch": 16,  # four tokens per frame, to be split
     "codec.channels": 8,
     "model.in_channels": 8,
     "model.out_channels": 8,
@@ -28,7 +29,6 @@ FIELDS = {
     "model.ffn_dim": 32,
     "model.num_heads": 4,
     "model.num_layers": 1,
-    "stages": ("pretrain", "initialize", "distill"),
     "pretrain.steps": 4,
     "pretrain.batch_size": 4,
     "initialize.steps": 4,
@@ -43,7 +43,7 @@ FIELDS = {
 }
 
 
-def train(workdir: Path, processes: int, mesh: list[str]) -> list[dict]:
+def train(workdir: Path, processes: int, mesh: list[str], stages: list[str]) -> list[dict]:
     """The steps that so many processes log, one device each."""
     command = [
         sys.executable,
@@ -55,7 +55,7 @@ def train(workdir: Path, processes: int, mesh: list[str]) -> list[dict]:
     ]
     command += ["--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    command += [f"--config.mesh.{axis}" for axis in mesh]
+    command += [f"--config.mesh.{axis}" for axis in mesh] + [f"--config.stages={tuple(stages)}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -78,6 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--meshes", nargs="+", default=["data=4", "context=2,model=2"], metavar="AXIS=N,…")
+    parser.add_argument("--stages", nargs="+", default=["pretrain", "initialize", "distill"], help="the first ones")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,12 +89,13 @@ def main() -> int:
             JAX_SHARE_BINARY_BETWEEN_HOSTS="true",  # one compiles for all: they share the cores of one machine
             JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS="3600000",
         )
-        reference = train(Path(folder) / "one", 1, [])
+        reference = train(Path(folder) / "one", 1, [], options.stages)
         print("| mesh | largest relative difference | seconds |\n|---|---|---|", flush=True)
         failed = False
         for number, mesh in enumerate(options.meshes):
             start = time.monotonic()
-            found = differences(train(Path(folder) / str(number), options.processes, mesh.split(",")), reference)
+            trained = train(Path(folder) / str(number), options.processes, mesh.split(","), options.stages)
+            found = differences(trained, reference)
             failed |= max(found.values()) > options.tolerance
             said = ", ".join(f"`{stage}` {value:.1e}" for stage, value in found.items())
             print(f"| {mesh} | {said} | {time.monotonic() - start:.0f} |", flush=True)

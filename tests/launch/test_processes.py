@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from adastate_jax import distributed
 from adastate_jax.checkpoint import load_tree, save_tree
 from adastate_jax.errors import UserError
 from adastate_jax.sharding import make_mesh
-from adastate_jax.training.metrics import read_metrics
+from adastate_jax.training.metrics import read_metrics, read_times
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
@@ -87,28 +88,37 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compilations")
 
 
-def test_two_processes_train_what_one_trains(cache, tmp_path):
-    """Losses to 1e-6; the first alone speaks."""
+def test_two_processes_train_what_one_trains_and_one_goes_on_with_it(cache, tmp_path):
+    """Losses to 1e-6; the first alone speaks. What was cut behind its second step goes on as one process the same."""
     two = local(2, 1, [*TRAIN, f"--workdir={tmp_path / 'two'}", "--config.mesh.fsdp=2"], cache)
     assert two.returncode == 0, two.stderr
     lines = two.stderr.splitlines()
     assert any(line.startswith("[0] pretrain") for line in lines)
-    assert not any(line.startswith("[1] pretrain") or "Traceback" in line for line in lines)
-    one = subprocess.run(
-        [sys.executable, *TRAIN, f"--workdir={tmp_path / 'one'}"],
-        cwd=ROOT,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert one.returncode == 0, one.stderr
-    found = [
-        [(r["step"], r["loss"], r["gradient_norm"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("one", "two")
-    ]
+    assert not any(line.startswith(("[1] pretrain", "[1] time")) or "Traceback" in line for line in lines)
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "pretrain" / "4")
+    found = [losses(tmp_path / "two")]
+    for name in ("one", "resumed"):
+        one = subprocess.run(
+            [sys.executable, *TRAIN, f"--workdir={tmp_path / name}"],
+            cwd=ROOT,
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert one.returncode == 0, one.stderr
+        found.append(losses(tmp_path / name))
     assert len(found[0]) == 4
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
+    times = read_times(tmp_path / "resumed" / "metrics.jsonl")
+    assert sum(record.get("seconds_repeated", 0.0) for record in times) > 0
+
+
+def losses(workdir: Path) -> list[tuple[int, float, float]]:
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [(record["step"], record["loss"], record["gradient_norm"]) for record in records]
 
 
 WATCHED = """
