@@ -11,10 +11,12 @@ import ctypes
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -27,6 +29,9 @@ START_TIMEOUT = 1800  # seconds; a pod of many hosts can take more than JAX's 30
 _HEARTBEAT = 600  # seconds: our own watch ends a run much earlier, and says why; JAX's is for what escapes it
 _MARGIN = 1.0  # seconds after which a start that JAX has given up is; below the time that its abort is put off
 _LOOPBACK = "means each machine itself (loopback); give an address of the first that all others reach"
+_PATIENCE = (
+    20.0  # seconds that one which has failed waits for the others, who may wait elsewhere for what it has not done
+)
 _SLICE = 1000  # milliseconds of one call of the service, between which Python handles signals
 
 
@@ -257,12 +262,16 @@ def alone() -> Iterator[None]:
         _state.alone = before
 
 
-def gather(value: Value, channel: str = "main") -> list[Value]:
+def gather(value: Value, channel: str = "main", patience: float = math.inf) -> list[Value]:
     """What every process gives, in their order, once all have given it.
 
     Args:
         value: anything that JSON holds.
         channel: of the thread that calls.
+        patience: seconds to wait for the others.
+
+    Raises:
+        TimeoutError: they did not come. This process has to end: the next calls would not fit together.
     """
     if count() == 1:
         return [value]
@@ -270,20 +279,23 @@ def gather(value: Value, channel: str = "main") -> list[Value]:
     _state.calls[channel] += 1
     own = f"adastate/{channel}/{call}"
     _state.client.key_value_set(f"{own}/{_state.index}", json.dumps(value))
-    values = [json.loads(_wait_for(f"{own}/{index}")) for index in range(_state.count)]
+    deadline = time.monotonic() + patience
+    values = [json.loads(_wait_for(f"{own}/{index}", deadline)) for index in range(_state.count)]
     if is_first() and call:
         # Who has come to this call has left the one before.
         _state.client.key_value_delete(f"adastate/{channel}/{call - 1}")
     return values
 
 
-def _wait_for(name: str) -> str:
+def _wait_for(name: str, deadline: float) -> str:
     while True:
         try:
             return _state.client.blocking_key_value_get(name, _SLICE)
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(name) from None
 
 
 def from_first(function: Callable[[], Value], channel: str = "main") -> Value:
@@ -310,11 +322,16 @@ def from_first(function: Callable[[], Value], channel: str = "main") -> Value:
 
 @contextlib.contextmanager
 def together(channel: str = "main") -> Iterator[None]:
-    """A context that all leave at once: if an exception came in one, all leave by it."""
+    """A context that all leave at once: if an exception came in one, all leave by it.
+
+    The one in which it came does not wait long for the others, who may be within a library's own barrier. It ends, and
+    they with it: see `lockstep`.
+    """
     try:
         yield
     except Exception as error:
-        gather(_describe(error), channel)
+        with contextlib.suppress(TimeoutError):
+            gather(_describe(error), channel, _PATIENCE)
         raise
     failures = [failure for failure in gather(None, channel) if failure is not None]
     if failures:

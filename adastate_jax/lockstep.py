@@ -10,6 +10,7 @@ all have said so; the first step that none has passed is where all stop. The mai
 wait in a collective for a process that waits here.
 """
 
+import atexit
 import collections
 import contextlib
 import faulthandler
@@ -234,15 +235,22 @@ def watched() -> Iterator[None]:
         distributed.gather("finished")
     except UserError as error:
         watch.leave(one_line(str(error)))
+        _leave_jax(2)
         raise
     except Exception as error:  # what a collective raises when another process dies, for one
         print(f"process {distributed.index()}: {one_line(str(error))[:300]}", file=sys.stderr, flush=True)
         watch.await_verdict()
         watch.leave(one_line(str(error))[:300])
+        _leave_jax(1)
         raise
     finally:
         watch.close()
         _watch = None
+
+
+def _leave_jax(code: int) -> None:
+    """Makes the interpreter end with this code before JAX waits for the other processes, and aborts: they end, too."""
+    atexit.register(os._exit, code)
 
 
 def pass_step(requested: bool) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE_EVERY = 3000, 20
+SAVE_EVERY = 20
 TOLERANCE = 1e-3  # of a loss: one process adds up in another order, which thousands of steps magnify
 TRAIN = [
     "-m",
@@ -35,7 +35,6 @@ TRAIN = [
     "--config.model.num_heads=1",
     "--config.model.num_layers=1",
     "--config.stages=('pretrain',)",
-    f"--config.pretrain.steps={STEPS}",
     "--config.pretrain.batch_size=4",
     f"--config.logging.save_every={SAVE_EVERY}",
     "--config.logging.log_every=10",
@@ -125,7 +124,7 @@ def result_of(workdir: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
     from adastate_jax.training.stages.run import abstract_states
 
     like = with_shardings(abstract_states(load_config(workdir / "config.json"))["pretrain"], make_mesh())
-    state = load_tree(workdir / "pretrain" / str(STEPS), like)
+    state = load_tree(workdir / "pretrain" / str(newest(workdir)), like)
     records = read_metrics(workdir / "metrics.jsonl")
     return {name: np.asarray(leaf) for name, leaf in flatten(state).items()}, records
 
@@ -143,9 +142,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3000, help="of the run; it should outlast the trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGTERM", "SIGSTOP"])
     options = parser.parse_args()
+    TRAIN.append(f"--config.pretrain.steps={options.steps}")
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"
@@ -166,11 +167,11 @@ def main() -> int:
             failures += not good
             row = [found[name] for name in ("signal", "to", "code", "seconds", "named", "lost", "saved")]
             print("| " + " | ".join(map(str, row)) + " |" + ("" if good else "  FAILED"), flush=True)
-            if found["saved"] >= STEPS:
+            if found["saved"] >= options.steps:
                 break
         one = Path(folder) / "one"
         shutil.copytree(cut, one)
-        rest = STEPS - newest(cut)
+        rest = options.steps - newest(cut)
         finish(cut, options.processes)
         (weights, records), (other_weights, other_records) = result_of(whole), result_of(cut)
         same = weights.keys() == other_weights.keys() and all(

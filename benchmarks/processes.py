@@ -86,8 +86,6 @@ def main() -> int:
             JAX_COMPILATION_CACHE_DIR=f"{folder}/compilations",
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-            JAX_SHARE_BINARY_BETWEEN_HOSTS="true",  # one compiles for all: they share the cores of one machine
-            JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS="3600000",
         )
         reference = train(Path(folder) / "one", 1, [], options.stages)
         print("| mesh | largest relative difference | seconds |\n|---|---|---|", flush=True)
