@@ -114,11 +114,14 @@ def draw_update(
     exit_key, chunk_key = jax.random.split(rollout_key)
     keys = jax.random.split(chunk_key, batch)
     shape = (batch, config.rollout_frames, *latent_shape)
+    sigma = score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config)  # of u in (0, 1]
     return Draws(
         noise=draw_rollout_noise(keys, stream, latent_shape, num_chunks(config.rollout_frames, stream)),
         exit_step=jax.random.randint(exit_key, (), 0, len(stream.sigmas)),
         score_noise=constrain(draw_normal(noise_key, shape), "batch"),
-        sigma=score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config),  # of u in (0, 1]
+        # Computed apart from what it is used in: the network is told 1000 σ, and a program that joins the two products
+        # tells it another last bit, in which a step would then differ with its mesh and its micro-batches.
+        sigma=jax.lax.optimization_barrier(sigma),
     )
 
 
