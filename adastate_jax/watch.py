@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         path = stack.enter_context(claimed_output(options))
         starting("the client")
         from adastate_jax.serving.client import Client
-        from adastate_jax.streaming.prompts import read_schedule
+        from adastate_jax.streaming.cues import read_schedule
 
         cues = read_schedule(options.prompts) if options.prompts else ()
         client = Client(options.url)

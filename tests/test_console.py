@@ -497,7 +497,7 @@ def test_after_a_message_it_is_said_again_that_it_compiles(capsys):
     compiling = "sample (compiling):   0"
     assert said[:3] == [compiling, "attention: xla", compiling]
     assert said.count(compiling) == 2
-    assert said[-2:] == ["attention: xla, again", "sample: 100"]
+    assert said.count("attention: xla, again") == 1
 
 
 def test_the_estimate_counts_from_the_second_unit_on(capsys):
@@ -580,8 +580,16 @@ WRONG = {
         ["--config=configs/tiny.py"],
         ["--config=configs/tiny.py", "--workdir=a", "--x"],
         ["--config=configs/tiny.py", "--workdir=README.md"],
+        ["--config=configs/clips.py", "--workdir=a", "--config.data.folder=nowhere"],
     ),
-    "sample": (["--checkpoint=tiny"], ["--checkpoint=nowhere", "--prompt=x"]),
+    "sample": (
+        ["--checkpoint=tiny"],
+        ["--checkpoint=nowhere", "--prompt=x"],
+        ["--checkpoint=tiny", "--prompts=launch/gke.sh"],
+        ["--like=docs/tiny.gif", "--prompt=x"],
+        ["--like=docs/tiny.gif", "--output=README.md"],
+        ["--checkpoint=tiny", "--prompt=x", "--output=docs", "--overwrite"],
+    ),
     "serve": (
         ["--checkpoint=nowhere"],
         ["--checkpoint=tiny", "--port=70000"],
@@ -599,6 +607,7 @@ WRONG = {
         ["--source=configs", "--output=a", "--set", "x"],
         ["--source=configs", "--output=a", "--lora=no.pt"],
         ["--source=configs", "--output=a", "--lora-alpha=1"],
+        ["--source=README.md", "--output=a"],
     ),
     "verify": (["nowhere"], ["configs"], ["--only=x"], ["--attention=x"], ["--attention=cudnn"]),
     "evaluate": (["nowhere"], ["configs"], ["README.md", "--jobs=0"], ["README.md", "--output=README.md"]),

@@ -24,8 +24,9 @@ from adastate_jax.generation.settings import (
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.streaming.carry import Chunk, initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue, check_schedule, read_schedule
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule, check_schedule, read_schedule, schedule
+from adastate_jax.streaming.prompts import Schedule, schedule
 from adastate_jax.texts import is_text
 
 
