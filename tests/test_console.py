@@ -600,6 +600,7 @@ WRONG = {
         ["http://127.0.0.1:9/", "--seconds=nan"],
         ["http://127.0.0.1:9/", "--output=a.gif"],
         ["http://127.0.0.1:9/", "--prompts=nowhere"],
+        ["http://127.0.0.1:9/", "--prompts=launch/gke.sh"],
     ),
     "convert": (
         ["--source=no.pt", "--output=a"],
