@@ -62,7 +62,8 @@ class CommandParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{meant}")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
+        message = message.removeprefix("argument ")
+        raise UserError(message if message.endswith("?") else f"{message}; {self.prog} --help says more")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
