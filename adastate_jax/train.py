@@ -110,19 +110,28 @@ def _refuse_uneven_batches(config: "Config") -> None:
 
 @contextlib.contextmanager
 def _open_workdir(workdir: Path) -> Iterator[None]:
-    """Makes the work directory if need be, and keeps other runs out of it."""
+    """Makes the work directory if need be, and keeps other runs out of it; one that it made goes if it stays empty."""
+    missing = [folder for folder in (workdir, *workdir.absolute().parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = os.open(workdir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another folder") from None
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
         stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends, however it does
         except BlockingIOError:
             raise UserError(f"--workdir={workdir}: another run is at work there; name another folder") from None
         yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
@@ -225,7 +234,11 @@ def main(arguments: Sequence[str]) -> int:
         help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
     )
     plan.add_argument(
-        "--share", type=float, default=0.4, metavar="X", help="of the chips' peak that times are predicted at (0.4)"
+        "--share",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="with --plan: the share of the chips' peak speed that predicted times count on (default 0.4)",
     )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
@@ -236,6 +249,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("the following arguments are required: --workdir")
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
+    for argument in rest:
+        name, _, folder = argument.partition("=")
+        if name == "--config.data.folder" and not os.path.isdir(folder):
+            raise UserError(f"{argument}: no such folder; name one of video files")
     starting()
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config
