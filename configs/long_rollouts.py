@@ -5,9 +5,10 @@ python -m adastate_jax.train --config=configs/long_rollouts.py:segments --workdi
 
 Before either, once: python -m adastate_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-The first draws a window of 15 frames from rollouts of 45 for every update (Self-Forcing++, arXiv 2510.02283). The second
-goes on with one rollout from update to update: 15 frames, then 12 at a time behind three that are seen again, to 51;
-before one of them its prompt changes, and the cache is made anew (LongLive, arXiv 2509.22622, streaming long tuning).
+The first draws a window of 15 frames from rollouts of 45 for every update (Self-Forcing++, arXiv 2510.02283). The
+second goes on with one rollout from update to update: 15 frames, then 12 at a time behind three that are seen again,
+to 51; before one of them its prompt changes, and the cache is made anew (LongLive's streaming long tuning, arXiv
+2509.22622).
 """
 
 import pathlib
