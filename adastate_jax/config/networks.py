@@ -4,6 +4,7 @@ import dataclasses
 
 from adastate_jax.checks import DTYPES
 from adastate_jax.errors import shown
+from adastate_jax.models.adapters import LoRAConfig, adapted_shapes
 from adastate_jax.models.dit import REMAT_POLICIES, DiTConfig
 from adastate_jax.models.quantized import QUANTIZATIONS
 
@@ -27,10 +28,12 @@ class NetworkConfig:
             `initialize`.
         dim, ffn_dim, num_heads, num_layers: sizes, which those weights must have. Embeddings and latents are the same
             for all three, so text width, channels and patches are `config.model`'s.
-        param_dtype: of a frozen teacher's weights: bfloat16 takes half the memory. What is trained is float32.
+        param_dtype: of frozen weights, the teacher's or those that adapters are of: bfloat16 takes half the memory.
+            What is trained is float32.
         dtype: of the computation.
         remat: what a backward pass keeps, by name.
-        quantization: of a frozen teacher's weights, but for its first and last layers: `int8` or `float8`.
+        quantization: of frozen weights, but for the first and last layers': `int8` or `float8`.
+        lora: of critic and student: trains adapters of the weights instead of these, in every stage that trains them.
     """
 
     weights: str = ""
@@ -42,6 +45,7 @@ class NetworkConfig:
     dtype: str = ""
     remat: str = ""
     quantization: str = ""
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self):
         for name in _SIZES:
@@ -88,7 +92,15 @@ def require_consistent_networks(
     trained = [stage for stage in stages if stage != "sample"]
     if trained and model.quantization:
         raise ValueError(f"model.quantization is {model.quantization}, but stage {trained[0]} trains; leave it empty")
+    if networks["teacher"].lora.rank:
+        raise ValueError("teacher.lora: the teacher is frozen, or pretrained whole; set teacher.lora.rank to 0")
     for name in ("critic", "student"):
+        if networks[name].lora.rank:
+            try:
+                adapted_shapes(own[name], networks[name].lora)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
+            continue
         for field in ("param_dtype", "quantization"):
             if getattr(networks[name], field):
                 raise ValueError(f"{name}.{field}: the {name} is trained, in float32; leave it empty")

@@ -22,13 +22,14 @@ from adastate_jax.fields import build, to_dict
 from adastate_jax.files import whole_file
 from adastate_jax.models.dit import DiT
 from adastate_jax.texts import parse_json
-from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, with_shardings
+from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, student_sizes, with_shardings
+from adastate_jax.training.networks import left_behind, load_source
 from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 from adastate_jax.weights.slots import leaf_name, leaves
 from adastate_jax.weights.tensors import FLOATING
 
-# Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint, what it is).
-_STUDENTS = (("distill", "student/ema", "distilled"), ("initialize", "ema", "initialised"))
+# Which stages of a run leave weights to generate with, the best first, and what they are.
+_STUDENTS = (("distill", "distilled"), ("initialize", "initialised"))
 _HALF = np.dtype(np.float16)
 
 
@@ -51,7 +52,7 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         UserError: the folder is no such one or damaged, or no student has been trained yet.
     """
     config = load_config(path / "config.json")
-    for stage, part, adjective in _STUDENTS:
+    for stage, adjective in _STUDENTS:
         step = latest_step(path / stage)
         if step is None:
             continue
@@ -60,7 +61,7 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
             print(one_line(note), file=sys.stderr)
         steps = getattr(config, stage).steps
         origin = f"{path}, {adjective} student at step {step}" + (f" of {steps}" if step != steps else "")
-        student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
+        student = load_source(left_behind(config, path, stage, step), student_sizes(config), mesh)
         frozen = with_shardings(abstract_frozen(config), mesh)
         frozen = load_tree(path / "frozen", frozen) if jax.tree.leaves(frozen) else frozen
         return config, Trained(student, frozen, origin)

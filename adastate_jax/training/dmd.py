@@ -13,6 +13,7 @@ import numpy as np
 
 from adastate_jax.config.stages import DistillConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
+from adastate_jax.models.adapters import join
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming.carry import ChunkNoise
@@ -128,23 +129,34 @@ def _rollout_for(student: DiT, text: jax.Array, draws: Draws, stream: StreamConf
 
 
 def critic_gradients(
-    critic: DiT, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig
-) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
+    critic: Any, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig, base: DiT | None = None
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """The critic's gradients: flow matching on a fresh rollout of the student.
 
     Args:
+        critic, base: what is trained of it, and what is not, see `adapters.join`.
         text: embeddings [B, T, text_dim].
 
     Returns:
         The gradients, the rollout's content latents [B, N, H, W, C], and `loss`.
     """
     latents = rollout_latents(_rollout_for(student, text, draws, stream), stream)
-    loss, gradients = jax.value_and_grad(flow_loss)(critic, latents, draws.score_noise, draws.sigma, text)
+
+    def loss_function(trained):
+        return flow_loss(join(trained, base), latents, draws.score_noise, draws.sigma, text)
+
+    loss, gradients = jax.value_and_grad(loss_function)(critic)
     return gradients, latents, {"loss": loss}
 
 
 def critic_step(
-    state: TrainState, student: DiT, text: jax.Array, draws: Draws, config: DistillConfig, stream: StreamConfig
+    state: TrainState,
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the critic.
 
@@ -153,13 +165,14 @@ def critic_step(
         student: its weights are not changed.
         text: embeddings [B, T, text_dim].
         draws: of this update.
+        base: the frozen weights that the state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
 
     def of_part(part: tuple[jax.Array, Draws]):
-        gradients, _, scalars = critic_gradients(state.params, student, *part, stream)
+        gradients, _, scalars = critic_gradients(state.params, student, *part, stream, base)
         return gradients, scalars
 
     gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)
@@ -199,7 +212,7 @@ def student_gradients(
 
 
 def _student_gradients(
-    student: DiT,
+    student: Any,
     critic: DiT,
     teacher: DiT,
     text: jax.Array,
@@ -207,9 +220,10 @@ def _student_gradients(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
-) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
-    """`student_gradients` with the teacher's keys and values of the negative prompt."""
-    record = _rollout_for(student, text, draws, stream)
+    base: DiT | None = None,
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    """`student_gradients` with the teacher's keys and values of the negative prompt; `base`: see `adapters.join`."""
+    record = _rollout_for(join(student, base), text, draws, stream)
     latents, sigma = rollout_latents(record, stream), draws.sigma
     noisy = add_noise(latents, draws.score_noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)
@@ -222,8 +236,9 @@ def _student_gradients(
     gradient = dmd_gradient(latents, clean_fake, clean_real)
     weights = horizon_weights(config.rollout_frames, config.horizon_alpha, config.horizon_normalize)
 
-    def loss_function(params):
-        x = gradient_pass(params, params.text_keys_values(text), record, stream, config.cache_gradient)
+    def loss_function(trained):
+        network = join(trained, base)
+        x = gradient_pass(network, network.text_keys_values(text), record, stream, config.cache_gradient)
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)
@@ -240,6 +255,7 @@ def student_step(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student.
 
@@ -249,6 +265,7 @@ def student_step(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
         iteration: of the stage, int32 [].
         draws: of this update.
+        base: the frozen weights that the student's state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
@@ -257,7 +274,9 @@ def student_step(
 
     def of_part(part: tuple[jax.Array, Draws]):
         text, draws = part
-        gradients, _, scalars = _student_gradients(state.params, critic, teacher, text, null, draws, config, stream)
+        gradients, _, scalars = _student_gradients(
+            state.params, critic, teacher, text, null, draws, config, stream, base
+        )
         return gradients, scalars
 
     gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)

@@ -11,6 +11,7 @@ import numpy as np
 
 from adastate_jax.config.stages import InitializeConfig, stream_of_clips
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean
+from adastate_jax.models.adapters import join
 from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
@@ -220,6 +221,7 @@ def initialize_step(
     key: jax.Array,
     config: InitializeConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student: every chunk, at a step of its own, predicts the trajectory's end; `state`: at each.
 
@@ -227,6 +229,7 @@ def initialize_step(
         trajectory: kept states [B, T + 1, N, H, W, C], at the student's T levels, then clean.
         text: embeddings [B, T, text_dim].
         key: of this step.
+        base: the frozen weights that the state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss` and `gradient_norm`.
@@ -239,7 +242,7 @@ def initialize_step(
 
     def gradients_of(part: tuple[jax.Array, jax.Array, jax.Array]):
         def loss_function(params):
-            estimate, clean = predict(params, *part, config, stream)
+            estimate, clean = predict(join(params, base), *part, config, stream)
             return jnp.square(estimate - clean).mean()
 
         return jax.value_and_grad(loss_function)(state.params)

@@ -1,45 +1,43 @@
 """Stage `distill`: the teacher into the student, on the student's own rollouts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.config.stages import OptimizerConfig
-from adastate_jax.sharding import tree_shardings
+from adastate_jax.models.adapters import join
 from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.frozen import batch_text
 from adastate_jax.training.stages.inputs import read_prompts, update_prompts
 from adastate_jax.training.stages.run import Run, abstract_states, compile_step
-from adastate_jax.training.state import TrainState, create_state
+from adastate_jax.training.state import TrainState
 
 
 def distill(run: Run) -> None:
     """Distils the teacher into the student on the student's own rollouts."""
     config, stream, key = run.config.distill, run.config.stream, run.key("distill")
-    teacher = run.network("teacher")
+    teacher, bases = run.network("teacher"), {name: run.base(name) for name in ("student", "critic")}
     abstract = abstract_states(run.config)["distill"]
 
     def create() -> dict[str, TrainState]:
-        def state(name: str, optimizer: OptimizerConfig, ema: bool) -> TrainState:
-            function = functools.partial(create_state, optimizer=optimizer, ema=ema)
-            return jax.jit(function, out_shardings=tree_shardings(abstract[name], run.mesh))(run.network(name))
-
-        return {"student": state("student", config.student, True), "critic": state("critic", config.critic, False)}
+        return {
+            "student": run.new_state("student", config.student, True, "distill"),
+            "critic": run.new_state("critic", config.critic, False, "distill"),
+        }
 
     def update_key(step: jax.Array, update: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, step), update)
 
-    def update_student(student, critic, teacher, frozen, null_text, batch, step):
+    def update_student(student, critic, bases, teacher, frozen, null_text, batch, step):
         text = batch_text(frozen, batch)
         draws = draw_update(update_key(step, 0), config.batch_size, config, stream, run.latent_shape)
-        return student_step(student, critic, teacher, text, null_text, step, draws, config, stream)
+        critic = join(critic, bases["critic"])
+        return student_step(student, critic, teacher, text, null_text, step, draws, config, stream, bases["student"])
 
-    def update_critic(critic, student, frozen, batch, step):
+    def update_critic(critic, student, bases, frozen, batch, step):
         text = batch_text(frozen, batch)
         draws = draw_update(update_key(step, 1), config.batch_size, config, stream, run.latent_shape)
-        return critic_step(critic, student, text, draws, config, stream)
+        student = join(student, bases["student"])
+        return critic_step(critic, student, text, draws, config, stream, bases["critic"])
 
     compiled_student = compile_step(run, update_student, abstract["student"])
     compiled_critic = compile_step(run, update_critic, abstract["critic"])
@@ -56,9 +54,9 @@ def distill(run: Run) -> None:
         scalars = {}
         if config.updates_student(step):
             student, scalars = compiled_student(
-                student, critic.params, teacher, run.frozen, run.negative_text, batch["student"], number
+                student, critic.params, bases, teacher, run.frozen, run.negative_text, batch["student"], number
             )
-        critic, critic_scalars = compiled_critic(critic, student.params, run.frozen, batch["critic"], number)
+        critic, critic_scalars = compiled_critic(critic, student.params, bases, run.frozen, batch["critic"], number)
         scalars = {**scalars, **{f"critic_{name}": value for name, value in critic_scalars.items()}}
         return {"student": student, "critic": critic}, scalars
 
