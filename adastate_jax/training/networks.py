@@ -14,6 +14,7 @@ from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config
 from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
 from adastate_jax.config.run import Config
+from adastate_jax.config.stages import RANDOM
 from adastate_jax.errors import UserError
 from adastate_jax.models.adapters import Adapters, LoRAConfig, merge, stack
 from adastate_jax.models.dit import DiT, DiTConfig
@@ -61,8 +62,10 @@ def check_networks(config: Config, workdir: Path) -> None:
         UserError: some are missing, or are of another network than the configuration says.
     """
     if "initialize" in config.stages:
-        find_weights(config, workdir, "teacher")
-        find_weights(config, workdir, "student", start=True)
+        if config.initialize.targets != "clips":
+            find_weights(config, workdir, "teacher")
+        if config.initialize.weights != RANDOM:
+            find_weights(config, workdir, "student", start=True)
     if "distill" in config.stages:
         for name in NETWORKS:
             find_weights(config, workdir, name)

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from adastate_jax.checkpoint import Checkpoints, latest_step
 from adastate_jax.config.networks import NETWORKS, trained_sizes
 from adastate_jax.config.run import Config
-from adastate_jax.config.stages import OptimizerConfig
+from adastate_jax.config.stages import RANDOM, OptimizerConfig
 from adastate_jax.data.batches import example_indices, prefetch
 from adastate_jax.errors import UserError
 from adastate_jax.models.adapters import create_adapters
@@ -84,8 +85,11 @@ class Run:
                 return create_state(create_adapters(network, lora, key), optimizer, ema)
 
             return init_sharded(adapters, self.mesh, key)
-        weights = load_weights(self.config, self.workdir, name, self.mesh, trained=True, start=start)
         function = functools.partial(create_state, optimizer=optimizer, ema=ema)
+        if start and self.config.initialize.weights == RANDOM:
+            network = trained_sizes(self.config.network(name))
+            return init_sharded(lambda key: function(DiT(network, rngs=nnx.Rngs(key))), self.mesh, self.key("weights"))
+        weights = load_weights(self.config, self.workdir, name, self.mesh, trained=True, start=start)
         abstract = jax.eval_shape(function, weights)
         return jax.jit(function, out_shardings=tree_shardings(abstract, self.mesh))(weights)
 
