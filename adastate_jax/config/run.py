@@ -102,7 +102,7 @@ class DataConfig:
         return self.worlds.num_frames if self.kind == "worlds" else self.clips.num_frames
 
 
-def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str) -> None:
+def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str, targets: str) -> None:
     """Raises ValueError, naming the field, if a stage has nothing to read."""
     trained = [name for name in stages if name != "sample"]
     if not data.encoded:
@@ -112,8 +112,10 @@ def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str) -> N
                 "the videos with python -m adastate_jax.encode, and set data.kind to latents"
             )
         return
-    if "pretrain" in stages and data.kind == "none":
-        raise ValueError("stage pretrain needs clips, and data.kind is none; set data.kind to latents or videos")
+    of_clips = [name for name in ("pretrain", "initialize") if name == "pretrain" or targets != "trajectories"]
+    for stage in of_clips:
+        if stage in stages and data.kind == "none":
+            raise ValueError(f"stage {stage} needs clips, and data.kind is none; set data.kind to latents or videos")
     if trained and decoder == "patch":
         raise ValueError(f"decoder is patch, but data.kind is {data.kind}; set decoder to wan or tiny")
     if {"pretrain", "initialize"} & {*stages} and data.kind == "latents" and not data.captions:
@@ -236,7 +238,7 @@ class Config:
                 "small updates vanish in fewer bits: set it to float32; model.dtype is what it computes in"
             )
         networks = {name: getattr(self, name) for name in NETWORKS}
-        require_consistent_networks(self.model, networks, self.stages, self.initialize.weights)
+        require_consistent_networks(self.model, networks, self.stages, self.initialize)
         frames = [("distill.rollout_frames", self.distill.rollout_frames)]
         if self.data.kind != "none":
             latents = self.data.kind == "latents"
@@ -251,7 +253,8 @@ class Config:
         ):
             raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
         if "initialize" in self.stages:
-            ode_sigmas(self.stream, self.initialize.ode_steps)
+            if self.initialize.targets != "clips":
+                ode_sigmas(self.stream, self.initialize.ode_steps)
             if self.initialize.context in ("stream", "state"):
                 stream_of_clips(self.stream, self.initialize.context)
         if "distill" in self.stages:
@@ -273,7 +276,7 @@ class Config:
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
                 f"the {channels} channels of the {self.decoder} decoder's latents"
             )
-        require_inputs(self.stages, self.data, self.decoder)
+        require_inputs(self.stages, self.data, self.decoder, self.initialize.targets)
         tokens = self.model.frame_tokens(height, width)
         require_divisible_network(self.mesh, "model", self.model, tokens)
         for name in NETWORKS:

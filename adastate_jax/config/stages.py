@@ -23,6 +23,17 @@ def require_micro_batches(config) -> None:
         raise ValueError(f"accumulate must divide batch_size {config.batch_size}, got {config.accumulate}")
 
 
+WEIGHTINGS = ("uniform", "bell", "clean")
+
+
+def require_weighting(config) -> None:
+    """Raises ValueError if the fields `weighting` or `caption_dropout` are none."""
+    if config.weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {config.weighting!r}")
+    if not 0.0 <= config.caption_dropout <= 1.0:
+        raise ValueError(f"caption_dropout must lie in [0, 1], got {config.caption_dropout}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with clipping; the defaults are Self-Forcing's for the student.
@@ -56,9 +67,6 @@ class OptimizerConfig:
             raise ValueError("weight_decay, warmup_steps and decay_steps must not be negative")
 
 
-WEIGHTINGS = ("uniform", "bell", "clean")
-
-
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     """Flow matching on video clips.
@@ -87,51 +95,70 @@ class PretrainConfig:
         require_positive(self, "steps", "batch_size", "shift")
         require_decay(self)
         require_micro_batches(self)
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        require_weighting(self)
 
 
 CONTEXTS = ("noisy", "clean", "stream", "state")
+TARGETS = ("trajectories", "clips", "consistency")
+RANDOM = "random"  # weights to start from that are none
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializeConfig:
-    """ODE regression.
+    """The causal student, before distillation or without it.
 
     Attributes:
+        targets: what it learns to predict. `trajectories`: the ends of the teacher's ODE trajectories (Self-Forcing).
+            `clips`: the run's clips, by flow matching; no teacher takes part. `consistency`: what its own average
+            predicts one step of the teacher's ODE further down, for clips with noise (Causal-Forcing++); the teacher
+            is a causal one, trained on `clips`.
         steps, batch_size: of the stage.
         accumulate: micro-batches that a batch is computed in, one after another; it divides `batch_size`.
         optimizer: of the student.
-        ema_decay: of the weights that distillation starts from.
+        ema_decay: of the weights that distillation starts from, and that `consistency` has as its target, from step
+            `ema_start` on; until then they are the student's.
         trajectories: how many trajectories the teacher draws before the first step.
-        ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
-        guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
-        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
-            their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
-            anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
-            anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
-            each of its levels, with gradient through all chunks before: several times the work of a step.
+        ode_steps: Euler steps from noise to a clip; a multiple of the number of denoising steps.
+        guidance_scale: w of cond + w (cond − uncond) of the teacher; 5 is the conventional 6.
+        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing;
+            of clips, diffusion forcing), their `clean` ends (teacher forcing), or what the `stream` keeps of these: its
+            window and its anchor, where the stream puts them in time; a static one stands for a hidden state. The first
+            two show no anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the
+            trajectory, or the clip with noise, at each of the stream's levels, with gradient through all chunks before:
+            several times the work of a step. `consistency` knows `clean` and `stream`.
         weights: what the student starts from, as a network's `weights` says it (`config/networks.py`); empty is a copy
-            of the teacher.
+            of the teacher, and `random` is nothing.
+        caption_dropout, shift, weighting: of `clips`, as in pretraining; every chunk has a noise level of its own.
     """
+
+    targets: str = "trajectories"
 
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
     ema_decay: float = 0.99
+    ema_start: int = 0
     trajectories: int = 16000
     ode_steps: int = 48
     guidance_scale: float = 5.0
     context: str = "noisy"
     weights: str = ""
+    caption_dropout: float = 0.1
+    shift: float = 5.0
+    weighting: str = "uniform"
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
+        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps", "shift")
         require_decay(self)
         require_micro_batches(self)
+        require_weighting(self)
+        if self.ema_start < 0:
+            raise ValueError(f"ema_start must not be negative, got {self.ema_start}")
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
+        if self.targets == "consistency" and self.context not in ("clean", "stream"):
+            raise ValueError(f"context must be clean or stream for targets consistency, got {self.context!r}")
         if self.context not in CONTEXTS:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 

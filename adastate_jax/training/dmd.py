@@ -13,6 +13,7 @@ import numpy as np
 
 from adastate_jax.config.stages import DistillConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
+from adastate_jax.models.adapters import join
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming.carry import ChunkNoise
@@ -146,33 +147,48 @@ def draw_update(
 
 
 def critic_gradients(
-    critic: DiT, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig
-) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
+    critic: Any, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig, base: DiT | None = None
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """The critic's gradients: flow matching on a fresh rollout of the student.
 
     Args:
+        critic, base: what is trained of it, and what is not, see `adapters.join`.
         text: embeddings [B, T, text_dim].
 
     Returns:
         The gradients, the content latents that are scored [B, N, H, W, C], and `loss`.
     """
-    return _critic_gradients(critic, student, text, draws, stream, None)[:3]
+    return _critic_gradients(critic, student, text, draws, stream, None, base)[:3]
 
 
 def _critic_gradients(
-    critic: DiT, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig, carried: CarriedRollout | None
-) -> tuple[DiT, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
+    critic: Any,
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    stream: StreamConfig,
+    carried: CarriedRollout | None,
+    base: DiT | None,
+) -> tuple[Any, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
     """`critic_gradients` of a rollout that may go on, and what the next update goes on from."""
     record, clip, after = roll_out_part(student, text, draws.noise, draws.exit_step, stream, draws.start, carried)
     seen = clip.shape[1] - record_frames(record, stream)
-    loss, gradients = jax.value_and_grad(flow_loss)(
-        critic, clip, draws.score_noise, draws.sigma, text, first_frame=seen
-    )
+
+    def loss_function(trained):
+        return flow_loss(join(trained, base), clip, draws.score_noise, draws.sigma, text, first_frame=seen)
+
+    loss, gradients = jax.value_and_grad(loss_function)(critic)
     return gradients, clip, {"loss": loss}, after
 
 
 def critic_step(
-    state: TrainState, student: DiT, text: jax.Array, draws: Draws, config: DistillConfig, stream: StreamConfig
+    state: TrainState,
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the critic.
 
@@ -181,11 +197,12 @@ def critic_step(
         student: its weights are not changed.
         text: embeddings [B, T, text_dim].
         draws: of this update.
+        base: the frozen weights that the state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
-    (state, _), metrics = critic_segment_step((state, None), student, text, draws, config, stream)
+    (state, _), metrics = critic_segment_step((state, None), student, text, draws, config, stream, base)
     return state, metrics
 
 
@@ -196,6 +213,7 @@ def critic_segment_step(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[tuple[TrainState, CarriedRollout | None], dict[str, jax.Array]]:
     """`critic_step` on the next segment of a rollout.
 
@@ -209,7 +227,7 @@ def critic_segment_step(
 
     def of_part(part: tuple[jax.Array, Draws, CarriedRollout | None]):
         text, draws, carried = part
-        gradients, _, scalars, after = _critic_gradients(state.params, student, text, draws, stream, carried)
+        gradients, _, scalars, after = _critic_gradients(state.params, student, text, draws, stream, carried, base)
         return (gradients, scalars), after
 
     given = text, draws, carried
@@ -250,11 +268,11 @@ def student_gradients(
         The gradients, the clip that was scored [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|).
     """
     null = teacher.text_keys_values(null_text)
-    return _student_gradients(student, critic, teacher, text, null, draws, config, stream, None)[:3]
+    return _student_gradients(student, critic, teacher, text, null, draws, config, stream, None, None)[:3]
 
 
 def _student_gradients(
-    student: DiT,
+    student: Any,
     critic: DiT,
     teacher: DiT,
     text: jax.Array,
@@ -262,10 +280,15 @@ def _student_gradients(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None,
     carried: CarriedRollout | None,
-) -> tuple[DiT, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
-    """`student_gradients` with the teacher's keys and values of the negative prompt, of a rollout that may go on."""
-    record, clip, after = roll_out_part(student, text, draws.noise, draws.exit_step, stream, draws.start, carried)
+) -> tuple[Any, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
+    """`student_gradients` with the teacher's keys and values of the negative prompt, of a rollout that may go on.
+
+    base: see `adapters.join`.
+    """
+    network = join(student, base)
+    record, clip, after = roll_out_part(network, text, draws.noise, draws.exit_step, stream, draws.start, carried)
     sigma, frames = draws.sigma, record_frames(record, stream)
     noisy = add_noise(clip, draws.score_noise, jnp.broadcast_to(sigma[:, None], clip.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)
@@ -281,8 +304,9 @@ def _student_gradients(
         first_frame = draws.start.chunk * stream.chunk_frames
         weights = jax.lax.dynamic_slice_in_dim(jnp.asarray(weights), first_frame, frames)
 
-    def loss_function(params):
-        x = gradient_pass(params, params.text_keys_values(text), record, stream, config.cache_gradient)
+    def loss_function(trained):
+        network = join(trained, base)
+        x = gradient_pass(network, network.text_keys_values(text), record, stream, config.cache_gradient)
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)
@@ -299,6 +323,7 @@ def student_step(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student.
 
@@ -308,12 +333,13 @@ def student_step(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
         iteration: of the stage, int32 [].
         draws: of this update.
+        base: the frozen weights that the student's state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
     """
     networks = (state, None), critic, teacher
-    (state, _), metrics = student_segment_step(*networks, text, null_text, iteration, draws, config, stream)
+    (state, _), metrics = student_segment_step(*networks, text, null_text, iteration, draws, config, stream, base)
     return state, metrics
 
 
@@ -327,6 +353,7 @@ def student_segment_step(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[tuple[TrainState, CarriedRollout | None], dict[str, jax.Array]]:
     """`student_step` on the next segment of a rollout; `states` as in `critic_segment_step`."""
     state, carried = states
@@ -335,7 +362,7 @@ def student_segment_step(
     def of_part(part: tuple[jax.Array, Draws, CarriedRollout | None]):
         text, draws, carried = part
         networks = state.params, critic, teacher
-        gradients, _, scalars, after = _student_gradients(*networks, text, null, draws, config, stream, carried)
+        gradients, _, scalars, after = _student_gradients(*networks, text, null, draws, config, stream, base, carried)
         return (gradients, scalars), after
 
     given = text, draws, carried

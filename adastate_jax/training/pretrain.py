@@ -63,16 +63,17 @@ def pretrain_step(
 
     def gradients_of(part: tuple[jax.Array, ...]):
         sigma = part[2]
-        return jax.value_and_grad(flow_loss)(state.params, *part, _level_weight(sigma, config))
+        return jax.value_and_grad(flow_loss)(state.params, *part, level_weight(sigma, config.weighting, config.shift))
 
     loss, gradients = accumulate(gradients_of, (latents, noise, sigma, text), config.accumulate)
     state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
     return state, {"loss": loss, **metrics}
 
 
-def _level_weight(sigma: jax.Array, config: PretrainConfig) -> jax.Array | float:
-    if config.weighting == "bell":
-        return training_weight(MAX_TIMESTEP * sigma, config.shift)
-    if config.weighting == "clean":
+def level_weight(sigma: jax.Array, weighting: str, shift: float) -> jax.Array | float:
+    """Loss weight of noise levels of any shape, see `PretrainConfig.weighting`."""
+    if weighting == "bell":
+        return training_weight(MAX_TIMESTEP * sigma, shift)
+    if weighting == "clean":
         return jnp.minimum(1.0, jnp.square(sigma / 0.3))
     return 1.0

@@ -8,11 +8,13 @@ reads them from a file, run the same functions. Source: arXiv 2605.30349, after 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.models.adapters import join, split
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiT
@@ -221,25 +223,28 @@ def gradient_pass(
     """
     if cache_gradient != "stop":
         return _straight_through_pass(student, text, record, stream, through_anchor=cache_gradient != "window")
-    return _exit_passes(student, text, record, stream)
+    return _exit_passes(*split(student), text, record, stream)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exit_passes(student: DiT, text: KeyValues, record: Rollout, stream: StreamConfig) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _exit_passes(trained: Any, base: DiT | None, text: KeyValues, record: Rollout, stream: StreamConfig) -> jax.Array:
     """`gradient_pass` with a constant cache: what the exit passes made is in the record, the gradient is theirs.
 
     It is taken of one chunk's pass at a time, and summed in float32, so that no more than one chunk's context and
     intermediate results are there at once.
+
+    trained, base: of the student, see `adapters.split`; the base gets no gradient.
     """
     return rollout_latents(record, stream)
 
 
-def _exit_passes_forward(student, text, record, stream):
-    return _exit_passes(student, text, record, stream), (student, text, record)
+def _exit_passes_forward(trained, base, text, record, stream):
+    return _exit_passes(trained, base, text, record, stream), (trained, base, text, record)
 
 
 def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
-    student, text, record = saved
+    trained, base, text, record = saved
+    student = join(trained, base)
     sigma = _exit_sigma(record, stream)
     chunks = jnp.stack(jnp.split(gradient, gradient.shape[1] // stream.chunk_frames, axis=1))  # [K, B, F, H, W, C]
 
@@ -248,17 +253,17 @@ def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
         (chunk, to_content), layout = inputs, layout_of(phase, stream)
         context = read_context(student.config, cache, stream, layout, chunk.noisy)
 
-        def exit_pass(student, text, noisy):
-            clean, _ = denoise(student, noisy, sigma, text, layout, context)
+        def exit_pass(trained, text, noisy):
+            clean, _ = denoise(join(trained, base), noisy, sigma, text, layout, context)
             return split_live(clean, layout).content
 
-        _, pull_back = jax.vjp(exit_pass, student, text, chunk.noisy)
+        _, pull_back = jax.vjp(exit_pass, trained, text, chunk.noisy)
         of_student, of_text, to_noisy = pull_back(to_content)
         sums = add_in_float32(to_student, of_student), jax.tree.map(jnp.add, to_text, of_text)
         return (_advance(cache, chunk, stream, phase), *sums), to_noisy
 
     exact_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), text)
-    carry = _cache_of(student, record, stream), zeros_in_float32(student), constrain_kept(exact_zeros)
+    carry = _cache_of(student, record, stream), zeros_in_float32(trained), constrain_kept(exact_zeros)
     to_fill = []
     for index, (chunk, phase) in enumerate(zip(record.fill, _recorded_phases(record, stream), strict=True)):
         carry, to_noisy = step(carry, (chunk, chunks[index]), phase)
@@ -269,9 +274,9 @@ def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
         steady = (record.steady, chunks[len(to_fill) :])
         carry, to_noisy = jax.lax.scan(functools.partial(step, phase=phase), carry, steady)
         to_steady = dataclasses.replace(_zeros(record.steady), noisy=to_noisy)
-    to_weights = jax.tree.map(lambda x, like: x.astype(like.dtype), carry[1:], (student, text))
+    to_trained, to_text = jax.tree.map(lambda x, like: x.astype(like.dtype), carry[1:], (trained, text))
     none = jax.tree.map(_no_gradient, (record.exit_step, record.before))
-    return (*to_weights, Rollout(tuple(to_fill), to_steady, *none, record.first_chunk))
+    return to_trained, None, to_text, Rollout(tuple(to_fill), to_steady, *none, record.first_chunk)
 
 
 _exit_passes.defvjp(_exit_passes_forward, _exit_passes_backward)

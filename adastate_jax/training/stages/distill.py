@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adastate_jax.config.stages import OptimizerConfig
+from adastate_jax.models.adapters import join
 from adastate_jax.sharding import replicated
 from adastate_jax.training.dmd import (
     Draws,
@@ -21,7 +21,6 @@ from adastate_jax.training.frozen import batch_text, with_shardings
 from adastate_jax.training.long_rollout import Part, Place, empty_carried, place_of, with_carried_shardings
 from adastate_jax.training.stages.inputs import read_prompts, update_prompts
 from adastate_jax.training.stages.run import Run, abstract_states
-from adastate_jax.training.state import TrainState, create_state
 
 # What a program reads of its place: numbers of the part's first chunk, and of the iteration and update that began it.
 Numbers = dict[str, jax.Array]
@@ -33,7 +32,7 @@ def distill(run: Run) -> None:
     The state has a rollout beside the two networks where `distill.continue_rollout` is set.
     """
     config, stream, key = run.config.distill, run.config.stream, run.key("distill")
-    teacher = run.network("teacher")
+    teacher, bases = run.network("teacher"), {name: run.base(name) for name in ("student", "critic")}
     like = with_shardings(abstract_states(run.config)["distill"], run.mesh)
     if config.continue_rollout:
         sizes = run.config.network("student")
@@ -42,11 +41,10 @@ def distill(run: Run) -> None:
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
     def create() -> dict[str, Any]:
-        def state(name: str, optimizer: OptimizerConfig, ema: bool) -> TrainState:
-            function = functools.partial(create_state, optimizer=optimizer, ema=ema)
-            return jax.jit(function, out_shardings=shardings[name])(run.network(name))
-
-        states = {"student": state("student", config.student, True), "critic": state("critic", config.critic, False)}
+        states: dict[str, Any] = {
+            "student": run.new_state("student", config.student, True, "distill"),
+            "critic": run.new_state("critic", config.critic, False, "distill"),
+        }
         if config.continue_rollout:
             states["rollout"] = jax.jit(empty, out_shardings=shardings["rollout"])()
         return states
@@ -64,14 +62,15 @@ def distill(run: Run) -> None:
     student_update = student_segment_step if config.continue_rollout else student_step
     critic_update = critic_segment_step if config.continue_rollout else critic_step
 
-    def update_student(part, student, critic, teacher, frozen, null_text, batch, step, numbers):
-        text = batch_text(frozen, batch)
+    def update_student(part, student, critic, bases, teacher, frozen, null_text, batch, step, numbers):
+        text, critic = batch_text(frozen, batch), join(critic, bases["critic"])
         draws = draws_of(step, 0, part, numbers)
-        return student_update(student, critic, teacher, text, null_text, step, draws, config, stream)
+        return student_update(student, critic, teacher, text, null_text, step, draws, config, stream, bases["student"])
 
-    def update_critic(part, critic, student, frozen, batch, step, numbers):
-        text = batch_text(frozen, batch)
-        return critic_update(critic, student, text, draws_of(step, 1, part, numbers), config, stream)
+    def update_critic(part, critic, student, bases, frozen, batch, step, numbers):
+        text, student = batch_text(frozen, batch), join(student, bases["student"])
+        draws = draws_of(step, 1, part, numbers)
+        return critic_update(critic, student, text, draws, config, stream, bases["critic"])
 
     @functools.cache
     def compiled(update, name: str, part: Part | None):
@@ -117,8 +116,8 @@ def distill(run: Run) -> None:
         scalars = {}
         if config.updates_student(step):
             critic = states["critic"].params
-            scalars = update("student", update_student, critic, teacher, run.frozen, run.negative_text)
-        critic_scalars = update("critic", update_critic, states["student"].params, run.frozen)
+            scalars = update("student", update_student, critic, bases, teacher, run.frozen, run.negative_text)
+        critic_scalars = update("critic", update_critic, states["student"].params, bases, run.frozen)
         return states, {**scalars, **{f"critic_{name}": value for name, value in critic_scalars.items()}}
 
     def read(step: int) -> dict[str, dict[str, np.ndarray]]:
