@@ -228,7 +228,7 @@ def student_flops(
     rollout, one_pass = _part_flops(student, stream, settings, frame_tokens)
     return _sum(
         rollout,
-        one_pass.times(3),
+        one_pass.times(3 * settings.passes_with_gradient),
         clip_flops(critic, settings.clip_frames, frame_tokens),
         clip_flops(teacher, settings.clip_frames, frame_tokens).times(2),
     )

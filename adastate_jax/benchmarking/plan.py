@@ -99,6 +99,7 @@ def _made(program: str, config: Config, teacher: DiTConfig, extents: Mapping[str
     live = frame * sum(len(layout_of(phase_of(chunk, stream), stream).live) for chunk in chunks)
     # That one gradient passes through: the student's is taken chunk by chunk.
     tokens = live / len(chunks) if program == "student" else clip
+    passes = config.distill.passes_with_gradient if program == "student" else 1
 
     def layer(sizes: DiTConfig, tokens: float) -> float:  # queries, keys, values, output; a float32 norm; feed-forward
         return tokens * (width * (5 * sizes.dim + 2 * sizes.ffn_dim / heads) + 8 * sizes.dim)
@@ -110,7 +111,11 @@ def _made(program: str, config: Config, teacher: DiTConfig, extents: Mapping[str
         "block": model.dim,
     }
     backward = {
-        f"kept for the backward pass (remat {model.remat})": width * model.num_layers * tokens * kept[model.remat],
+        f"kept for the backward pass (remat {model.remat})": passes
+        * width
+        * model.num_layers
+        * tokens
+        * kept[model.remat],
         "one layer at once": layer(model, tokens),
     }
     if program == "critic":

@@ -8,6 +8,8 @@ from adastate_jax.streaming.schedule import StreamConfig
 def require_parts(config: DistillConfig, stream: StreamConfig) -> None:
     """Raises ValueError, naming the field, if a rollout of this stream has no parts as they are configured."""
     num_chunks(config.rollout_frames, stream)
+    if config.cache_gradient == "state" and not stream.anchor.state_frames:
+        raise ValueError(f"distill.cache_gradient state needs an adaptive anchor, not {stream.anchor}; choose another")
     if not config.scored_frames and not config.continue_rollout:
         return
     size = stream.chunk_frames

@@ -204,7 +204,7 @@ def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
 
 
 PROMPT_CHANGES = ("switch", "recache", "renew", "reset_state")
-CACHE_GRADIENTS = ("stop", "window", "straight_through")
+CACHE_GRADIENTS = ("stop", "window", "straight_through", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,10 @@ class DistillConfig:
             gradient that of the pass before it. Self-Forcing's released trainer does this: a chunk's last noisy pass
             stays in the cache's autograd graph, and the clean pass overwrites its numbers only; in the reference file
             `train_step` this is 13 % of the gradient's L2 norm. `window`: so through the window, but not through the
-            anchor: the released habit with the paper's detached recurrence.
+            anchor: the released habit with the paper's detached recurrence. `state`: through an adaptive state alone,
+            as the last and the clean pass of a chunk made it of the state before.
+        cache_gradient_chunks: how many chunks back a chunk's loss goes through the `state`; each takes two more passes
+            with their gradients, and as much memory.
     """
 
     steps: int = 1000
@@ -264,9 +267,12 @@ class DistillConfig:
     min_timestep: float = 20.0
     max_timestep: float = 980.0
     cache_gradient: str = "stop"
+    cache_gradient_chunks: int = 1
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
+        require_positive(
+            self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift", "cache_gradient_chunks"
+        )
         require_decay(self)
         require_micro_batches(self)
         self._require_parts()
@@ -310,6 +316,11 @@ class DistillConfig:
     def clip_frames(self) -> int:
         """Content frames that critic and teacher see at once."""
         return self.scored_frames or self.rollout_frames
+
+    @property
+    def passes_with_gradient(self) -> int:
+        """Of the student, for a chunk: the one whose output it is, and two of each chunk that its state goes back."""
+        return 1 + 2 * self.cache_gradient_chunks if self.cache_gradient == "state" else 1
 
     @property
     def segments(self) -> int:

@@ -306,7 +306,8 @@ def _student_gradients(
 
     def loss_function(trained):
         network = join(trained, base)
-        x = gradient_pass(network, network.text_keys_values(text), record, stream, config.cache_gradient)
+        how = config.cache_gradient, config.cache_gradient_chunks
+        x = gradient_pass(network, network.text_keys_values(text), record, stream, *how)
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)

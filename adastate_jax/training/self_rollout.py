@@ -208,7 +208,12 @@ def _join_chunks(chunks: jax.Array) -> jax.Array:
 
 
 def gradient_pass(
-    student: DiT, text: KeyValues, record: Rollout, stream: StreamConfig, cache_gradient: str = "stop"
+    student: DiT,
+    text: KeyValues,
+    record: Rollout,
+    stream: StreamConfig,
+    cache_gradient: str = "stop",
+    through_chunks: int = 1,
 ) -> jax.Array:
     """The rollout's content latents again, now with gradient through each chunk's exit step.
 
@@ -217,53 +222,100 @@ def gradient_pass(
         text: its text keys and values, with gradient.
         record: the recorded rollout of the same weights.
         cache_gradient: see `DistillConfig`.
+        through_chunks: how many chunks back the gradient goes through the state, where it does.
 
     Returns:
         Content latents [B, N, H, W, C], equal to `rollout_latents`.
     """
-    if cache_gradient != "stop":
-        return _straight_through_pass(student, text, record, stream, through_anchor=cache_gradient != "window")
-    return _exit_passes(*split(student), text, record, stream)
+    if cache_gradient in ("stop", "state"):
+        return _exit_passes(*split(student), text, record, stream, through_chunks if cache_gradient == "state" else 0)
+    return _straight_through_pass(student, text, record, stream, through_anchor=cache_gradient != "window")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _exit_passes(trained: Any, base: DiT | None, text: KeyValues, record: Rollout, stream: StreamConfig) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Before:
+    """An earlier chunk, as the gradient goes back through its state.
+
+    Attributes:
+        noisy: what its last pass was given.
+        cache: before it.
+        live: whether a state was denoised with it, bool [].
+    """
+
+    noisy: jax.Array
+    cache: Cache
+    live: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _exit_passes(
+    trained: Any, base: DiT | None, text: KeyValues, record: Rollout, stream: StreamConfig, through_chunks: int
+) -> jax.Array:
     """`gradient_pass` with a constant cache: what the exit passes made is in the record, the gradient is theirs.
 
     It is taken of one chunk's pass at a time, and summed in float32, so that no more than one chunk's context and
-    intermediate results are there at once.
+    intermediate results are there at once. Through the state it is taken of a chunk's pass and of those of the
+    `through_chunks` before it, which made the states that led to it: truncated back-propagation through time.
 
     trained, base: of the student, see `adapters.split`; the base gets no gradient.
     """
     return rollout_latents(record, stream)
 
 
-def _exit_passes_forward(trained, base, text, record, stream):
-    return _exit_passes(trained, base, text, record, stream), (trained, base, text, record)
+def _exit_passes_forward(trained, base, text, record, stream, through_chunks):
+    return _exit_passes(trained, base, text, record, stream, through_chunks), (trained, base, text, record)
 
 
-def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
+def _state_of(student, text: KeyValues, before: tuple[_Before, ...], cache: Cache, sigma, stream: StreamConfig):
+    """The adaptive state in `cache`, as the chunks before made it of the state before them: with its gradient.
+
+    What they saw of the window is constant.
+    """
+    layout = layout_of(phase_of(stream.num_fill_chunks, stream), stream)
+    state = before[0].cache.anchor
+    for chunk, after in zip(before, (*before[1:], None), strict=True):
+        context = read_context(student.config, Cache(state, chunk.cache.window), stream, layout, chunk.noisy)
+        clean, _ = denoise(student, chunk.noisy, sigma, text, layout, context)
+        _, fresh = denoise(student, clean, 0.0, text, layout, context)
+        found = cache.anchor if after is None else after.cache.anchor
+        made = fresh.tokens(0, found.num_tokens)
+
+        def with_gradient(value: jax.Array, path: jax.Array, live: jax.Array = chunk.live) -> jax.Array:
+            return value + jnp.where(live, path - jax.lax.stop_gradient(path), 0).astype(value.dtype)
+
+        state = jax.tree.map(with_gradient, found, made)
+    return state
+
+
+def _exit_passes_backward(stream: StreamConfig, through_chunks: int, saved, gradient: jax.Array):
     trained, base, text, record = saved
     student = join(trained, base)
     sigma = _exit_sigma(record, stream)
     chunks = jnp.stack(jnp.split(gradient, gradient.shape[1] // stream.chunk_frames, axis=1))  # [K, B, F, H, W, C]
 
     def step(carry, inputs: tuple[GeneratedChunk, jax.Array], phase: Phase):
-        cache, to_student, to_text = carry
+        cache, to_student, to_text, before = carry
         (chunk, to_content), layout = inputs, layout_of(phase, stream)
-        context = read_context(student.config, cache, stream, layout, chunk.noisy)
+        goes_back = through_chunks and phase.steady
 
         def exit_pass(trained, text, noisy):
-            clean, _ = denoise(join(trained, base), noisy, sigma, text, layout, context)
+            network, seen = join(trained, base), cache
+            if goes_back:
+                seen = Cache(_state_of(network, text, before, cache, sigma, stream), cache.window)
+            context = read_context(network.config, seen, stream, layout, noisy)
+            clean, _ = denoise(network, noisy, sigma, text, layout, context)
             return split_live(clean, layout).content
 
         _, pull_back = jax.vjp(exit_pass, trained, text, chunk.noisy)
         of_student, of_text, to_noisy = pull_back(to_content)
         sums = add_in_float32(to_student, of_student), jax.tree.map(jnp.add, to_text, of_text)
-        return (_advance(cache, chunk, stream, phase), *sums), to_noisy
+        if goes_back:
+            before = (*before[1:], _Before(chunk.noisy, cache, jnp.bool_(True)))
+        return (_advance(cache, chunk, stream, phase), *sums, before), to_noisy
 
     exact_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), text)
-    carry = _cache_of(student, record, stream), zeros_in_float32(trained), constrain_kept(exact_zeros)
+    carry = _cache_of(student, record, stream), zeros_in_float32(trained), constrain_kept(exact_zeros), ()
     to_fill = []
     for index, (chunk, phase) in enumerate(zip(record.fill, _recorded_phases(record, stream), strict=True)):
         carry, to_noisy = step(carry, (chunk, chunks[index]), phase)
@@ -272,9 +324,11 @@ def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
     if record.steady is not None:
         phase = phase_of(stream.num_fill_chunks, stream)
         steady = (record.steady, chunks[len(to_fill) :])
+        none_yet = _Before(jnp.zeros_like(record.steady.noisy[0]), carry[0], jnp.bool_(False))
+        carry = (*carry[:3], (none_yet,) * through_chunks)
         carry, to_noisy = jax.lax.scan(functools.partial(step, phase=phase), carry, steady)
         to_steady = dataclasses.replace(_zeros(record.steady), noisy=to_noisy)
-    to_trained, to_text = jax.tree.map(lambda x, like: x.astype(like.dtype), carry[1:], (trained, text))
+    to_trained, to_text = jax.tree.map(lambda x, like: x.astype(like.dtype), carry[1:3], (trained, text))
     none = jax.tree.map(_no_gradient, (record.exit_step, record.before))
     return to_trained, None, to_text, Rollout(tuple(to_fill), to_steady, *none, record.first_chunk)
 
