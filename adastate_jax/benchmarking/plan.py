@@ -110,12 +110,9 @@ def _made(program: str, config: Config, teacher: DiTConfig, extents: Mapping[str
         "attention": 3 * model.dim,
         "block": model.dim,
     }
+    of_blocks = passes * width * model.num_layers * tokens * kept[model.remat]
     backward = {
-        f"kept for the backward pass (remat {model.remat})": passes
-        * width
-        * model.num_layers
-        * tokens
-        * kept[model.remat],
+        f"kept for the backward pass (remat {model.remat})": of_blocks,
         "one layer at once": layer(model, tokens),
     }
     if program == "critic":
