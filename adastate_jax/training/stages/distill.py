@@ -15,7 +15,7 @@ from adastate_jax.training.state import TrainState
 def distill(run: Run) -> None:
     """Distils the teacher into the student on the student's own rollouts."""
     config, stream, key = run.config.distill, run.config.stream, run.key("distill")
-    teacher, bases = run.network("teacher"), {name: run.base(name) for name in ("student", "critic")}
+    teacher, bases = run.network("teacher"), {name: run.base(name, "distill") for name in ("student", "critic")}
     abstract = abstract_states(run.config)["distill"]
 
     def create() -> dict[str, TrainState]:
