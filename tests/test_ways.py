@@ -177,3 +177,17 @@ def test_a_base_that_is_missing_is_named(tmp_path):
     config = configured(stages=("initialize",), initialize__targets="clips", initialize__weights="nowhere", **LORA)
     with pytest.raises(UserError, match=r"config\.initialize\.weights=nowhere: no such network; make it with"):
         check_networks(config, tmp_path)
+
+
+def test_adapters_are_not_put_on_other_weights(runs, tmp_path):
+    """Neither to go on, nor to stream: the base has moved on since."""
+    own, consistent, _, _ = runs
+    for folder in (own, consistent):
+        shutil.copytree(folder, tmp_path / folder.name)
+    shutil.rmtree(tmp_path / "own" / "initialize" / "2")
+    noted = tmp_path / "consistent" / "config.json"
+    noted.write_text(noted.read_text().replace(str(own), str(tmp_path / "own")))
+    with pytest.raises(
+        UserError, match=r"its adapters of initialize/student are of other weights than .*own/initialize/1"
+    ):
+        ada.load(tmp_path / "consistent")

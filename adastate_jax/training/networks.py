@@ -5,6 +5,8 @@ wrote. Whatever the source, each device gets its own part; no host holds a whole
 """
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,22 @@ from adastate_jax.config.files import load_config
 from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import RANDOM
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reading, writing
+from adastate_jax.files import write_text
 from adastate_jax.models.adapters import Adapters, LoRAConfig, merge, stack
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.quantized import quantize_network
+from adastate_jax.seals import SEAL
 from adastate_jax.sharding import tree_shardings
+from adastate_jax.texts import read_json
 from adastate_jax.training.frozen import abstract_adapters, abstract_network, with_shardings
-from adastate_jax.weights.converted import converted_config, is_converted, load_converted
+from adastate_jax.weights.converted import DESCRIPTION, converted_config, is_converted, load_converted
 from adastate_jax.weights.parts import differing_fields
 
 # Stage → the part of its checkpoint to go on from, and which network that is.
 _LEFT_BEHIND = {"pretrain": ("ema", "teacher"), "initialize": ("ema", "student"), "distill": ("student/ema", "student")}
+# Of a run with adapters, the weights that each stage trained them of.
+_BASES = "bases.json"
 # What a configuration says of a converted network, whatever its weights are.
 _SETTINGS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization")
 
@@ -122,7 +129,50 @@ def left_behind(config: Config, folder: Path, stage: str, step: int) -> Source:
     part, name = _LEFT_BEHIND[stage]
     lora = getattr(config, name).lora
     base = find_weights(config, folder, name, start=stage == "initialize") if lora.rank else None
+    if base is not None:
+        _refuse_other_base(folder, f"{stage}/{name}", base)
     return Source(folder / stage / str(step), part, config.network(name), base, lora)
+
+
+def note_base(workdir: Path, stage: str, name: str, base: Source) -> None:
+    """Notes which weights a stage trains adapters of, so that these are never put on others.
+
+    Raises:
+        UserError: it was begun with others.
+    """
+    what = f"{stage}/{name}"
+    _refuse_other_base(workdir, what, base)
+    noted = _noted_bases(workdir)
+    if what not in noted:
+        with writing(workdir / _BASES):
+            write_text(workdir / _BASES, json.dumps({**noted, what: _identity(base)}, indent=2) + "\n")
+
+
+def _refuse_other_base(folder: Path, what: str, base: Source) -> None:
+    noted = _noted_bases(folder)
+    if what in noted and noted[what] != _identity(base):
+        raise UserError(
+            f"{folder}: its adapters of {what} are of other weights than {base.path} holds now; bring those back, or "
+            "use a fresh --workdir"
+        )
+
+
+def _noted_bases(folder: Path) -> dict[str, Any]:
+    path = folder / _BASES
+    if not path.exists():
+        return {}
+    noted = read_json(path, "bring it back from a copy, or use a fresh --workdir")
+    if not isinstance(noted, dict):
+        raise UserError(f"{path}: is damaged; bring it back from a copy, or use a fresh --workdir")
+    return noted
+
+
+def _identity(source: Source) -> str:
+    """Stands for the weights of a source: the hash of what lists the checksums of its files."""
+    listed = source.path / (SEAL if source.part else DESCRIPTION)
+    with reading(listed, "its weights are damaged"):
+        own = hashlib.sha256(listed.read_bytes()).hexdigest()[:16]
+    return own if source.base is None else f"{_identity(source.base)}+{own}"
 
 
 def _of_elsewhere(path: Path, said: str) -> Source:

@@ -32,7 +32,7 @@ def distill(run: Run) -> None:
     The state has a rollout beside the two networks where `distill.continue_rollout` is set.
     """
     config, stream, key = run.config.distill, run.config.stream, run.key("distill")
-    teacher, bases = run.network("teacher"), {name: run.base(name) for name in ("student", "critic")}
+    teacher, bases = run.network("teacher"), {name: run.base(name, "distill") for name in ("student", "critic")}
     like = with_shardings(abstract_states(run.config)["distill"], run.mesh)
     if config.continue_rollout:
         sizes = run.config.network("student")

@@ -23,11 +23,11 @@ def initialize(run: Run) -> None:
     abstract = abstract_states(run.config)["initialize"]
     read = _reader(run)
     teacher = run.network("teacher") if config.targets == "consistency" else None
-    base = run.base("student", start=True)
+    base = run.base("student", "initialize")
     null_text = run.empty_text if config.targets == "clips" else run.negative_text
 
     def create() -> TrainState:
-        return run.new_state("student", config.optimizer, True, "initialize", start=True)
+        return run.new_state("student", config.optimizer, True, "initialize")
 
     def step_function(state: TrainState, base: DiT | None, teacher: DiT | None, frozen: Frozen, null_text, batch, step):
         text, step_key = batch_text(frozen, batch), jax.random.fold_in(key, step)

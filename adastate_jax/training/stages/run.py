@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from adastate_jax import distributed
 from adastate_jax.checkpoint import Checkpoints, latest_step
 from adastate_jax.config.networks import NETWORKS, trained_sizes
 from adastate_jax.config.run import Config
@@ -24,7 +25,7 @@ from adastate_jax.sharding import init_sharded, local_rows, replicated, shard_ba
 from adastate_jax.training.frozen import Frozen, abstract_adapters, abstract_network, with_shardings
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
-from adastate_jax.training.networks import load_weights
+from adastate_jax.training.networks import find_weights, load_source, load_weights, note_base
 from adastate_jax.training.state import TrainState, create_state
 
 
@@ -64,18 +65,15 @@ class Run:
         """The frozen teacher, as its configuration says; or critic or student as they enter distillation, float32."""
         return load_weights(self.config, self.workdir, name, self.mesh, trained=name != "teacher")
 
-    def base(self, name: str, start: bool = False) -> DiT | None:
-        """The frozen weights that adapters of critic or student are trained of; None where all weights are trained.
-
-        start: of the student before initialisation.
-        """
+    def base(self, name: str, stage: str) -> DiT | None:
+        """The frozen weights that a stage trains adapters of critic or student of; None where it trains all weights."""
         if not getattr(self.config, name).lora.rank:
             return None
-        return load_weights(self.config, self.workdir, name, self.mesh, trained=False, start=start)
+        source = find_weights(self.config, self.workdir, name, start=stage == "initialize")
+        distributed.from_first(lambda: note_base(self.workdir, stage, name, source))
+        return load_source(source, self.config.network(name), self.mesh)
 
-    def new_state(
-        self, name: str, optimizer: OptimizerConfig, ema: bool, stage: str, start: bool = False
-    ) -> TrainState:
+    def new_state(self, name: str, optimizer: OptimizerConfig, ema: bool, stage: str) -> TrainState:
         """Critic or student before a stage's first update: its weights, or adapters that change nothing yet."""
         if (lora := getattr(self.config, name).lora).rank:
             network = self.config.network(name)
@@ -86,6 +84,7 @@ class Run:
 
             return init_sharded(adapters, self.mesh, key)
         function = functools.partial(create_state, optimizer=optimizer, ema=ema)
+        start = stage == "initialize"
         if start and self.config.initialize.weights == RANDOM:
             network = trained_sizes(self.config.network(name))
             return init_sharded(lambda key: function(DiT(network, rngs=nnx.Rngs(key))), self.mesh, self.key("weights"))
