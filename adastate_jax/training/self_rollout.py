@@ -267,7 +267,9 @@ def _exit_passes_forward(trained, base, text, record, stream, through_chunks):
     return _exit_passes(trained, base, text, record, stream, through_chunks), (trained, base, text, record)
 
 
-def _state_of(student, text: KeyValues, before: tuple[_Before, ...], cache: Cache, sigma, stream: StreamConfig):
+def _state_of(
+    student: DiT, text: KeyValues, before: tuple[_Before, ...], cache: Cache, sigma: jax.Array, stream: StreamConfig
+) -> KeyValues:
     """The adaptive state in `cache`, as the chunks before made it of the state before them: with its gradient.
 
     What they saw of the window is constant.
