@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
     """A causal teacher on clips; a student by consistency with it, and then by distillation, both with adapters."""
     folder = tmp_path_factory.mktemp("ways")
     own, consistent, distilled = (folder / name for name in ("own", "consistent", "distilled"))
-    clips = {"initialize__targets": "clips", "initialize__weights": "random", "initialize__context": "stream"}
+    clips = {"initialize__targets": "clips", "initialize__weights": "random", "initialize__context": "clean"}
     train(configured(stages=("initialize",), **clips), own)
     settings = {
         "initialize__targets": "consistency",
