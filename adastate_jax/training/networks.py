@@ -66,8 +66,8 @@ def check_networks(config: Config, workdir: Path) -> dict[str, str]:
     """Finds all weights that the stages will ask for, before anything is compiled or read.
 
     Returns:
-        `teacher.weights`, if a stage reads a teacher that another run or `convert` made: what it is called, with a hash
-        of its weights. It is read again whenever the run resumes, and its path alone does not tell that it changed.
+        `teacher.weights`, if a stage reads a teacher that another run or `convert` made: a hash that stands for them. They
+        are read again whenever the run resumes, and the path alone does not tell that they changed.
 
     Raises:
         UserError: some are missing, or are of another network than the configuration says.
