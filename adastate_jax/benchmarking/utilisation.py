@@ -29,11 +29,12 @@ def peak_flops(kind: str) -> float | None:
     return CHIPS[chip].flops if chip else None
 
 
-def step_flops(config: Config, stage: str, step: int) -> int:
+def step_flops(config: Config, stage: str, step: int) -> int | None:
     """Operations of one training step, on all devices together: the networks', forward and backward, without `remat`'s.
 
     What is computed again to save memory is left out, as in any model FLOPs utilisation. Of a rollout whose number of
-    denoising steps is drawn it is the mean. Encoding texts and videos is not counted.
+    denoising steps or whose part is drawn it is the mean. Encoding texts and videos is not counted. None where nothing
+    counts the work: a stage that trains adapters, and `initialize.targets` `consistency`.
     """
 
     def sizes(name: str) -> DiTConfig:
@@ -41,14 +42,18 @@ def step_flops(config: Config, stage: str, step: int) -> int:
         return dataclasses.replace(network if name == "teacher" else trained_sizes(network), remat="none")
 
     settings = getattr(config, stage)
+    if stage != "pretrain" and any(getattr(config, name).lora.rank for name in ("student", "critic")):
+        return None
     tokens = sizes("student").frame_tokens(*config.latent_shape[:2])
     if stage == "pretrain":
         work = [flops.pretrain_flops(sizes("teacher"), config.clip_frames, tokens)]
     elif stage == "initialize":
-        shape = config.stream, config.trajectory_frames, tokens
-        work = [flops.initialize_flops(sizes("student"), *shape, settings.context)]
+        if settings.targets == "consistency":
+            return None
+        frames = config.trajectory_frames if settings.targets == "trajectories" else config.clip_frames
+        work = [flops.initialize_flops(sizes("student"), config.stream, frames, tokens, settings.context)]
     else:
-        shape = config.stream, settings.rollout_frames, tokens
+        shape = config.stream, settings, tokens
         work = [flops.critic_flops(sizes("student"), sizes("critic"), *shape)]
         if settings.updates_student(step):
             work.append(flops.student_flops(sizes("student"), sizes("critic"), sizes("teacher"), *shape))

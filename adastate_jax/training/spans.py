@@ -48,20 +48,22 @@ class Work:
     """What the steps of a run take, for their rate.
 
     Attributes:
-        flops: (stage, step) → floating-point operations of the networks' arithmetic, on all devices together.
+        flops: (stage, step) → floating-point operations of the networks' arithmetic, on all devices together; None
+            where nothing counts them.
         devices: how many compute; there may be more.
         peak: of one device, operations per second by its data sheet; None where it is not known.
     """
 
-    flops: Callable[[str, int], int]
+    flops: Callable[[str, int], int | None]
     devices: int
     peak: float | None
 
     def rates(self, stage: str, steps: list[int], seconds: float) -> dict[str, float]:
         """Of steps that took so many seconds: `tflops_per_second` of a device, and its `utilisation` in 0 … 1."""
-        if not steps or seconds <= 0:
+        counted = [self.flops(stage, step) for step in steps]
+        if not counted or None in counted or seconds <= 0:
             return {}
-        rate = sum(self.flops(stage, step) for step in steps) / seconds / self.devices
+        rate = sum(counted) / seconds / self.devices
         return {"tflops_per_second": rate / 1e12, **({"utilisation": rate / self.peak} if self.peak else {})}
 
 

@@ -113,6 +113,19 @@ def test_what_steps_count_follows_from_the_work_and_not_from_how_it_is_done():
     assert 0 < step_flops(config, "distill", 1) < step_flops(config, "distill", 0)
 
 
+def test_what_is_not_counted_has_no_rate(clock, tmp_path):
+    adapters = parse_config(["--config=configs/tiny.py", "--config.student.lora.rank=2"])
+    assert step_flops(adapters, "distill", 0) is None
+    assert step_flops(adapters, "pretrain", 0) > 0
+    metrics = Metrics(tmp_path, spans.Spans(), spans.Work(lambda stage, step: None, devices=1, peak=1e12))
+    metrics.rewind("distill", 0)
+    clock[0] += 1.0
+    metrics.spans.lap("step")
+    metrics.write("distill", [(0, {"loss": 1.0})])
+    assert read_times(tmp_path / "metrics.jsonl") == [{"stage": "distill", "step": 0, "seconds_step": 1.0}]
+    assert metrics.summary({}) == ["time: 1.0 s: step 100%"]
+
+
 def test_peaks_are_of_the_very_product():
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("TPU v5 lite") == 197e12
