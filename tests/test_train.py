@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A few seconds of work: everything at its smallest, all stages.
+# A few seconds of work: everything at its smallest, all stages. Distillation goes on with a rollout of two segments,
+# whose prompt changes before the second: what is carried from update to update is part of what has to be resumed.
 SMALLEST = [
     "--config=configs/tiny.py",
     "--config.data.num_worlds=12",
@@ -36,6 +37,10 @@ SMALLEST = [
     "--config.distill.steps=6",
     "--config.distill.batch_size=2",
     "--config.distill.rollout_frames=9",
+    "--config.distill.scored_frames=6",
+    "--config.distill.overlap_frames=3",
+    "--config.distill.continue_rollout=true",
+    "--config.distill.prompt_change=recache",
     "--config.sample.count=1",
     "--config.logging.save_every=2",
     "--config.logging.log_every=2",

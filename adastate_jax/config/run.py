@@ -5,11 +5,11 @@ import dataclasses
 from adastate_jax.checks import require_at_least_one
 from adastate_jax.config.mesh import MeshConfig, require_divisible_network, require_divisible_text
 from adastate_jax.config.networks import NETWORKS, NetworkConfig, require_consistent_networks
+from adastate_jax.config.rollouts import require_parts
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
     PretrainConfig,
-    num_chunks,
     ode_sigmas,
     stream_of_clips,
 )
@@ -258,7 +258,13 @@ class Config:
             if self.initialize.context in ("stream", "state"):
                 stream_of_clips(self.stream, self.initialize.context)
         if "distill" in self.stages:
-            num_chunks(self.distill.rollout_frames, self.stream)
+            require_parts(self.distill, self.stream)
+            if self.distill.continue_rollout and (self.data.critic_prompts or self.data.critic_embeddings):
+                field = "critic_prompts" if self.data.critic_prompts else "critic_embeddings"
+                raise ValueError(
+                    f"distill.continue_rollout has student and critic go on with one rollout: data.{field} are never "
+                    "read, leave it empty"
+                )
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:
             raise ValueError(
                 f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
@@ -298,8 +304,8 @@ class Config:
 
     @property
     def trajectory_frames(self) -> int:
-        """Latent frames of a teacher's trajectory: those of a clip, or without clips those of a rollout."""
-        return self.distill.rollout_frames if self.data.kind == "none" else self.clip_frames
+        """Latent frames of a teacher's trajectory: those of a clip, or without clips those that distillation scores."""
+        return self.distill.clip_frames if self.data.kind == "none" else self.clip_frames
 
     @property
     def sample_frames(self) -> int:

@@ -131,6 +131,12 @@ class Schedule:
         return kept + (chunk - at) * config.chunk_frames
 
 
+def plan_of_change(transition: str, chunk: int, config: StreamConfig) -> Plan:
+    """What chunk number `chunk` is generated with, where the prompt changes before it for the first time."""
+    cues = (Cue(0, "before"), Cue(1, "after", transition))
+    return Schedule(cues, (0, chunk)).plan(chunk, config)
+
+
 def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: int, name: str = "prompts") -> Schedule:
     """The chunks at which the cues take effect.
 

@@ -122,13 +122,17 @@ class Run:
         read: Callable[[int], Any],
         steps: int,
         compiling: Callable[[int], bool],
+        like: Any = None,
     ) -> Any:
-        """`loop.run_stage` with this run's settings."""
+        """`loop.run_stage` with this run's settings.
+
+        like: shapes of the state with shardings, where they are more than `abstract_states` has of the stage.
+        """
         logging = self.config.logging
         with Checkpoints(self.workdir / name, logging.keep) as checkpoints:
             return run_stage(
                 name,
-                with_shardings(abstract_states(self.config)[name], self.mesh),
+                with_shardings(abstract_states(self.config)[name], self.mesh) if like is None else like,
                 create,
                 step_function,
                 self.batches(read),
