@@ -73,7 +73,7 @@ def _train(config: "Config", workdir: Path) -> None:
     stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
-    check_networks(config, workdir)
+    networks = check_networks(config, workdir)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
@@ -81,7 +81,7 @@ def _train(config: "Config", workdir: Path) -> None:
     _refuse_uneven_batches(config)
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
-        from_first(lambda: _refuse_other_data(workdir, inputs.names))
+        from_first(lambda: _refuse_other_data(workdir, inputs.names, networks))
         frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
             from_first(lambda: save_config(config, workdir / "config.json"))
@@ -169,26 +169,28 @@ def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
     return ""
 
 
-def _refuse_other_data(workdir: Path, names: Mapping[str, str]) -> None:
-    """Notes the datasets that the work directory is made with, or checks that they are still the same.
+def _refuse_other_data(workdir: Path, names: Mapping[str, str], networks: Mapping[str, str] | None = None) -> None:
+    """Notes what the work directory is made with, or checks that it is still the same.
 
-    A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
+    Args:
+        names: of its data sets, with the hash of all that each is built from: names, sizes and times of files, for one.
+        networks: see `check_networks`; noted from the first call on whose stages ask for them.
     """
     path = workdir / "data.json"
-    if not path.exists():
-        with writing(path):
-            write_text(path, json.dumps(dict(names), indent=2) + "\n")
-        return
     fix = "remove it, to go on with the data as they are now"
-    old = read_json(path, fix)
-    if not isinstance(old, dict) or old.keys() != names.keys():
+    noted = dict(networks or {})
+    old = read_json(path, fix) if path.exists() else dict(names)
+    if not isinstance(old, dict) or {kind for kind in old if not kind.endswith(".weights")} != names.keys():
         raise UserError(f"{path}: is damaged; {fix}")
-    for kind, name in names.items():
-        if old[kind] != name:
+    for kind, name in {**names, **noted}.items():
+        if old.get(kind, name) != name:
             raise UserError(
                 f"{workdir}: its {kind} have changed since it was begun: {shown(old[kind])} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
+    if not path.exists() or not noted.keys() <= old.keys():
+        with writing(path):
+            write_text(path, json.dumps({**old, **noted}, indent=2) + "\n")
 
 
 _DESCRIPTION = """Trains the stages of a configuration, and ends with sample videos in the work directory.

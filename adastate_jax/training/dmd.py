@@ -114,11 +114,14 @@ def draw_update(
     exit_key, chunk_key = jax.random.split(rollout_key)
     keys = jax.random.split(chunk_key, batch)
     shape = (batch, config.rollout_frames, *latent_shape)
+    sigma = score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config)  # of u in (0, 1]
     return Draws(
         noise=draw_rollout_noise(keys, stream, latent_shape, num_chunks(config.rollout_frames, stream)),
         exit_step=jax.random.randint(exit_key, (), 0, len(stream.sigmas)),
         score_noise=constrain(draw_normal(noise_key, shape), "batch"),
-        sigma=score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config),  # of u in (0, 1]
+        # Computed apart from what it is used in: the network is told 1000 σ, and a program that joins the two products
+        # tells it another last bit, in which a step would then differ with its mesh and its micro-batches.
+        sigma=jax.lax.optimization_barrier(sigma),
     )
 
 
@@ -192,7 +195,8 @@ def student_gradients(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
 
     Returns:
-        The gradients, the rollout's content latents [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|).
+        The gradients, the rollout's content latents [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|; NaN
+        if a score is not finite, whose gradient is zero where it is NaN).
     """
     null = teacher.text_keys_values(null_text)
     return _student_gradients(student, critic, teacher, text, null, draws, config, stream)
@@ -227,7 +231,9 @@ def _student_gradients(
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)
-    return gradients, latents, {"loss": loss, "dmd_gradient_norm": jnp.abs(gradient).mean()}
+    # A score that is NaN moves nothing, and its loss is zero: without this, a run would go on and learn nothing of it.
+    finite = jnp.isfinite(clean_fake).all() & jnp.isfinite(clean_real).all()
+    return gradients, latents, {"loss": loss, "dmd_gradient_norm": jnp.where(finite, jnp.abs(gradient).mean(), jnp.nan)}
 
 
 def student_step(
@@ -251,7 +257,7 @@ def student_step(
         draws: of this update.
 
     Returns:
-        The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
+        The new state, and `loss`, `dmd_gradient_norm` (see `student_gradients`) and `gradient_norm`.
     """
     null = teacher.text_keys_values(null_text)
 

@@ -5,6 +5,7 @@ wrote. Whatever the source, each device gets its own part; no host holds a whole
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import jax
 
 from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config
-from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
+from adastate_jax.config.networks import TRAINED_BY, trained_sizes
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.quantized import quantize_network
+from adastate_jax.seals import SEAL
 from adastate_jax.training.frozen import abstract_network, with_shardings
 from adastate_jax.weights.converted import converted_config, is_converted, load_converted
-from adastate_jax.weights.parts import differing_fields
+from adastate_jax.weights.parts import differing_fields, fingerprint
 
 # Stage → the part of its checkpoint to go on from, and which network that is.
 _LEFT_BEHIND = {"pretrain": ("ema", "teacher"), "initialize": ("ema", "student"), "distill": ("student/ema", "student")}
@@ -48,18 +50,34 @@ def start_of(config: Config) -> tuple[Config, Path]:
     return load_config(folder / "config.json"), folder
 
 
-def check_networks(config: Config, workdir: Path) -> None:
+def check_networks(config: Config, workdir: Path) -> dict[str, str]:
     """Finds all weights that the stages will ask for, before anything is compiled or read.
+
+    Returns:
+        `teacher.weights`, if a stage reads a teacher that another run or `convert` made: what it is called, with a hash
+        of its weights. It is read again whenever the run resumes, and its path alone does not tell that it changed.
 
     Raises:
         UserError: some are missing, or are of another network than the configuration says.
     """
+    if not {"initialize", "distill"} & {*config.stages}:
+        return {}
+    teacher = find_weights(config, workdir, "teacher")
     if "initialize" in config.stages:
-        find_weights(config, workdir, "teacher")
         find_weights(config, workdir, "student", start=True)
     if "distill" in config.stages:
-        for name in NETWORKS:
+        for name in ("critic", "student"):
             find_weights(config, workdir, name)
+    own = teacher.path is None or workdir.absolute() in teacher.path.absolute().parents
+    return {} if own else {"teacher.weights": _identity(teacher)}
+
+
+def _identity(source: Source) -> str:
+    """Kind or stage of weights, and a hash of what lists their checksums."""
+    if not source.part:
+        return f"transformer/{fingerprint(source.path.parent, source.path.name)[:16]}"
+    digest = hashlib.sha256((source.path / SEAL).read_bytes()).hexdigest()
+    return f"{source.path.parent.name}/{source.path.name}/{digest[:16]}"
 
 
 def find_weights(config: Config, workdir: Path, name: str, start: bool = False) -> Source:
