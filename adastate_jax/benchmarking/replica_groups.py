@@ -27,6 +27,11 @@ def axes_along(line: str, mesh: jax.sharding.Mesh) -> str:
     return "?"
 
 
+def extent_of(axes: str, mesh: jax.sharding.Mesh) -> int:
+    """Devices in a group along axes as `axes_along` names them; where these are unknown, all."""
+    return mesh.size if axes == "?" else math.prod(mesh.shape[name] for name in axes.split("+"))
+
+
 def _groups(line: str, devices: int) -> list[list[int]] | None:
     """The groups of devices of a collective, by their places in the program."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line):
