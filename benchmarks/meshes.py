@@ -13,6 +13,8 @@ import argparse
 import collections
 import dataclasses
 import functools
+import importlib.metadata
+import math
 import os
 import re
 import sys
@@ -20,8 +22,12 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # each program runs once
+if __name__ == "__main__":  # before JAX is imported; the tests that use this have settings of their own
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # the flags are those of one XLA
+        # Each program runs once: compiling fast matters, running fast does not.
+        fast = ("backend_optimization_level=0", "cpu_parallel_codegen_split_count=1", "cpu_use_fusion_emitters=false")
+        os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in fast))
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +166,7 @@ def run_step(name: str, mesh: jax.sharding.Mesh) -> Step:
 
 
 def _misplaced(trees: list, compiled: jax.stages.Compiled, program: Program, mesh: jax.sharding.Mesh) -> Iterator[str]:
-    """Arguments and results that lie elsewhere than the rules say, and stacked weights that a device ever has whole."""
+    """Arguments and results that lie elsewhere than the rules say, and what a device has whole that should be split."""
     given, (result, _) = compiled.input_shardings[0][: len(trees)], compiled.output_shardings
     arrays = set(re.findall(r"\[([\d,]+)\]", " ".join(i.shape for i, _ in program.instructions())))
     for tree, shardings in (*zip(trees, given, strict=True), (trees[0], result)):
@@ -172,6 +178,16 @@ def _misplaced(trees: list, compiled: jax.stages.Compiled, program: Program, mes
             stacked = x.ndim > 2 and x.shape[0] == NETWORK.num_layers
             if stacked and rule.shard_shape(x.shape) != x.shape and ",".join(map(str, x.shape)) in arrays:
                 yield f"{path_name(path)}: all of {x.shape} is on a device"
+    whole = f"{FRAMES},{SHAPE[0] * SHAPE[1] // 4},{NETWORK.dim}"  # a clip's tokens between attentions
+    if mesh.shape["context"] > 1 and any(array.endswith(whole) for array in arrays):
+        yield f"all tokens of a clip are on a device: {whole}"
+    rules = jax.tree.leaves(tree_shardings(trees[0], mesh))
+    held = sum(
+        math.prod(rule.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, rule in zip(jax.tree.leaves(trees[0]), rules, strict=True)
+    )
+    if (aliased := compiled.memory_analysis().alias_size_in_bytes) != held:
+        yield f"the state is not updated in its place: of its {held} bytes, {aliased} are"
 
 
 def differences(one: Step, other: Step) -> dict[str, float]:
