@@ -70,7 +70,7 @@ class Collective:
 
     Attributes:
         kind: `all-gather`, …
-        axes: names of the mesh axes, joined by `+`; `?` where the groups follow no axes.
+        axes: names of the mesh axes, see `axes_along`.
         instructions: in the program.
         runs: of them all together, per device.
         bytes: of their results, over all runs, per device.

@@ -8,28 +8,39 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+_PART = "part of "
+
 
 def axes_along(line: str, mesh: jax.sharding.Mesh) -> str:
-    """The mesh axes along which the groups of a collective lie."""
+    """The mesh axes along which the groups of a collective lie, joined by `+`.
+
+    `part of a+b` where the groups are smaller than those of the axes: of tokens split 8 ways, 2 and 4 may be rows and
+    columns of a frame. `?` where the collective names no groups.
+    """
     groups = _groups(line, mesh.size)
     if groups is None:
         return "?"
     found = {frozenset(group) for group in groups}
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
     names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    parts = "?"
     for size in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, size):
             last = [mesh.axis_names.index(name) for name in chosen]
             moved = np.moveaxis(places, last, range(-len(last), 0))
             extent = math.prod(mesh.shape[name] for name in chosen)
-            if found <= {frozenset(group) for group in moved.reshape(-1, extent).tolist()}:
+            along = {frozenset(group) for group in moved.reshape(-1, extent).tolist()}
+            if found <= along:
                 return "+".join(chosen)
-    return "?"
+            if parts == "?" and all(any(group <= whole for whole in along) for group in found):
+                parts = _PART + "+".join(chosen)
+    return parts
 
 
 def extent_of(axes: str, mesh: jax.sharding.Mesh) -> int:
-    """Devices in a group along axes as `axes_along` names them; where these are unknown, all."""
-    return mesh.size if axes == "?" else math.prod(mesh.shape[name] for name in axes.split("+"))
+    """Devices in a group along axes as `axes_along` names them, at most; where these are unknown, all."""
+    names = axes.removeprefix(_PART).split("+")
+    return mesh.size if axes == "?" else math.prod(mesh.shape[name] for name in names)
 
 
 def _groups(line: str, devices: int) -> list[list[int]] | None:

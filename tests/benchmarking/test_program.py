@@ -118,7 +118,8 @@ def test_collectives_are_told_by_mesh_axis(kind, axes, exchange, result):
         ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
         ("[2,4]<=[2,4]T(0,1)", "fsdp+model"),
         ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
-        ("{{0,1,2},{3,4,5},{6,7}}", "?"),
+        ("{{0,1},{2,3},{4},{5},{6},{7}}", "part of model"),
+        ("{{0,1,2},{3,4,5},{6,7}}", "part of data+fsdp+model"),
         ("{}", "data+fsdp+model"),
     ],
 )

@@ -94,6 +94,7 @@ RUNS = {
     ("pretrain", WEIGHTS): {"all-gather": 51, "all-reduce": 17},
     ("initialize", WEIGHTS): {"all-gather": 51, "all-reduce": 17},
     ("critic", WEIGHTS): {"all-gather": 172, "all-reduce": 17},
+    ("student", WEIGHTS): {"all-gather": 324, "all-reduce": 31},
     ("pretrain", EVERYTHING): {
         "all-gather": 87,
         "all-reduce": 44,
@@ -114,5 +115,12 @@ RUNS = {
         "all-to-all": 57,
         "collective-permute": 21,
         "reduce-scatter": 4,
+    },
+    ("student", EVERYTHING): {
+        "all-gather": 431,
+        "all-reduce": 191,
+        "all-to-all": 115,
+        "collective-permute": 36,
+        "reduce-scatter": 12,
     },
 }
