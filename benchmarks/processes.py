@@ -3,8 +3,8 @@
     python benchmarks/processes.py --processes=4 --meshes data=4 context=2,model=2
 
 Each run is the tiny chain at its smallest, started by `launch/local_processes.py`, and its losses and gradient norms
-are compared with those of one process. Exit code 1 if they differ by more than `--tolerance` of their size. Where an
-axis other than `data` and `fsdp` spans processes, these read the same rows of a batch.
+are compared with those of one process. Exit code 1 if they differ by more than `--tolerance` of their size, which is
+above what another order of sums makes of float32 in distillation, the stage where it makes most. Where an axis other than `data` and `fsdp` spans processes, these read the same rows of a batch.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--meshes", nargs="+", default=["data=4", "context=2,model=2"], metavar="AXIS=N,…")
     parser.add_argument("--stages", nargs="+", default=["pretrain", "initialize", "distill"], help="the first ones")
-    parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument("--tolerance", type=float, default=1e-4)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(
