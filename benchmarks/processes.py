@@ -4,7 +4,8 @@
 
 Each run is the tiny chain at its smallest, started by `launch/local_processes.py`, and its losses and gradient norms
 are compared with those of one process. Exit code 1 if they differ by more than `--tolerance` of their size, which is
-above what another order of sums makes of float32 in distillation, the stage where it makes most. Where an axis other than `data` and `fsdp` spans processes, these read the same rows of a batch.
+above what another order of sums makes of float32 in distillation, the stage where it makes most. Where an axis other
+than `data` and `fsdp` spans processes, these read the same rows of a batch.
 """
 
 import argparse
