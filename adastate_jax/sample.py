@@ -104,6 +104,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--text-cache", type=Path, metavar="DIR", help="keeps prompts' embeddings (default CHECKPOINT/text_cache)"
     )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keeps compiled programs (default ~/.cache/adastate_jax/compiled)"
+    )
     parser.add_argument("--scale", type=int, metavar="N", help="repeats every pixel N times in both directions")
     parser.add_argument(
         "--like",
@@ -342,12 +345,15 @@ def main(arguments: Sequence[str]) -> int:
     folder = not (options.output or options.default_output).suffix
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(claimed_output(options, folder=folder, number=n + 1)) for n in range(count)]
-        if options.session:
-            starting()
-            return _replay(options, overrides, outputs[0], ["python", "-m", "adastate_jax.sample", *arguments])
         if not options.like:
             starting()
-        _write(options, overrides, outputs, then, ["python", "-m", "adastate_jax.sample", *arguments])
+        from adastate_jax.generation.programs import programs_kept
+
+        stack.enter_context(programs_kept(options.cache))
+        command = ["python", "-m", "adastate_jax.sample", *arguments]
+        if options.session:
+            return _replay(options, overrides, outputs[0], command)
+        _write(options, overrides, outputs, then, command)
     return 0
 
 

@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import importlib.util
-import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
@@ -105,24 +104,6 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _cache_programs(folder: Path | None) -> None:
-    """Has JAX keep what it compiles, in a folder that is nobody else's: what lies there is run."""
-    import jax
-
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or home / "adastate_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise UserError(f"--cache={folder}: others can write there, and what lies there is run; chmod 700 it")
-    except OSError as error:
-        raise UserError(f"--cache={folder}: cannot be written ({reason(error)}); name another") from None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def _offer(model: "Model", options: argparse.Namespace):
     """What the page shows before anybody types."""
     from adastate_jax.data.worlds import caption_pattern, captions
@@ -155,7 +136,6 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
     from adastate_jax.serving.recording import Store
 
     cv2.setNumThreads(1)  # the cores are the model's; pictures are small work
-    _cache_programs(options.cache)
     store = Store(options.recordings, options.keep)
     store.check()
     model = load(options.checkpoint, decoder=options.decoder, text_cache=options.text_cache)
@@ -206,7 +186,10 @@ def main(arguments: Sequence[str]) -> int:
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}/"
         starting()
-        _serve(options, listener, f"{address}#token={options.token}" if options.token else address)
+        from adastate_jax.generation.programs import programs_kept
+
+        with programs_kept(options.cache):
+            _serve(options, listener, f"{address}#token={options.token}" if options.token else address)
     return 0
 
 
