@@ -113,6 +113,13 @@ def make_app(
             raise HTTPException(403, "this link watches; it does not steer")
         return found[0]
 
+    def forget_uploads() -> None:
+        """Removes the pictures of sessions that are no more."""
+        for name in [name for name in uploads if name not in live.sessions]:
+            for path in uploads.pop(name):
+                generator.pictures.pop(path.name, None)
+                path.unlink(missing_ok=True)
+
     @app.exception_handler(UserError)
     async def refuse(request: Request, error: UserError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
@@ -158,19 +165,22 @@ def make_app(
     async def picture(name: str, key: Key, request: Request) -> dict[str, str]:
         """Takes a picture (PNG, JPEG or WebP, the body) for a restart to begin from."""
         session = find(name, key, steer=True)
+        forget_uploads()
         kept = uploads.setdefault(session.name, [])
         if len(kept) >= _MOST_PICTURES:
             raise HTTPException(429, f"a session takes {_MOST_PICTURES} pictures")
         label = secrets.token_hex(8)
         path = request.app.state.pictures / label
-        path.write_bytes(await request.body())  # the guard has seen its length
         kept.append(path)
         try:
+            path.write_bytes(await request.body())  # the guard has seen its length
             await run_in_threadpool(_check_picture, path, live.facts.height, live.facts.width)
-        except UserError as error:
+        except BaseException as error:  # a client that goes away in the middle, too
             kept.remove(path)
-            path.unlink()
-            raise HTTPException(422, str(error).replace(str(path), "picture")) from None
+            path.unlink(missing_ok=True)
+            if isinstance(error, UserError):
+                raise HTTPException(422, str(error).replace(str(path), "picture")) from None
+            raise
         generator.pictures[label] = path
         return {"picture": label}
 

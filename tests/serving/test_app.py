@@ -25,6 +25,7 @@ from adastate_jax.serving.limits import Door
 from adastate_jax.serving.live import Live
 from adastate_jax.serving.protocol import unpack
 from adastate_jax.serving.recording import Store
+from adastate_jax.serving.session import RETURN_SECONDS
 
 HOST, SOCKETS = "http://127.0.0.1", "ws://127.0.0.1"
 MUTANTS = 2000
@@ -289,6 +290,14 @@ def test_a_stream_starts_from_a_picture_that_was_sent(server):
         socket.control("stop")
     takes = ended(server, session)["takes"]
     assert [take["picture"] is not None for take in takes] == [False, True]
+    clock, server.live.clock = server.live.clock, lambda: time.monotonic() + RETURN_SECONDS
+    while session["id"] in server.live.sessions:
+        time.sleep(0.05)
+    server.live.clock = clock
+    with steered(server) as (session, _):
+        path, keys = f"/v1/sessions/{session['id']}/picture", {"key": session["key"]}
+        kept = server.client.post(path, params=keys, content=body.getvalue()).json()["picture"]
+        assert [file.name for file in server.client.app.state.pictures.iterdir()] == [kept]
 
 
 def test_mutated_messages_harm_nobody(server, capfd):
