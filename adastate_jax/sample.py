@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import shlex
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
+from adastate_jax.generation.placement import add_arguments, placement_of
 from adastate_jax.generation.shipped import find_model, shipped_config
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
@@ -126,6 +128,7 @@ def _parser() -> CommandParser:
         "numbered: FILE, FILE-2",
         default="out.mp4",
     )
+    add_arguments(parser)
     return parser
 
 
@@ -139,6 +142,7 @@ def _vocabulary() -> str:
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuses what can be refused before JAX is imported."""
+    placement_of(options)
     for argument in overrides:
         name = argument.partition("=")[0].removeprefix("--")
         if name in _OF_OTHER_TOOLS or (name.startswith("config.") and not options.config):
@@ -186,6 +190,7 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> "Model":
     from adastate_jax.config.files import parse_config
     from adastate_jax.generation.loading import load
 
+    placement = dataclasses.asdict(placement_of(options))
     config = parse_config([f"--config={options.config}", *overrides]) if options.config else None
     if options.random_weights:
         print("random: transformer, codec and text embeddings; the video shows noise", file=sys.stderr)
@@ -195,6 +200,7 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> "Model":
         decoder=options.decoder,
         random_weights=options.random_weights,
         text_cache=options.text_cache,
+        **placement,
     )
 
 
@@ -235,7 +241,7 @@ def _remember(options: argparse.Namespace) -> tuple[Sequence[str], dict[str, str
     from adastate_jax.generation.provenance import recall
     from adastate_jax.media import read_metadata
 
-    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "random_weights"):
+    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "weights", "random_weights"):
         if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: --like takes it from the video; leave one of them out")
     found = recall(options.like, read_metadata(options.like))
@@ -286,7 +292,7 @@ def _write(
     common = (overrides, cues, fingerprint(model), digest(start), command)
     seconds = options.seconds or _SECONDS
     for (prompt, seed), output in zip(calls, outputs, strict=True):
-        kept = {"prompt": prompt, "seed": seed, "seconds": seconds}
+        kept = {"prompt": prompt, "seed": seed, "seconds": seconds, "weights": placement_of(options).quantization}
         metadata = describe({**vars(options), **kept}, *common)
         if options.like:
             _refuse_another(options.like, then, metadata)

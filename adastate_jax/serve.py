@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import secrets
 import socket
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError, reason
+from adastate_jax.generation.placement import add_arguments, placement_of
 from adastate_jax.generation.shipped import find_model
 from adastate_jax.interrupts import deferred
 from adastate_jax.serving.limits import is_loopback
@@ -64,6 +66,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="keeps compiled programs (default ~/.cache/adastate_jax/compiled)"
     )
+    add_arguments(parser)
     return parser
 
 
@@ -73,6 +76,7 @@ def _check(options: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}: pip install -r requirements.txt")
     find_model(options.checkpoint)
+    placement_of(options)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port={options.port}: must lie in 0 … 65535")
     for name, value in (("keep", options.keep), ("queue", options.queue), ("session-seconds", options.session_seconds)):
@@ -138,7 +142,12 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
     cv2.setNumThreads(1)  # the cores are the model's; pictures are small work
     store = Store(options.recordings, options.keep)
     store.check()
-    model = load(options.checkpoint, decoder=options.decoder, text_cache=options.text_cache)
+    model = load(
+        options.checkpoint,
+        decoder=options.decoder,
+        text_cache=options.text_cache,
+        **dataclasses.asdict(placement_of(options)),
+    )
     offer = _offer(model, options)
     check_anchors(model, [anchor or None for anchor in offer.anchors])
     live = Live(facts_of(model, offer.anchors), Queue(options.session_seconds, options.queue))

@@ -16,7 +16,7 @@ from adastate_jax.errors import UserError
 from adastate_jax.streaming.prompts import Cue
 
 # Options of the sample command, under the names that they have there and as keys.
-_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "image", "video")
+_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "weights", "image", "video")
 _NUMBERS = {"seed": int, "seconds": float, "scale": int}
 
 
