@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import secrets
 import socket
@@ -63,9 +62,6 @@ def _parser() -> CommandParser:
         "--session-seconds", type=float, default=600.0, metavar="S", help="length of a session at most (default 600)"
     )
     parser.add_argument("--queue", type=int, default=32, metavar="N", help="sessions that may wait (default 32)")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keeps compiled programs (default ~/.cache/adastate_jax/compiled)"
-    )
     add_arguments(parser)
     return parser
 
@@ -117,8 +113,7 @@ def _offer(model: "Model", options: argparse.Namespace):
     vocabulary = caption_pattern(model.config.data.worlds) if worlds else ""
     examples = captions(model.config.data.worlds) if worlds else ("a red fox runs through fresh snow at dawn",)
     anchors = tuple(options.anchors or (("static", "adastate") if worlds else ("",)))
-    name = model.origin.split(",")[0]
-    return Offer(Path(name).stem, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
+    return Offer(model.name, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) -> None:
@@ -146,7 +141,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
         options.checkpoint,
         decoder=options.decoder,
         text_cache=options.text_cache,
-        **dataclasses.asdict(placement_of(options)),
+        **vars(placement_of(options)),
     )
     offer = _offer(model, options)
     check_anchors(model, [anchor or None for anchor in offer.anchors])

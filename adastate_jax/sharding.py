@@ -49,6 +49,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"time_projection/kernel", ("embed", "mlp")),
     (r"head/kernel", ("embed", None)),
     (r"modulation", (None, "embed")),
+    # LoRA's factors, beside the kernels that they change.
+    (r"(query|key|value|ffn_in|time_projection|head)/down", ("embed", None)),
+    (r"output/down", ("heads", None)),
+    (r"ffn_out/down", ("mlp", None)),
+    (r"(query|key|value)/up", (None, "heads")),
+    (r"(ffn_in|time_projection)/up", (None, "mlp")),
+    (r"(output|ffn_out|patch_embedding|text_in|text_out|time_in|time_out)/up", (None, "embed")),
 )
 
 

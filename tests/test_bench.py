@@ -17,6 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from adastate_jax import bench
 from adastate_jax.benchmarking import flops, machine, measure, report
 from adastate_jax.config.files import parse_config
+from adastate_jax.config.stages import DistillConfig
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
 from adastate_jax.models.attention import KeyValues
@@ -130,10 +131,21 @@ def test_wan_2_1_takes_what_is_published():
     assert flops.decoder_flops(PatchCodecConfig(patch=2, channels=5), 3, 4, 6) == 2 * 6 * 12 * 5 * 12
     training = (
         flops.rollout_flops(WAN, STREAM, 21, FRAME),
-        flops.critic_flops(WAN, WAN, STREAM, 21, FRAME),
-        flops.student_flops(WAN, WAN, TEACHER, STREAM, 21, FRAME),
+        flops.critic_flops(WAN, WAN, STREAM, DistillConfig(), FRAME),
+        flops.student_flops(WAN, WAN, TEACHER, STREAM, DistillConfig(), FRAME),
     )
     assert [round(x.total / 1e15, 2) for x in training] == [0.66, 1.79, 4.87]
+
+
+def test_longer_rollouts_take_what_their_parts_take():
+    """A window of 21 frames in 120 is rolled out up to on average; segments are 18 frames, but for the first."""
+    window = DistillConfig(rollout_frames=120, scored_frames=21)
+    segments = DistillConfig(rollout_frames=237, scored_frames=21, overlap_frames=3, continue_rollout=True)
+    steady = flops.chunk_pass_flops(WAN, STREAM, 2, FRAME)
+    scoring = flops.pretrain_flops(WAN, 21, FRAME)
+    for config, chunks in ((window, (40 - 7) / 2 + 7), (segments, 79 / 13)):
+        rolled = flops.critic_flops(WAN, WAN, STREAM, config, FRAME).total - scoring.total
+        assert rolled == pytest.approx(chunks * steady.total * 3.5, rel=0.06)  # the fill takes less
 
 
 def test_counts_agree_with_an_independent_model():

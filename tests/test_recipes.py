@@ -10,6 +10,7 @@ import pytest
 
 from adastate_jax.config import parse_config
 from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.training.dmd import critic_gradients, draw_update, student_gradients
 from adastate_jax.training.frozen import abstract_network, with_shardings
 from adastate_jax.training.stages.run import abstract_states
@@ -17,6 +18,8 @@ from adastate_jax.training.stages.run import abstract_states
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Weights of the published files: the sums of manifest_wan_t2v_1.3B and manifest_wan_t2v_14B.
 SMALL, LARGE = 1_418_996_800, 14_288_491_584
+# Weights of adapters of rank 256 on the linear layers of 30 blocks: eight of 1536 to 1536, two of 1536 and 8960.
+LORA = 30 * 256 * (8 * (1536 + 1536) + 2 * (1536 + 8960))
 
 
 def recipe(name: str, *others: str):
@@ -57,6 +60,16 @@ def test_a_recipe_has_the_published_sizes_and_numbers(name, teacher, stages, bat
     state = abstract_states(config)[stages[0]]
     state = state["student"] if stages[0] == "distill" else state
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_long_tuning_has_the_published_numbers():
+    """Segments of 21 and 18 frames to 237, adapters of rank 256, and the stream that it trains for."""
+    config = recipe("longlive_wan")
+    assert (config.distill.segments, config.distill.clip_frames, config.trajectory_frames) == (13, 21, 21)
+    assert config.stream == PRESETS["longlive"].stream
+    assert {(config.student.lora.rank, config.critic.lora.rank)} == {(256, 256)}
+    state = abstract_states(config)["distill"]
+    assert count(state["student"].params) == count(state["critic"].params) == LORA
 
 
 def test_the_steps_of_the_recipe_are_traced_with_the_large_teacher():

@@ -25,7 +25,7 @@ from adastate_jax.benchmarking.targets import (
     make_target_mesh,
     read_target,
 )
-from adastate_jax.benchmarking.workloads import device_bytes, make_workload
+from adastate_jax.benchmarking.workloads import device_bytes, make_workload, scored_part
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import num_chunks
 from adastate_jax.errors import UserError
@@ -72,6 +72,7 @@ def count(program: str, config: Config, teacher: DiTConfig) -> Count:
     mesh = AbstractMesh(tuple(extents.values()), tuple(extents), axis_types=(AxisType.Auto,) * len(extents))
     workload = make_workload(program, config, teacher, mesh)
     own, _, _, *others = workload.arguments
+    own, carried = own if config.distill.continue_rollout else (own, None)
     moments = device_bytes(own) - device_bytes(own.params)
     parts = {
         f"{program}: weights": device_bytes(own.params),
@@ -79,6 +80,8 @@ def count(program: str, config: Config, teacher: DiTConfig) -> Count:
         "other networks": device_bytes(others) + workload.resident,
         "gradients": device_bytes(own.params),
     }
+    if carried is not None:
+        parts["rollout that goes on"] = device_bytes(carried)
     return Count(program, parts | _made(program, config, teacher, extents), workload.flops)
 
 
@@ -90,11 +93,13 @@ def _made(program: str, config: Config, teacher: DiTConfig, extents: Mapping[str
         config.distill.batch_size / config.distill.accumulate / math.prod(extents[axis] for axis in RULES["batch"])
     )
     frame = samples * model.frame_tokens(*config.latent_shape[:2]) / extents.get("context", 1)
-    clip = config.distill.rollout_frames * frame
-    chunks = range(num_chunks(config.distill.rollout_frames, stream))
+    clip, part = config.distill.clip_frames * frame, scored_part(config)
+    first, size = (part.first_chunk, part.chunks) if part else (0, num_chunks(config.distill.rollout_frames, stream))
+    chunks = range(first, first + size)
     live = frame * sum(len(layout_of(phase_of(chunk, stream), stream).live) for chunk in chunks)
     # That one gradient passes through: the student's is taken chunk by chunk.
     tokens = live / len(chunks) if program == "student" else clip
+    passes = config.distill.passes_with_gradient if program == "student" else 1
 
     def layer(sizes: DiTConfig, tokens: float) -> float:  # queries, keys, values, output; a float32 norm; feed-forward
         return tokens * (width * (5 * sizes.dim + 2 * sizes.ffn_dim / heads) + 8 * sizes.dim)
@@ -105,14 +110,17 @@ def _made(program: str, config: Config, teacher: DiTConfig, extents: Mapping[str
         "attention": 3 * model.dim,
         "block": model.dim,
     }
+    of_blocks = passes * width * model.num_layers * tokens * kept[model.remat]
     backward = {
-        f"kept for the backward pass (remat {model.remat})": width * model.num_layers * tokens * kept[model.remat],
+        f"kept for the backward pass (remat {model.remat})": of_blocks,
         "one layer at once": layer(model, tokens),
     }
     if program == "critic":
         return {name: int(size) for name, size in backward.items()}
     keys_values = 2 * width * model.num_layers * model.dim / heads
     record = {"rollout's keys and values": live * keys_values}
+    if part and part.first_chunk and not part.goes_on:
+        record["the cache before the window"] = frame * (stream.anchor.frames + stream.past_frames) * keys_values
     # The scores come before the backward pass; what they hold is gone then.
     scores = record | {"one layer of the teacher at once": layer(teacher, 2 * clip)}
     largest = max(scores, record | backward, key=lambda parts: sum(parts.values()))

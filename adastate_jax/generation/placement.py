@@ -6,6 +6,7 @@ devices exchange tokens for heads (`mesh.context`, see `models/context_parallel.
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adastate_jax.errors import UserError, shown
@@ -55,6 +56,9 @@ class Placement:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a command that streams."""
     group = parser.add_argument_group("where it runs")
+    group.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keeps compiled programs (default ~/.cache/adastate_jax/compiled)"
+    )
     group.add_argument("--weights", choices=WEIGHTS, help="keeps the transformer's weights in eight bits each")
     group.add_argument("--devices", type=int, metavar="N", help="splits the transformer over N devices")
     group.add_argument(

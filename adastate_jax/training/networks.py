@@ -5,6 +5,8 @@ wrote. Whatever the source, each device gets its own part; no host holds a whole
 """
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,25 @@ import jax
 
 from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config
-from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
+from adastate_jax.config.networks import TRAINED_BY, trained_sizes
 from adastate_jax.config.run import Config
-from adastate_jax.errors import UserError
+from adastate_jax.config.stages import RANDOM
+from adastate_jax.errors import UserError, reading, writing
+from adastate_jax.files import write_text
+from adastate_jax.models.adapters import Adapters, LoRAConfig, merge, stack
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.quantized import quantize_network
-from adastate_jax.training.frozen import abstract_network, with_shardings
-from adastate_jax.weights.converted import converted_config, is_converted, load_converted
+from adastate_jax.seals import SEAL
+from adastate_jax.sharding import tree_shardings
+from adastate_jax.texts import read_json
+from adastate_jax.training.frozen import abstract_adapters, abstract_network, with_shardings
+from adastate_jax.weights.converted import DESCRIPTION, converted_config, is_converted, load_converted
 from adastate_jax.weights.parts import differing_fields
 
 # Stage → the part of its checkpoint to go on from, and which network that is.
 _LEFT_BEHIND = {"pretrain": ("ema", "teacher"), "initialize": ("ema", "student"), "distill": ("student/ema", "student")}
+# Of a run with adapters, the weights that each stage trained them of.
+_BASES = "bases.json"
 # What a configuration says of a converted network, whatever its weights are.
 _SETTINGS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization")
 
@@ -35,11 +45,15 @@ class Source:
         path: a checkpoint, or a folder that `convert` wrote; None where a stage of this run is still to make it.
         part: of the checkpoint; empty for a converted folder.
         config: of the network that lies there.
+        base: where the weights lie that the part has adapters of; None where it has all weights.
+        lora: of these adapters, or None.
     """
 
     path: Path | None
     part: str
     config: DiTConfig
+    base: "Source | None" = None
+    lora: LoRAConfig | None = None
 
 
 def start_of(config: Config) -> tuple[Config, Path]:
@@ -48,18 +62,26 @@ def start_of(config: Config) -> tuple[Config, Path]:
     return load_config(folder / "config.json"), folder
 
 
-def check_networks(config: Config, workdir: Path) -> None:
+def check_networks(config: Config, workdir: Path) -> dict[str, str]:
     """Finds all weights that the stages will ask for, before anything is compiled or read.
+
+    Returns:
+        `teacher.weights`, if a stage reads a teacher that another run or `convert` made: a hash that stands for them. They
+        are read again whenever the run resumes, and the path alone does not tell that they changed.
 
     Raises:
         UserError: some are missing, or are of another network than the configuration says.
     """
-    if "initialize" in config.stages:
-        find_weights(config, workdir, "teacher")
+    if "initialize" in config.stages and config.initialize.weights != RANDOM:
         find_weights(config, workdir, "student", start=True)
     if "distill" in config.stages:
-        for name in NETWORKS:
+        for name in ("critic", "student"):
             find_weights(config, workdir, name)
+    if "distill" not in config.stages and ("initialize" not in config.stages or config.initialize.targets == "clips"):
+        return {}
+    teacher = find_weights(config, workdir, "teacher")
+    own = teacher.path is None or workdir.absolute() in teacher.path.absolute().parents
+    return {} if own else {"teacher.weights": _identity(teacher)}
 
 
 def find_weights(config: Config, workdir: Path, name: str, start: bool = False) -> Source:
@@ -101,7 +123,62 @@ def _of_this_run(config: Config, workdir: Path, stage: str) -> Source:
         if not config.start_from:
             raise UserError(f"{workdir}: stage {stage} has not run; put it into config.stages before the later ones")
         config, folder = start_of(config)
-    return Source(folder / stage / str(step), part, config.network(name))
+    return left_behind(config, folder, stage, step)
+
+
+def left_behind(config: Config, folder: Path, stage: str, step: int) -> Source:
+    """What a stage's checkpoint has of the network to go on with.
+
+    Raises:
+        UserError: it has adapters, and the weights that they are of are missing or of another network.
+    """
+    part, name = _LEFT_BEHIND[stage]
+    lora = getattr(config, name).lora
+    base = find_weights(config, folder, name, start=stage == "initialize") if lora.rank else None
+    if base is not None:
+        _refuse_other_base(folder, f"{stage}/{name}", base)
+    return Source(folder / stage / str(step), part, config.network(name), base, lora)
+
+
+def note_base(workdir: Path, stage: str, name: str, base: Source) -> None:
+    """Notes which weights a stage trains adapters of, so that these are never put on others.
+
+    Raises:
+        UserError: it was begun with others.
+    """
+    what = f"{stage}/{name}"
+    _refuse_other_base(workdir, what, base)
+    noted = _noted_bases(workdir)
+    if what not in noted:
+        with writing(workdir / _BASES):
+            write_text(workdir / _BASES, json.dumps({**noted, what: _identity(base)}, indent=2) + "\n")
+
+
+def _refuse_other_base(folder: Path, what: str, base: Source) -> None:
+    noted = _noted_bases(folder)
+    if what in noted and noted[what] != _identity(base):
+        raise UserError(
+            f"{folder}: its adapters of {what} are of other weights than {base.path} holds now; bring those back, or "
+            "use a fresh --workdir"
+        )
+
+
+def _noted_bases(folder: Path) -> dict[str, Any]:
+    path = folder / _BASES
+    if not path.exists():
+        return {}
+    noted = read_json(path, "bring it back from a copy, or use a fresh --workdir")
+    if not isinstance(noted, dict):
+        raise UserError(f"{path}: is damaged; bring it back from a copy, or use a fresh --workdir")
+    return noted
+
+
+def _identity(source: Source) -> str:
+    """Stands for the weights of a source: the hash of what lists the checksums of its files."""
+    listed = source.path / (SEAL if source.part else DESCRIPTION)
+    with reading(listed, "its weights are damaged"):
+        own = hashlib.sha256(listed.read_bytes()).hexdigest()[:16]
+    return own if source.base is None else f"{_identity(source.base)}+{own}"
 
 
 def _of_elsewhere(path: Path, said: str) -> Source:
@@ -113,10 +190,9 @@ def _of_elsewhere(path: Path, said: str) -> Source:
     if (path / "config.json").is_file():
         raise UserError(f"{said}: is a whole run; name a stage of it, such as {path / 'pretrain'}")
     if path.name in _LEFT_BEHIND and (path.parent / "config.json").is_file():
-        part, name = _LEFT_BEHIND[path.name]
         if (step := latest_step(path)) is None:
             raise UserError(f"{said}: that run has no finished checkpoint of stage {path.name}")
-        return Source(path / str(step), part, load_config(path.parent / "config.json").network(name))
+        return left_behind(load_config(path.parent / "config.json"), path.parent, path.name, step)
     raise UserError(
         f"{said}: no such network; make it with python -m adastate_jax.convert --source=FILE --output={path}, or name "
         f"a stage of this or another run ({', '.join(TRAINED_BY)})"
@@ -140,9 +216,41 @@ def load_weights(
     network = trained_sizes(network) if trained else network
     if source.path is None:
         raise UserError(f"{workdir}: what the {name} starts from is not there yet; run the stages in their order")
+    return load_source(source, network, mesh)
+
+
+def load_source(source: Source, network: DiTConfig, mesh: jax.sharding.Mesh) -> DiT:
+    """The weights of a source, in the dtypes of `network`; adapters are merged into theirs.
+
+    Raises:
+        UserError: they are damaged.
+    """
     if not source.part:
         settings = {field: getattr(network, field) for field in _SETTINGS}
         return load_converted(source.path, "transformer", mesh, **settings)
     plain = dataclasses.replace(network, quantization="")
-    loaded: Any = load_tree(source.path, with_shardings(abstract_network(plain), mesh), source.part)
+    if source.base is not None:
+        loaded: Any = _merged(load_source(source.base, plain, mesh), _load_adapters(source, mesh), mesh)
+    else:
+        loaded = load_tree(source.path, with_shardings(abstract_network(plain), mesh), source.part)
     return quantize_network(loaded, network.quantization, mesh) if network.quantization else loaded
+
+
+def _load_adapters(source: Source, mesh: jax.sharding.Mesh) -> Adapters:
+    return load_tree(source.path, with_shardings(abstract_adapters(source.config, source.lora), mesh), source.part)
+
+
+def _merged(base: DiT, adapters: Adapters, mesh: jax.sharding.Mesh) -> DiT:
+    return jax.jit(merge, donate_argnums=0, out_shardings=tree_shardings(base, mesh))(base, adapters)
+
+
+def load_all_adapters(source: Source, mesh: jax.sharding.Mesh) -> tuple[Adapters, Source]:
+    """All that was trained of a network as adapters of what it was before, in this stage and in those before it.
+
+    Returns:
+        The adapters, side by side where several stages trained some, and the source of the weights that they are of.
+    """
+    adapters, base = _load_adapters(source, mesh), source.base
+    while base.base is not None:
+        adapters, base = stack(_load_adapters(base, mesh), adapters), base.base
+    return adapters, base

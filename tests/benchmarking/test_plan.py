@@ -56,6 +56,30 @@ def test_more_devices_hold_less_each():
     assert four.flops == one.flops
 
 
+def test_longer_rollouts_are_counted_and_can_be_compiled():
+    """Their record is a part's, not the rollout's; what goes on is counted to the byte; the update can be traced."""
+    config, record = configured(fsdp=4, model=2), "rollout's keys and values"
+    whole, window, segments = (
+        dataclasses.replace(config, distill=dataclasses.replace(config.distill, rollout_frames=15, **fields))
+        for fields in (
+            {},
+            {"scored_frames": 6},
+            {"scored_frames": 6, "continue_rollout": True, "overlap_frames": 3},
+        )
+    )
+    counted = [count("student", each, TEACHER).parts for each in (whole, window, segments)]
+    assert counted[2][record] < counted[1][record] < counted[0][record] / 2
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    workload = make_workload("student", segments, TEACHER, mesh)
+    carried = jax.tree.leaves(workload.arguments[0][1])
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in carried)
+    assert counted[2]["rollout that goes on"] == size
+    with jax.set_mesh(mesh):
+        own, _ = jax.eval_shape(workload.function, *workload.arguments)
+    for made, given in zip(*map(jax.tree.leaves, (own, workload.arguments[0])), strict=True):
+        assert (made.shape, made.dtype) == (given.shape, given.dtype)
+
+
 def test_what_is_computed_again_is_not_kept():
     kept = {}
     for remat in ("none", "block", "attention"):

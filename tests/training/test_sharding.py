@@ -15,6 +15,7 @@ from flax import nnx
 from adastate_jax.config.mesh import MeshConfig, require_divisible_batches
 from adastate_jax.config.stages import DistillConfig, InitializeConfig, OptimizerConfig, PretrainConfig
 from adastate_jax.errors import UserError
+from adastate_jax.models.adapters import LoRAConfig, create_adapters
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.linear import Linear
 from adastate_jax.models.text import TextConfig, TextEncoder
@@ -302,6 +303,7 @@ def full_size_networks():
         "dit 1.3B": lambda: DiT(DiTConfig(), rngs=nnx.Rngs(0)),
         "dit 14B": lambda: DiT(DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), rngs=nnx.Rngs(0)),
         "umt5": lambda: TextEncoder(TextConfig(), rngs=nnx.Rngs(0)),
+        "adapters of dit 1.3B": lambda: create_adapters(DiTConfig(), LoRAConfig(rank=128), jax.random.key(0)),
     }
 
 
@@ -321,6 +323,8 @@ def test_every_large_leaf_of_the_real_networks_is_sharded(name):
 
 def test_every_rule_names_known_axes_and_is_used():
     networks = [jax.eval_shape(make) for make in full_size_networks().values()]
+    lora = LoRAConfig(rank=1, targets=(".*",))
+    networks.append(jax.eval_shape(lambda: create_adapters(DiTConfig(), lora, jax.random.key(0))))
     names = [path_name(path) for tree in networks for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     for pattern, axes in PARAMETER_AXES:
         assert all(axis is None or axis in RULES for axis in axes)
