@@ -77,7 +77,7 @@ def describe_takes(
         takes: none of a video that is not complete yet.
         options: of the sample command that replays it, beside.
     """
-    kept = {name: str(value) for name, value in {**head, **options}.items()}
+    kept = {name: str(value) for name, value in {**head, **options}.items() if value is not None}
     if takes:
         kept["takes"] = json.dumps(list(takes))
     return {**kept, "command": shlex.join(command)}
