@@ -5,7 +5,7 @@ python -m benchmarks.long_rollouts
 Counted on the configured mesh, for the recipe of configs/adastate_wan.py; nothing is compiled.
 """
 
-from adastate_jax.benchmarking.plan import count
+from adastate_jax.benchmarking.counting import count
 from adastate_jax.config.files import parse_config
 
 RECIPE = ["--config=configs/adastate_wan.py", "--config.mesh.fsdp=4", "--config.mesh.model=2"]

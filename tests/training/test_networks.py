@@ -162,11 +162,13 @@ def test_a_teacher_that_is_swapped_between_two_calls_is_refused(folder, tmp_path
     assert read_json(workdir / "data.json", "") == {**names, **found}
     shutil.rmtree(teacher)
     write_network(teacher, "transformer", MODEL, np.random.default_rng(2), "--set=num_heads=2")
-    with pytest.raises(UserError, match=r"its teacher\.weights have changed since it was begun: .\w{16}. is now"):
+    with pytest.raises(
+        UserError, match=r"its teacher\.weights have changed since it was begun: .transformer/\w+. is now"
+    ):
         _refuse_other_data(workdir, names, check_networks(config, workdir))
 
     of_a_stage = dataclasses.replace(config, teacher=NetworkConfig(weights=str(folder / "run" / "pretrain")))
-    assert check_networks(of_a_stage, workdir).keys() == {"teacher.weights"}
+    assert check_networks(of_a_stage, workdir)["teacher.weights"].startswith("pretrain/7/")
     assert check_networks(dataclasses.replace(config, teacher=NetworkConfig()), folder / "run") == {}  # its own
 
 
