@@ -61,10 +61,11 @@ def test_split_weights_are_gathered_and_gradients_summed(name):
     runs, size = (totals(found.collectives, of) for of in ("runs", "bytes"))
     assert runs["all-gather"] <= PASSES[name] * arrays
     assert size["all-gather"] <= PASSES[name] * whole
-    # All of the gradients along one axis, and the parts of a device along the other; losses and norms beside them.
+    # All of the gradients along one axis, and the parts of a device along the other; losses and norms beside them. The
+    # student's are summed chunk by chunk.
     summed = {axes: sum(row.bytes for row in found.collectives if row.kind == "all-reduce" and row.axes == axes)
               for axes in ("fsdp", "data", "data+fsdp")}  # fmt: skip
-    assert sum(summed.values()) <= 1.3 * whole + 4096
+    assert sum(summed.values()) <= (CHUNKS if name == "student" else 1) * 1.3 * whole
     if one_compiler():
         assert runs == RUNS[name, WEIGHTS]
 
