@@ -13,13 +13,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TextIO
+from typing import Any, ClassVar, NoReturn
 
 import tqdm
 
 from adastate_jax import distributed, interrupts
 from adastate_jax.errors import UserError, missing_requirement, one_line, reason
 from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless, refuse_to_replace
+from adastate_jax.standard_streams import unfailing
 
 # JAX's names of the durations that make up a compilation. That of a function that is traced holds its inner ones'.
 _COMPILING = (
@@ -58,7 +59,7 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
-            meant = did_you_mean(str(value), choices) or f"; choose from {', '.join(choices)}"
+            meant = did_you_mean(str(value), choices) or f" (choose from {', '.join(choices)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{meant}")
 
     def error(self, message: str) -> NoReturn:
@@ -166,7 +167,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     installed = interrupts.install()
     try:
-        with _standard_streams() as output, _logging():
+        with unfailing() as output, _logging():
             with interrupts.raised():
                 code = _run(main, sys.argv[1:] if argv is None else list(argv))
             with contextlib.suppress(OSError, ValueError):
@@ -205,55 +206,6 @@ def starting(what: str = "JAX") -> None:
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
-
-
-class _Output:
-    """A standard stream whose failure stops nothing: what cannot be written is dropped, and the failure kept."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self.failure: OSError | ValueError | None = None
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError) as error:
-            self._drop(error)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._drop(error)
-
-    def _drop(self, error: OSError | ValueError) -> None:
-        """Points the descriptor to nowhere, or what is left in the stream's buffer fails again at the process' end."""
-        if isinstance(error, ValueError) and not self._stream.closed:  # a library may have closed it
-            raise error
-        self.failure = self.failure or error
-        if self._stream.closed:
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _standard_streams() -> Iterator[_Output]:
-    """Makes stdout, which is yielded, and stderr such that writing to them never fails; what was closed is nowhere."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Output(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a test's
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield sys.stdout
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 class _Handler(logging.Handler):

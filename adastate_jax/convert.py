@@ -174,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
             nbytes = sum(factor.nbytes for factor in factors.values())
             with _written(output, nbytes, options.overwrite) as (folder, advance):
                 conversion.export_adapters(factors, folder, advance)
-            print(f"{output}", file=sys.stderr)
+            print(output)
             return 0
         network = conversion.open_network(options.source, options.part, overrides)
         network = conversion.adapted(network, adapters, options.lora_alpha, options.dtype)

@@ -385,7 +385,10 @@ def main(arguments: Sequence[str]) -> int:
         outputs = [stack.enter_context(claimed_output(options, number=n + 1, **kind)) for n in range(count)]
         starting()
         if options.like:
-            overrides, then = _remember(options)
+            remembered, then = _remember(options)
+            if overrides and not then["takes"]:
+                raise UserError(f"{overrides[0]}: --like takes it from the video; leave one of them out")
+            overrides = remembered or overrides
             _check(options, overrides)
         if options.session or then.get("takes"):
             return _replay(options, overrides, outputs[0], then, command)

@@ -19,8 +19,9 @@ from adastate_jax import sample
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
-from adastate_jax.generation import video_stream
-from adastate_jax.media import VideoWriter, open_writer, read_image, read_last_frames, read_metadata
+from adastate_jax.generation import loading, takes, video_stream
+from adastate_jax.generation.provenance import describe_takes
+from adastate_jax.media import VideoWriter, enlarge, open_writer, read_image, read_last_frames, read_metadata
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
@@ -107,6 +108,7 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
             writer.write(frames[0])
     for arguments, message in (
         ([*like, "--prompt=z"], "--prompt: --like takes it from the video"),
+        ([*like, "--config.seed=3"], "--config.seed=3: --like takes it from the video"),
         ([*like, f"--image={other}"], r"out-4\.mp4: started from other frames"),
         (like[::2], r"out-4\.mp4: was made with a configuration file; name it with --config"),
         (
@@ -121,6 +123,28 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
         with pytest.raises(UserError, match=message):
             sample.main([*arguments, f"--output={tmp_path / 'new.mp4'}"])
         assert not (tmp_path / "new.mp4").exists()
+
+
+def test_a_sessions_video_is_replayed(folder, config, tmp_path, monkeypatch, capsys):
+    """From what it says of itself, as `--session` does it from the session's file."""
+    cache = tmp_path / "cache"
+    model = loading.load(folder, small_wan.CONFIG, text_cache=cache)
+    running = takes.RunningTake(model, "x", 3, [None])
+    frames = np.concatenate([running.step().frames for _ in range(2)])
+    metadata = describe_takes(takes.session_head(model), ["serve"], [takes.take_to_dict(running.take())], scale=2)
+    with open_writer(tmp_path / "live.mp4", metadata) as writer:
+        writer.write(enlarge(frames, 2))
+    again = tmp_path / "again.mp4"
+    like = [f"--like={tmp_path / 'live.mp4'}", config, f"--text-cache={cache}", f"--output={again}"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"live\.mp4: was made with weights, which is not here; name it with --checkp"):
+        sample.main(like)
+    assert sample.main([*like, f"--checkpoint={folder}"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{again}\n"
+    assert "all 2 chunks have the session's latents, bit for bit" in captured.err
+    np.testing.assert_array_equal(frames_of(again), frames_of(tmp_path / "live.mp4"))
+    assert {**read_metadata(again), "command": ""} == {**metadata, "checkpoint": str(folder), "command": ""}
 
 
 def test_a_schedule_is_remembered(folder, config, tmp_path):

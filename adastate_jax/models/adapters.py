@@ -53,7 +53,7 @@ class LoRAConfig:
         for target in self.targets:
             try:
                 re.compile(target)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"targets: {shown(target)} is no regular expression ({error})") from None
 
 

@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 
+import jax
 import pytest
 
 from adastate_jax.benchmarking import ahead
@@ -118,3 +119,35 @@ def test_gpus_come_in_hosts():
     assert len(find_target("h100:16").devices) == 16
     with pytest.raises(UserError, match="h100:12: a host has 8 of them"):
         find_target("h100:12")
+
+
+@needs_tpu
+def test_every_kernel_of_the_decoder_is_one_product():
+    """Rows are the batch: no image is cut into strips for it, none is enlarged before the convolution that enlarges."""
+    config = parse_config(
+        [
+            f"--config={ROOT / 'configs' / 'wan_1_3b.py'}",
+            *("--config.vae.dim=16", "--config.vae.num_res_blocks=1", "--config.vae.latents_per_call=3"),
+            *("--config.data.clips.height=128", "--config.data.clips.width=128"),
+        ]
+    )
+    target = find_target("v5e:1")
+    workload = make_workload("wan", config, config.model, mesh_over(config, target, "wan"))
+    compilation = ahead.compile_for(workload, target, None)
+    program = read_program(compilation.text)
+
+    kernels = [
+        path
+        for path, _ in jax.tree_util.tree_leaves_with_path(workload.arguments[0].decoder)
+        if "kernel" in jax.tree_util.keystr(path)
+    ]
+    products = program.products()
+    assert sum(products.values()) == len(kernels) + 2  # and attention's two
+    assert products.pop("bf16 bf16 -> f32", 0) <= 2
+    assert products.pop("f32 f32 -> f32 highest") == 1  # the last convolution
+    assert set(products) == {"bf16 bf16 -> bf16"}
+
+    assert workload.donated <= compilation.memory["alias"] <= workload.donated + 2**12 * len(compilation.memory)
+    # Nothing is copied that is larger than the features of a chunk at full resolution.
+    largest = 12 * 128 * 128 * config.vae.dim * 2
+    assert [copy.shape for copy, _ in program.copies(2 * largest)] == []
