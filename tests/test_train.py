@@ -1,7 +1,6 @@
 """The train and sample commands as processes: resuming, being killed, and what they refuse."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+from adastate_jax.errors import UserError
+from adastate_jax.train import main
+from adastate_jax.training.metrics import read_metrics, read_times
 
 ROOT = Path(__file__).parents[1]
 # A few seconds of work: everything at its smallest, all stages. Distillation goes on with a rollout of two segments,
@@ -73,10 +76,34 @@ def run(environment, workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
+    """A run that nobody stopped; it is traced and says where its time went, which changes nothing of what it trains."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    code, errors = run(environment, workdir)
+    start = time.monotonic()
+    code, errors = run(environment, workdir, "--profile=4:5")
     assert code == 0, errors
+    refuse_wrong_times(workdir, errors.splitlines(), time.monotonic() - start)
     return workdir
+
+
+def refuse_wrong_times(workdir, lines, wall):
+    """The spans leave out nothing of what a run took but the interpreter's start and end."""
+    times = read_times(workdir / "metrics.jsonl")
+    names = {name.removeprefix("seconds_") for record in times for name in record if name.startswith("seconds_")}
+    assert names == {"start", "data", "compile", "step", "save", "profile", "sample"}
+    total = sum(value for record in times for name, value in record.items() if name.startswith("seconds_"))
+    assert 0.5 * wall < total <= wall
+    assert {record["stage"] for record in times if record.get("tflops_per_second", 0) > 0} == {
+        "pretrain",
+        "initialize",
+        "distill",
+    }
+    assert any(line.startswith(f"time: {total:.1f} s: ") and "compile" in line for line in lines)
+    assert sum(line.startswith(("pretrain: steps at ", "distill: steps at ")) for line in lines) == 2
+    assert sorted(path.name for path in (workdir / "profile").iterdir()) == [
+        "distill",
+        "pretrain",
+    ]  # the others end at 4
+    assert all(list((workdir / "profile" / stage).rglob("*.xplane.pb")) for stage in ("pretrain", "distill"))
 
 
 def weights(workdir) -> dict[str, bytes]:
@@ -94,7 +121,7 @@ def weights(workdir) -> dict[str, bytes]:
 
 
 def scalars(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(workdir / "metrics.jsonl")
 
 
 def test_a_run_leaves_everything_behind(uninterrupted):
@@ -189,6 +216,12 @@ def test_another_kind_of_run_to_start_from_is_refused(options, message, environm
     assert code == 2
     assert message in errors.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_is_no_work_directory():
+    """Not a folder called `gs:`, either."""
+    with pytest.raises(UserError, match=r"--workdir=gs:/bucket/run: is no folder; mount the bucket \(gcsfuse"):
+        main(["--config=configs/tiny.py", "--workdir=gs://bucket/run"])
 
 
 def test_all_stages_run_on_a_mesh(environment, tmp_path):

@@ -25,6 +25,7 @@ from adastate_jax.training.frozen import Frozen, abstract_adapters, abstract_net
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.networks import load_weights
+from adastate_jax.training.profile import Profile
 from adastate_jax.training.state import TrainState, create_state
 
 
@@ -38,6 +39,7 @@ class Run:
         prompts, critic_prompts: texts that distillation's updates draw from; None for the critic is the student's.
         frozen: codec and text encoder.
         empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
+        profile: which steps are traced.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Run:
     empty_text: jax.Array
     negative_text: jax.Array
     metrics: Metrics
+    profile: Profile | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -142,6 +145,7 @@ class Run:
                 logging.log_every,
                 logging.save_every,
                 compiling,
+                self.profile,
             )
 
 
