@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
                 f"adastate_jax.convert --source={run} --output=DIR for its student"
             )
         output = write_bundle(config, trained, output, options.overwrite)
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+    print(f"{output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+    print(output)
     return 0
 
 

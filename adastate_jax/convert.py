@@ -18,6 +18,7 @@ from adastate_jax.errors import UserError
 from adastate_jax.files import whole_folder
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json
+from adastate_jax.weights.sources import refuse_unknown_kind
 
 _EXAMPLE = """examples:
   python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher
@@ -156,10 +157,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
     overrides = _parse_overrides(options.set)
     adapters = [_parse_adapter(text) for text in options.lora]
-    with claimed_output(options, folder=True) as output, if_unwritten(output):
+    with claimed_output(options, folder=True, replaces=_is_ours) as output, if_unwritten(output):
         for name, path in (("", options.source), *(("--lora=", path) for path, _ in adapters)):
             if not os.path.exists(path):
                 raise UserError(f"{name}{path}: no such file or folder")
+        refuse_unknown_kind(options.source)
         starting()
         import jax
 
@@ -172,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
             nbytes = sum(factor.nbytes for factor in factors.values())
             with _written(output, nbytes, options.overwrite) as (folder, advance):
                 conversion.export_adapters(factors, folder, advance)
-            print(f"{output}", file=sys.stderr)
+            print(output)
             return 0
         network = conversion.open_network(options.source, options.part, overrides)
         network = conversion.adapted(network, adapters, options.lora_alpha, options.dtype)
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
                 conversion.export(network, folder, names, advance)
             else:
                 conversion.write_converted(network, folder, advance)
-    print(f"{output}", file=sys.stderr)
+    print(output)
     return 0
 
 

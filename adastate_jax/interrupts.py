@@ -21,6 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from adastate_jax.errors import missing_requirement
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + number, as shells count a process that a signal ended
 _PATIENCE = 3.0  # seconds that the main thread gets for leaving its contexts
 _ECHO = 0.2  # seconds within which a signal is the same one again: some launchers send it to a process and to its group
@@ -252,6 +254,9 @@ def _report(unraisable) -> None:
 
 def _report_uncaught(kind, error, trace) -> None:
     """`sys.excepthook`, which C code calls, too, for an exception that it goes on after."""
+    if line := missing_requirement(error):  # of a command's first imports
+        _say(f"error: {line}")
+        raise SystemExit(2)  # which Python heeds here
     if _state.received is None or _state.deferral is not None:
         _state.hooks[1](kind, error, trace)
     else:

@@ -132,8 +132,7 @@ def _offer(model: "Model", options: argparse.Namespace):
     vocabulary = caption_pattern(model.config.data.worlds) if worlds else ""
     examples = captions(model.config.data.worlds) if worlds else ("a red fox runs through fresh snow at dawn",)
     anchors = tuple(options.anchors or (("static", "adastate") if worlds else ("",)))
-    name = model.origin.split(",")[0]
-    return Offer(Path(name).stem, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
+    return Offer(model.name, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) -> None:

@@ -73,7 +73,7 @@ def _train(config: "Config", workdir: Path) -> None:
     stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
-    check_networks(config, workdir)
+    networks = check_networks(config, workdir)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
@@ -81,7 +81,7 @@ def _train(config: "Config", workdir: Path) -> None:
     _refuse_uneven_batches(config)
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
-        from_first(lambda: _refuse_other_data(workdir, inputs.names))
+        from_first(lambda: _refuse_other_data(workdir, inputs.names, networks))
         frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
             from_first(lambda: save_config(config, workdir / "config.json"))
@@ -110,19 +110,28 @@ def _refuse_uneven_batches(config: "Config") -> None:
 
 @contextlib.contextmanager
 def _open_workdir(workdir: Path) -> Iterator[None]:
-    """Makes the work directory if need be, and keeps other runs out of it."""
+    """Makes the work directory if need be, and keeps other runs out of it; one that it made goes if it stays empty."""
+    missing = [folder for folder in (workdir, *workdir.absolute().parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = os.open(workdir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another folder") from None
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
         stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends, however it does
         except BlockingIOError:
             raise UserError(f"--workdir={workdir}: another run is at work there; name another folder") from None
         yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
@@ -160,26 +169,28 @@ def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
     return ""
 
 
-def _refuse_other_data(workdir: Path, names: Mapping[str, str]) -> None:
-    """Notes the datasets that the work directory is made with, or checks that they are still the same.
+def _refuse_other_data(workdir: Path, names: Mapping[str, str], networks: Mapping[str, str] | None = None) -> None:
+    """Notes what the work directory is made with, or checks that it is still the same.
 
-    A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
+    Args:
+        names: of its data sets, with the hash of all that each is built from: names, sizes and times of files, for one.
+        networks: see `check_networks`; noted from the first call on whose stages ask for them.
     """
     path = workdir / "data.json"
-    if not path.exists():
-        with writing(path):
-            write_text(path, json.dumps(dict(names), indent=2) + "\n")
-        return
     fix = "remove it, to go on with the data as they are now"
-    old = read_json(path, fix)
-    if not isinstance(old, dict) or old.keys() != names.keys():
+    noted = dict(networks or {})
+    old = read_json(path, fix) if path.exists() else dict(names)
+    if not isinstance(old, dict) or {kind for kind in old if not kind.endswith(".weights")} != names.keys():
         raise UserError(f"{path}: is damaged; {fix}")
-    for kind, name in names.items():
-        if old[kind] != name:
+    for kind, name in {**names, **noted}.items():
+        if old.get(kind, name) != name:
             raise UserError(
                 f"{workdir}: its {kind} have changed since it was begun: {shown(old[kind])} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
+    if not path.exists() or not noted.keys() <= old.keys():
+        with writing(path):
+            write_text(path, json.dumps({**old, **noted}, indent=2) + "\n")
 
 
 _DESCRIPTION = """Trains the stages of a configuration, and ends with sample videos in the work directory.
@@ -223,7 +234,11 @@ def main(arguments: Sequence[str]) -> int:
         help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
     )
     plan.add_argument(
-        "--share", type=float, default=0.4, metavar="X", help="of the chips' peak that times are predicted at (0.4)"
+        "--share",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="with --plan: the share of the chips' peak speed that predicted times count on (default 0.4)",
     )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
@@ -234,6 +249,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("the following arguments are required: --workdir")
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
+    for argument in rest:
+        name, _, folder = argument.partition("=")
+        if name == "--config.data.folder" and not os.path.isdir(folder):
+            raise UserError(f"{argument}: no such folder; name one of video files")
     starting()
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config

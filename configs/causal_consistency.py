@@ -21,7 +21,7 @@ def get_config(kind: str = "videos"):
     config.initialize.targets = "consistency"
     config.initialize.ode_steps = 16
     config.initialize.guidance_scale = 0.0
-    config.initialize.steps = config.initialize.optimizer.decay_steps = 300
+    config.initialize.steps = config.initialize.optimizer.decay_steps = 200
     config.initialize.optimizer.learning_rate = 3e-4
     config.initialize.optimizer.warmup_steps = 0
     config.initialize.ema_decay = 0.95

@@ -23,19 +23,20 @@ def get_config(kind: str = "videos"):
     config.stages = ("initialize", "sample")
     config.initialize.targets = "clips"
     config.initialize.weights = "random"
-    config.initialize.context = "stream"  # the window and the first frame, where the stream shows them
-    config.initialize.steps = config.initialize.optimizer.decay_steps = 600
-    config.initialize.batch_size = 32
+    config.initialize.context = "clean"  # for a stream with an anchor `stream`, with a hidden state `state`: slower
+    config.initialize.steps = config.initialize.optimizer.decay_steps = 400
+    config.initialize.batch_size = 16
     config.initialize.optimizer.learning_rate = 3e-3
     config.initialize.optimizer.warmup_steps = 50
     config.initialize.ema_decay = 0.99
     config.initialize.shift = 3.0
     config.initialize.weighting = "clean"
 
-    config.stream.anchor = {"name": "static", "frames": 1}
+    config.stream.anchor = {"name": "none"}
+    config.stream.past_frames = 6
     # What was trained at all levels, and not for a few steps, wants more of them.
     config.stream.denoising_steps = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
     config.stream.shift = 3.0
 
-    config.sample.anchors = ("static", "none")
+    config.sample.anchors = ("none",)
     return config

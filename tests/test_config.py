@@ -142,6 +142,11 @@ def test_a_broken_file_is_named(tmp_path):
         ("distill.horizon_alpha=nan", "config.distill.horizon_alpha: must be a finite number"),
         ("initialize.trajectories=0", "config.initialize: trajectories must be positive"),
         ("initialize.ode_steps=7", "ode_steps 7 must be a multiple of the 4 denoising steps"),
+        (
+            "initialize.optimizer.warmup_steps=300",
+            "config.initialize.optimizer: decay_steps 300 must be more than warmup_steps 300",
+        ),
+        ("stream.timesteps=(1000.0, 757.0, 522.0, 250.0)", "leave stream.timesteps empty"),
         ("text.vocab_size=10", "text.vocab_size 10 is too small"),
         ("mesh.data=0", "config.mesh: data must be positive"),
         (

@@ -72,6 +72,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, m
     ):
         with pytest.raises(UserError, match=message):
             claim(*arguments, folder=folder)
+    full = {"folder": True, "replaces": lambda name: name.endswith(".png")}
+    with pytest.raises(UserError) as refused:
+        claim("--output=full", "--overwrite", **full)
+    assert str(refused.value) == (
+        "--output=full: cannot be written (it holds 'report.html', which is of another kind); name another"
+    )
+    (tmp_path / "full" / "report.html").rename(tmp_path / "full" / "frame.png")
+    assert claim("--output=full", "--overwrite", **full) == "full"
     with claimed_output(options_of(["--output=new.mp4"])), pytest.raises(UserError, match="another process is writing"):
         claim("--output=new.mp4")
 
@@ -475,6 +483,62 @@ def test_progress_into_a_pipe_is_a_few_lines(capsys):
     assert lines.count("attention: xla") == 1
 
 
+def test_after_a_message_it_is_said_again_that_it_compiles(capsys):
+    def main(arguments):
+        with progress("sample", 2, compiles=True) as bar:
+            logging.getLogger("adastate_jax.models.attention").info("attention: xla")
+            bar.update(1)
+            logging.getLogger("adastate_jax.models.attention").info("attention: xla, again")
+            bar.update(1)
+
+    with pytest.raises(SystemExit):
+        run_command(main, [])
+    said = [line.partition("%")[0] for line in capsys.readouterr().err.splitlines()]
+    compiling = "sample (compiling):   0"
+    assert said[:3] == [compiling, "attention: xla", compiling]
+    assert said.count(compiling) == 2
+    assert said.count("attention: xla, again") == 1
+
+
+def test_the_estimate_counts_from_the_second_unit_on(capsys):
+    with progress("sample", 40, initial=10) as bar:
+        bar.start_t -= 100.0  # all is got ready
+        assert "?step/s" in str(bar)
+        bar.update(10)
+        assert bar.format_dict["elapsed"] >= 100.0
+        assert "<?, ?step/s" in str(bar)
+        bar.start_t -= 5.0
+        bar.update(10)
+        assert bar.format_dict["rate"] == pytest.approx(2.0, rel=0.1)
+    with progress("sample", 3) as bar:
+        bar.start_t -= 6.0
+        bar.update(3)
+        assert "2.00s/step" in str(bar)
+
+
+def test_a_bar_without_a_total_has_one_colon(capsys):
+    with progress("measure (starting)", 0, unit="frame") as bar:
+        bar.set_description("measure")
+    assert [line.partition(" [")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "measure (starting): 0frame",
+        "measure: 0frame",
+    ]
+
+
+def test_what_is_compiled_within_is_counted_once(capsys):
+    def record(event, seconds):
+        jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}_duration", seconds)
+
+    with progress("sample", 10) as bar:
+        begun = bar.start_t
+        time.sleep(0.5)
+        record("jaxpr_trace", 0.1)
+        record("jaxpr_trace", 0.01)  # within that, as far as the clock tells
+        record("jaxpr_trace", 0.3)  # and that within this
+        record("backend_compile", 0.4)
+        assert bar.start_t - begun == pytest.approx(0.4, abs=0.05)
+
+
 def test_compilations_are_not_counted(capsys):
     with progress("sample", 10) as bar:
         time.sleep(0.3)
@@ -484,6 +548,17 @@ def test_compilations_are_not_counted(capsys):
         jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9.0)
         assert bar.format_dict["elapsed"] >= 0
     jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 9.0)  # nobody listens
+
+
+def test_a_missing_requirement_is_one_line(capsys):
+    code = "import runpy, sys\nsys.modules['tqdm'] = None\nrunpy.run_module('adastate_jax.sample', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    line = "error: tqdm is not installed; run pip install -r requirements.txt in the environment of this Python\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    with pytest.raises(SystemExit) as exited:
+        run_command(lambda arguments: importlib.import_module("no_such_module.part"), [])
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no_such_module is not installed; run pip install -r req")
 
 
 # --- what is refused and said without JAX -----------------------------------------------------------------------------
@@ -505,8 +580,16 @@ WRONG = {
         ["--config=configs/tiny.py"],
         ["--config=configs/tiny.py", "--workdir=a", "--x"],
         ["--config=configs/tiny.py", "--workdir=README.md"],
+        ["--config=configs/clips.py", "--workdir=a", "--config.data.folder=nowhere"],
     ),
-    "sample": (["--checkpoint=tiny"], ["--checkpoint=nowhere", "--prompt=x"]),
+    "sample": (
+        ["--checkpoint=tiny"],
+        ["--checkpoint=nowhere", "--prompt=x"],
+        ["--checkpoint=tiny", "--prompts=launch/gke.sh"],
+        ["--like=docs/tiny.gif", "--prompt=x"],
+        ["--like=docs/tiny.gif", "--output=README.md"],
+        ["--checkpoint=tiny", "--prompt=x", "--output=docs", "--overwrite"],
+    ),
     "serve": (
         ["--checkpoint=nowhere"],
         ["--checkpoint=tiny", "--port=70000"],
@@ -517,6 +600,7 @@ WRONG = {
         ["http://127.0.0.1:9/", "--seconds=nan"],
         ["http://127.0.0.1:9/", "--output=a.gif"],
         ["http://127.0.0.1:9/", "--prompts=nowhere"],
+        ["http://127.0.0.1:9/", "--prompts=launch/gke.sh"],
     ),
     "convert": (
         ["--source=no.pt", "--output=a"],
@@ -524,6 +608,7 @@ WRONG = {
         ["--source=configs", "--output=a", "--set", "x"],
         ["--source=configs", "--output=a", "--lora=no.pt"],
         ["--source=configs", "--output=a", "--lora-alpha=1"],
+        ["--source=README.md", "--output=a"],
     ),
     "verify": (["nowhere"], ["configs"], ["--only=x"], ["--attention=x"], ["--attention=cudnn"]),
     "evaluate": (["nowhere"], ["configs"], ["README.md", "--jobs=0"], ["README.md", "--output=README.md"]),
@@ -633,6 +718,22 @@ def test_all_commands_are_listed(capsys):
         __main__._dispatch(["nonsense"])
     with pytest.raises(UserError, match="--anchor: invalid choice: 'x'"):
         __main__._dispatch(["sample", "--anchor=x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "smaple: no such command; did you mean sample?"),
+        (["sample", "--promt=x", "--checkpoint=tiny"], "--promt: unknown argument; did you mean --prompt?"),
+        (["bundle", "--rnu=runs/tiny"], "--rnu: unknown argument; did you mean --run?"),
+        (["train", "--confg=configs/tiny.py"], "--confg: unknown argument; did you mean --config?"),
+        (["sample", "--anchor=longliv"], "--anchor: invalid choice: 'longliv'; did you mean longlive?"),
+    ],
+)
+def test_a_name_much_like_a_known_one_is_suggested(arguments, message):
+    with pytest.raises(UserError) as refused:
+        __main__._dispatch(arguments)
+    assert str(refused.value).startswith(message)
 
 
 def test_the_words_that_the_shipped_model_knows_are_told(capsys):

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from adastate_jax.config import parse_config
+from adastate_jax.config.stages import ode_sigmas
+from adastate_jax.diffusion import warp
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.training.dmd import critic_gradients, draw_update, student_gradients
 from adastate_jax.training.frozen import abstract_network, with_shardings
+from adastate_jax.training.guidance import guided
 from adastate_jax.training.stages.run import abstract_states
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -113,3 +117,31 @@ def test_a_recipe_can_be_made_small():
     config = recipe("adastate_wan", "--config.teacher.num_layers=2", "--config.critic.num_layers=3")
     assert [config.network(name).num_layers for name in ("teacher", "critic", "student")] == [2, 3, 30]
     assert dataclasses.replace(config.network("critic"), num_layers=30) == config.network("student")
+
+
+def test_adapters_take_an_eighth_of_the_students_state():
+    """Weights, second moment and average, for which `docs/networks.md` has the numbers."""
+
+    def state(*options):
+        return abstract_states(recipe("adastate_wan", *options))["distill"]["student"]
+
+    whole, adapters = state(), state("--config.student.lora.rank=128")
+    assert (count(whole.params), count(adapters.params)) == (SMALL, 174_981_120)
+    held = [sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (whole, adapters)]
+    assert [round(size / 1e9, 2) for size in held] == [17.03, 2.10]
+
+
+def test_causal_forcing_is_what_was_published():
+    teacher, student = recipe("causal_forcing_wan:teacher"), recipe("causal_forcing_wan")
+    for config in (teacher, student):
+        assert (config.stream.chunk_frames, config.stream.past_frames, config.clip_frames) == (1, 20, 21)
+        assert config.initialize.context == "clean"
+        assert config.initialize.optimizer.betas == (0.0, 0.999)
+        assert config.initialize.optimizer.learning_rate == 2e-6
+        teacher_sizes, student_sizes = (config.network(name) for name in ("teacher", "student"))
+        assert dataclasses.replace(teacher_sizes, param_dtype="float32") == student_sizes
+    assert (teacher.initialize.targets, teacher.initialize.weighting) == ("clips", "bell")
+    grid = ode_sigmas(student.stream, student.initialize.ode_steps)
+    np.testing.assert_allclose(grid, warp(np.linspace(1.0, 0.0, 49), 5.0), atol=1e-12)
+    assert (student.initialize.ema_decay, student.initialize.ema_start) == (0.99, 200)
+    assert guided(1.0, 0.0, student.initialize.guidance_scale) == 3.0

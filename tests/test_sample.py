@@ -72,7 +72,9 @@ def test_a_dry_run_needs_no_files(tmp_path, capsys):
     options = ["--random-weights", TINY, "--prompt=x", "--seconds=0.5", f"--output={output}"]
     assert sample.main(options) == 0
     assert frames_of(output).shape == (8, 32, 32, 3)
-    assert "random: transformer, codec and text embeddings" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "random: transformer, codec and text embeddings" in said.err
+    assert said.out == f"{output}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
@@ -135,11 +137,11 @@ def test_a_schedule_is_remembered(folder, config, tmp_path):
 def test_a_model_of_worlds_says_what_it_knows(capsys):
     model = SimpleNamespace(config=parse_config([TINY]))
     options = SimpleNamespace(image=None)
-    sample._note_what_it_knows(model, options, ["a camera pans left over green hills", "a RED thing"])
+    sample._note_what_it_knows(model, options, ["a camera pans left over green hills", "and the RED ball"])
     assert capsys.readouterr().err == ""
-    sample._note_what_it_knows(model, options, ["a zebra plays chess"])
+    sample._note_what_it_knows(model, options, ["a camera pans left", "a zebra plays chess", "Chess with a red zebra"])
     told = capsys.readouterr().err
-    assert told.startswith("note: none of 'a zebra plays chess' is known to this model: a camera pans left/right over ")
+    assert told.startswith("note: this model does not know 'zebra', 'plays', 'chess'; it knows: a camera pans left/")
     assert told.count("\n") == 1
     sample._note_what_it_knows(model, SimpleNamespace(image="fox.jpg"), ["red"])
     assert "keeps one frame of --image" in capsys.readouterr().err
@@ -201,8 +203,8 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt=x"], "--checkpoint: name a folder, or give --random-weights"),
-        (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint: name a folder, or give"),
+        (["--prompt=x"], "--checkpoint: name a model: --checkpoint=tiny, which ships with this package, or a folder"),
+        (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint and --random-weights: give only one"),
         (["--prompt=x", "--random-weights"], "--random-weights: needs --config"),
         (["--prompt=x", "--checkpoint=nowhere"], "nowhere: no such folder"),
         (["--prompt=x", "--checkpoint=tiny", "--config.seed=3"], "--config.seed=3: a trained few-step student"),
@@ -217,7 +219,7 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
         (["--prompt=x", "--random-weights", TINY, "--loud"], "loud"),
         (["--prompt=x", "--random-weights", TINY, "--decoder=wan"], "decoder wan: .*must be the 16 channels"),
         (["--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
-        (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
+        (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt and --prompts: give only one"),
         (["--prompt= ", "--random-weights", TINY], "--prompt: is empty"),
         (["--prompts=no.txt", "--random-weights", TINY], r"no\.txt: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--image=no.png"], r"no\.png: no such file"),

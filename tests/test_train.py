@@ -188,7 +188,7 @@ def test_another_kind_of_run_to_start_from_is_refused(options, message, environm
     code, errors = run(environment, tmp_path / "run", f"--config.start_from={uninterrupted}", *options)
     assert code == 2
     assert message in errors.strip().splitlines()[-1]
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_all_stages_run_on_a_mesh(environment, tmp_path):
@@ -215,9 +215,10 @@ def test_changed_data_are_noticed(environment, tmp_path):
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused(environment, tmp_path):
     flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path, "--config.mesh.fsdp=4")
+    code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path / "runs" / "new", "--config.mesh.fsdp=4")
     assert code == 2
     assert "config.distill.batch_size 2 must be a multiple of mesh.data * mesh.fsdp = 4" in errors
+    assert list(tmp_path.iterdir()) == []  # nothing is left of a run that was refused
 
 
 def test_sigterm_saves_and_says_that_it_stopped(environment, uninterrupted, tmp_path):

@@ -33,8 +33,8 @@ from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, replicated, tree_shardings
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.denoising import denoise, read_context
-from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import layout_of, phase_of
 from adastate_jax.training.initialize import initialize_step

@@ -281,7 +281,8 @@ class Config:
         require_divisible_network(self.mesh, "model", self.model, tokens)
         for name in NETWORKS:
             require_divisible_network(self.mesh, name, self.network(name), tokens)
-        require_divisible_text(self.mesh, self.text)
+        if not self.data.encoded:  # else it is on no device of the mesh
+            require_divisible_text(self.mesh, self.text)
 
     def network(self, name: str) -> DiTConfig:
         """Sizes and numerics of the `teacher`, the `critic` or the `student`."""

@@ -65,6 +65,11 @@ class OptimizerConfig:
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         if min(self.weight_decay, self.warmup_steps, self.decay_steps) < 0:
             raise ValueError("weight_decay, warmup_steps and decay_steps must not be negative")
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}, which it includes "
+                "and behind which the rate is zero; or 0, for no decay"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +177,11 @@ def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     Between two of the student's raw steps the raw grid is uniform; the warp is the student's.
 
     Raises:
-        ValueError: `ode_steps` is no multiple of the number of denoising steps, or the first step is not 1000.
+        ValueError: `ode_steps` is no multiple of the number of denoising steps, the first step is not 1000, or the
+            network is told other timesteps than 1000 σ, of which it would be trained for none.
     """
+    if config.timesteps:
+        raise ValueError("initialisation tells the network 1000 times the noise level; leave stream.timesteps empty")
     steps = config.denoising_steps
     if ode_steps % len(steps) or ode_steps < len(steps):
         raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")

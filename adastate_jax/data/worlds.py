@@ -47,6 +47,9 @@ COLOURS = {
 }
 
 
+_SMALLEST_WORDS = {"a", "an", "the", "and", "of", "in", "on", "over", "with", "while", "is", "it", "there"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Palette:
     """How a landscape is coloured: height in [0, 1] → sRGB through `stops`, plus the strength of its relief shading."""
@@ -298,10 +301,10 @@ def captions(config: WorldConfig) -> tuple[str, ...]:
     )
 
 
-def knows_words(config: WorldConfig, prompt: str) -> bool:
-    """Whether any word of a prompt, but for the smallest, is of a caption that worlds can have."""
-    known = set(re.findall(r"\w+", caption_pattern(config))) - {"a", "an", "with", "over", "the", "while"}
-    return not known.isdisjoint(re.findall(r"\w+", prompt.lower()))
+def unknown_words(config: WorldConfig, prompt: str) -> list[str]:
+    """The words of a prompt, but for the smallest, that are of no caption that worlds can have; each once, in order."""
+    known = set(re.findall(r"\w+", caption_pattern(config))) | _SMALLEST_WORDS
+    return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
 
 
 @dataclasses.dataclass

@@ -61,6 +61,11 @@ class Model:
     mesh: jax.sharding.Mesh
     origin: str = "memory"
 
+    @property
+    def name(self) -> str:
+        """What people call it, which says nothing of the machine: of its file or folder, the name."""
+        return Path(self.origin.split(",")[0]).stem
+
     def __repr__(self) -> str:
         """Where it is from, its networks, and how it streams: a line each."""
         config, network, stream = self.config, self.student.config, self.config.stream

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adastate_jax.errors import UserError, shown
+from adastate_jax.fields import to_dict
 from adastate_jax.generation import restart
 from adastate_jax.generation.loading import Model, decode_checked, encode_frames, num_given_frames, stream_config
 from adastate_jax.generation.settings import (
@@ -24,8 +25,9 @@ from adastate_jax.generation.settings import (
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.streaming.carry import Chunk, initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue, check_schedule, read_schedule
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule, check_schedule, read_schedule, schedule
+from adastate_jax.streaming.prompts import Schedule, schedule
 from adastate_jax.texts import is_text
 
 
@@ -75,6 +77,18 @@ class VideoStream(Iterator[np.ndarray]):
         codec = model.codec
         self._decodes_afresh = stream.anchor.restarts and isinstance(codec, WanCodec) and codec.encoder is not None
         self._chunks = self._follow(plan)
+
+    def __repr__(self) -> str:
+        """What it shows, how long and large it is, and how far."""
+        settings, (height, width) = self.settings, self.model.config.data.size
+        frames = "frames without end" if settings.num_frames is None else f"{settings.num_frames} frames"
+        prompts = ", then ".join(shown(texts[0] if len(texts) == 1 else list(texts)) for texts in settings.prompts)
+        anchor = settings.anchor or to_dict(self._stream)["anchor"]["name"]
+        done = min(self._num_frames(self._chunk), settings.num_frames or sys.maxsize)
+        return (
+            f"VideoStream of {prompts}: {frames}, of {height}×{width} pixels, seed {settings.seed}, anchor {anchor}; "
+            f"{done} are generated"
+        )
 
     def _embed(self, prompts: Sequence[str]) -> jax.Array:
         with jax.set_mesh(self.model.mesh):
@@ -296,6 +310,9 @@ class SingleVideo(Iterator[np.ndarray]):
 
     def __init__(self, video: VideoStream):
         self.video = video
+
+    def __repr__(self) -> str:
+        return repr(self.video).replace("VideoStream", "SingleVideo", 1)
 
     def __next__(self) -> np.ndarray:
         return next(self.video)[0]

@@ -132,6 +132,7 @@ def draw_update(
     begun_key = own_key if rollout_key is None else jax.random.split(rollout_key, 3)[0]
     keys = jax.random.split(jax.random.split(begun_key)[1], batch)
     shape = (batch, config.clip_frames, *latent_shape)
+    sigma = score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config)  # of u in (0, 1]
     if part is None:
         noise, start = draw_rollout_noise(keys, stream, latent_shape, num_chunks(config.rollout_frames, stream)), None
     else:
@@ -141,7 +142,9 @@ def draw_update(
         noise=noise,
         exit_step=jax.random.randint(jax.random.split(own_key)[0], (), 0, len(stream.sigmas)),
         score_noise=constrain(draw_normal(noise_key, shape), "batch"),
-        sigma=score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config),  # of u in (0, 1]
+        # Computed apart from what it is used in: the network is told 1000 σ, and a program that joins the two products
+        # tells it another last bit, in which a step would then differ with its mesh and its micro-batches.
+        sigma=jax.lax.optimization_barrier(sigma),
         start=start,
     )
 
@@ -265,7 +268,8 @@ def student_gradients(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
 
     Returns:
-        The gradients, the clip that was scored [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|).
+        The gradients, the clip that was scored [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|; NaN if a
+        score is not finite, whose gradient is zero where it is NaN).
     """
     null = teacher.text_keys_values(null_text)
     return _student_gradients(student, critic, teacher, text, null, draws, config, stream, None, None)[:3]
@@ -311,7 +315,10 @@ def _student_gradients(
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)
-    return gradients, clip, {"loss": loss, "dmd_gradient_norm": jnp.abs(gradient).mean()}, after
+    # A score that is NaN moves nothing, and its loss is zero: without this, a run would go on and learn nothing of it.
+    finite = jnp.isfinite(clean_fake).all() & jnp.isfinite(clean_real).all()
+    size = jnp.where(finite, jnp.abs(gradient).mean(), jnp.nan)
+    return gradients, clip, {"loss": loss, "dmd_gradient_norm": size}, after
 
 
 def student_step(
@@ -337,7 +344,7 @@ def student_step(
         base: the frozen weights that the student's state has adapters of, see `adapters.join`.
 
     Returns:
-        The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
+        The new state, and `loss`, `dmd_gradient_norm` (see `student_gradients`) and `gradient_norm`.
     """
     networks = (state, None), critic, teacher
     (state, _), metrics = student_segment_step(*networks, text, null_text, iteration, draws, config, stream, base)

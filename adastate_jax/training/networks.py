@@ -6,7 +6,6 @@ wrote. Whatever the source, each device gets its own part; no host holds a whole
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import jax
 
 from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config
-from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
+from adastate_jax.config.networks import TRAINED_BY, trained_sizes
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import RANDOM
-from adastate_jax.errors import UserError, reading, writing
-from adastate_jax.files import write_text
+from adastate_jax.errors import UserError, shown
 from adastate_jax.models.adapters import Adapters, LoRAConfig, merge, stack
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.quantized import quantize_network
@@ -26,13 +24,11 @@ from adastate_jax.seals import SEAL
 from adastate_jax.sharding import tree_shardings
 from adastate_jax.texts import read_json
 from adastate_jax.training.frozen import abstract_adapters, abstract_network, with_shardings
-from adastate_jax.weights.converted import DESCRIPTION, converted_config, is_converted, load_converted
-from adastate_jax.weights.parts import differing_fields
+from adastate_jax.weights.converted import converted_config, is_converted, load_converted
+from adastate_jax.weights.parts import differing_fields, fingerprint
 
 # Stage → the part of its checkpoint to go on from, and which network that is.
 _LEFT_BEHIND = {"pretrain": ("ema", "teacher"), "initialize": ("ema", "student"), "distill": ("student/ema", "student")}
-# Of a run with adapters, the weights that each stage trained them of.
-_BASES = "bases.json"
 # What a configuration says of a converted network, whatever its weights are.
 _SETTINGS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization")
 
@@ -62,20 +58,47 @@ def start_of(config: Config) -> tuple[Config, Path]:
     return load_config(folder / "config.json"), folder
 
 
-def check_networks(config: Config, workdir: Path) -> None:
+def check_networks(config: Config, workdir: Path) -> dict[str, str]:
     """Finds all weights that the stages will ask for, before anything is compiled or read.
+
+    Returns:
+        What is frozen and made by another run or by `convert`: what it is called, with a hash of its weights, as
+        `teacher.weights`; as `distill.critic.weights`, say, where a stage trains adapters of them. It is read again
+        whenever the run resumes, and its path alone does not tell that it changed.
 
     Raises:
         UserError: some are missing, or are of another network than the configuration says.
     """
-    if "initialize" in config.stages:
-        if config.initialize.targets != "clips":
-            find_weights(config, workdir, "teacher")
-        if config.initialize.weights != RANDOM:
-            find_weights(config, workdir, "student", start=True)
-    if "distill" in config.stages:
-        for name in NETWORKS:
-            find_weights(config, workdir, name)
+    initializes, distills = ("initialize" in config.stages, "distill" in config.stages)
+    frozen = {}
+    if distills or (initializes and config.initialize.targets != "clips"):
+        frozen["teacher.weights"] = find_weights(config, workdir, "teacher")
+    if initializes and config.initialize.weights != RANDOM:
+        start = find_weights(config, workdir, "student", start=True)
+        if config.student.lora.rank:
+            frozen[_base_name("initialize", "student")] = start
+    for name in ("critic", "student") if distills else ():
+        source = find_weights(config, workdir, name)
+        if getattr(config, name).lora.rank:
+            frozen[_base_name("distill", name)] = source
+    return {
+        name: _identity(source)
+        for name, source in frozen.items()
+        if source.path is not None and workdir.absolute() not in source.path.absolute().parents
+    }
+
+
+def _base_name(stage: str, name: str) -> str:
+    return f"{stage}.{name}.weights"
+
+
+def _identity(source: Source) -> str:
+    """Kind or stage of weights, and a hash of what lists their checksums."""
+    if not source.part:
+        return f"transformer/{fingerprint(source.path.parent, source.path.name)[:16]}"
+    digest = hashlib.sha256((source.path / SEAL).read_bytes()).hexdigest()
+    own = f"{source.path.parent.name}/{source.path.name}/{digest[:16]}"
+    return own if source.base is None else f"{own} on {_identity(source.base)}"
 
 
 def find_weights(config: Config, workdir: Path, name: str, start: bool = False) -> Source:
@@ -130,49 +153,20 @@ def left_behind(config: Config, folder: Path, stage: str, step: int) -> Source:
     lora = getattr(config, name).lora
     base = find_weights(config, folder, name, start=stage == "initialize") if lora.rank else None
     if base is not None:
-        _refuse_other_base(folder, f"{stage}/{name}", base)
+        _refuse_other_base(folder, _base_name(stage, name), base)
     return Source(folder / stage / str(step), part, config.network(name), base, lora)
 
 
-def note_base(workdir: Path, stage: str, name: str, base: Source) -> None:
-    """Notes which weights a stage trains adapters of, so that these are never put on others.
-
-    Raises:
-        UserError: it was begun with others.
-    """
-    what = f"{stage}/{name}"
-    _refuse_other_base(workdir, what, base)
-    noted = _noted_bases(workdir)
-    if what not in noted:
-        with writing(workdir / _BASES):
-            write_text(workdir / _BASES, json.dumps({**noted, what: _identity(base)}, indent=2) + "\n")
-
-
-def _refuse_other_base(folder: Path, what: str, base: Source) -> None:
-    noted = _noted_bases(folder)
-    if what in noted and noted[what] != _identity(base):
+def _refuse_other_base(folder: Path, name: str, base: Source) -> None:
+    """Raises UserError if a run trained its adapters of other weights than lie there now, which `data.json` notes."""
+    path = folder / "data.json"
+    noted = read_json(path, "bring it back from a copy") if path.exists() else {}
+    found = _identity(base)
+    if isinstance(noted, dict) and noted.get(name, found) != found:
         raise UserError(
-            f"{folder}: its adapters of {what} are of other weights than {base.path} holds now; bring those back, or "
-            "use a fresh --workdir"
+            f"{folder}: its adapters are of other {name} than {base.path} holds now: {shown(noted[name])} is now "
+            f"{found}; bring those back"
         )
-
-
-def _noted_bases(folder: Path) -> dict[str, Any]:
-    path = folder / _BASES
-    if not path.exists():
-        return {}
-    noted = read_json(path, "bring it back from a copy, or use a fresh --workdir")
-    if not isinstance(noted, dict):
-        raise UserError(f"{path}: is damaged; bring it back from a copy, or use a fresh --workdir")
-    return noted
-
-
-def _identity(source: Source) -> str:
-    """Stands for the weights of a source: the hash of what lists the checksums of its files."""
-    listed = source.path / (SEAL if source.part else DESCRIPTION)
-    with reading(listed, "its weights are damaged"):
-        own = hashlib.sha256(listed.read_bytes()).hexdigest()[:16]
-    return own if source.base is None else f"{_identity(source.base)}+{own}"
 
 
 def _of_elsewhere(path: Path, said: str) -> Source:

@@ -28,7 +28,7 @@ from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 from adastate_jax.weights.slots import Slot, leaf_name, leaves
 from adastate_jax.weights.tensors import StoredTensor, Tensor, finite_blocks
 
-DESCRIPTION = "converted.json"
+_DESCRIPTION = "converted.json"
 _WEIGHTS = "weights.safetensors"
 _FORMAT = 2
 
@@ -61,7 +61,7 @@ def write_converted(network: Network, folder: Path, advance: Callable[[int], Any
     write_safetensors(folder / _WEIGHTS, layout, layers(), {})
     description = {"format": _FORMAT, "kind": network.kind, "config": to_dict(network.config), "crc32": checksums}
     description["checksum"] = _own_checksum(description)
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _fill(ours: np.ndarray, slot: Slot, name: str, tensor: Tensor) -> None:
@@ -75,7 +75,7 @@ def _fill(ours: np.ndarray, slot: Slot, name: str, tensor: Tensor) -> None:
 
 def is_converted(path: str | Path) -> bool:
     """Whether a folder is one that `convert` wrote."""
-    return is_file(Path(path) / DESCRIPTION)
+    return is_file(Path(path) / _DESCRIPTION)
 
 
 def load_converted(
@@ -191,9 +191,9 @@ class _Leaf:
 
 def _open(path: Path) -> tuple[str, Any, dict[str, _Leaf]]:
     """Kind, configuration and leaves by path, unread."""
-    description, file = path / DESCRIPTION, path / _WEIGHTS
+    description, file = path / _DESCRIPTION, path / _WEIGHTS
     if not is_converted(path):
-        raise UserError(f"{path}: not a folder that convert wrote (no {DESCRIPTION})")
+        raise UserError(f"{path}: not a folder that convert wrote (no {_DESCRIPTION})")
     values = read_json(description, "convert it again")
     try:
         version, kind, fields, checksums = (values[name] for name in ("format", "kind", "config", "crc32"))

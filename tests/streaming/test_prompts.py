@@ -15,11 +15,12 @@ from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompted, prompts
 from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue, parse_schedule
 from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Reread, Schedule, chunk_of, parse_schedule, schedule
+from adastate_jax.streaming.prompts import Reread, Schedule, chunk_of, schedule
 from adastate_jax.streaming.rollout import rollout, stream
 from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of, sigmas_of
 from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor

@@ -11,10 +11,11 @@ from conftest import LATENT_SHAPE, SMALL, make_dit
 from small_rollouts import STREAMS
 
 from adastate_jax.config.stages import InitializeConfig, OptimizerConfig, PretrainConfig
-from adastate_jax.diffusion import add_noise, draw_normal
+from adastate_jax.diffusion import add_noise
 from adastate_jax.sharding import make_mesh, shard_batch, tree_shardings
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.streaming.strategy import NoAnchor
+from adastate_jax.training import clips as training_clips
 from adastate_jax.training.clips import clip_step, consistency_loss, consistency_step
 from adastate_jax.training.initialize import recurrent_pass
 from adastate_jax.training.pretrain import pretrain_step
@@ -72,27 +73,25 @@ def test_all_chunks_at_once_are_chunk_after_chunk_against_the_streams_cache(netw
 def test_beside_a_hidden_state_every_level_is_predicted(network, text):
     """The flow's error of the content at all of the stream's levels, and none of the state."""
     stream, video = STREAMS["adaptive"], clips(2, 9)
-    config = InitializeConfig(context="state", optimizer=OPTIMIZER, caption_dropout=0.0, batch_size=2)
+    config = InitializeConfig(context="state", optimizer=OPTIMIZER, batch_size=2, accumulate=2)
     levels = jnp.asarray(stream.sigmas)
+    noise = jax.random.normal(jax.random.key(1), (2, len(levels), *video.shape[1:]))
+    state_noise = jax.random.normal(jax.random.key(2), (3, len(levels), 2, 1, *LATENT_SHAPE))
 
     def both(network):
-        state = create_state(network, OPTIMIZER, True)
-        _, scalars = clip_step(state, video, text, NULL_TEXT, KEY, config, stream)
-        noise_key, state_key, _ = jax.random.split(KEY, 3)
-        noise = draw_normal(noise_key, (2, len(levels), *video.shape[1:]))
-        state_noise = draw_normal(state_key, (3, len(levels), 2, 1, *LATENT_SHAPE))
+        loss = training_clips._loss_at_each_level(network, video, noise, text, state_noise, config, stream)
         noisy = jnp.stack([add_noise(video, noise[:, i], level) for i, level in enumerate(levels)], axis=1)
         estimates = recurrent_pass(network, noisy, text, stream, video, state_noise)
         flow = (noisy - estimates) / levels[:, None, None, None, None]
-        return scalars["loss"], jnp.square(flow - (noise - video[:, None])).mean()
+        return loss, jnp.square(flow - (noise - video[:, None])).mean()
 
     np.testing.assert_allclose(*jax.jit(both)(network), rtol=1e-4)
     # Micro-batches split every draw along its samples, or shapes would not go together.
-    config = dataclasses.replace(config, accumulate=2)
-    jax.eval_shape(
+    _, scalars = jax.eval_shape(
         lambda network: clip_step(create_state(network, OPTIMIZER, True), video, text, NULL_TEXT, KEY, config, stream),
         network,
     )
+    assert scalars["loss"].shape == ()
 
 
 # --- consistency ------------------------------------------------------------------------------------------------------

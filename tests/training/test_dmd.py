@@ -273,6 +273,27 @@ def test_student_step_follows_the_weighted_difference_of_the_scores(student, tex
         np.testing.assert_allclose(averaged, decay * old + (1 - decay) * new, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_teacher_that_says_nothing_shows(student, text, accumulate):
+    """The teacher's score of the last frame is NaN: it moves nothing, and a scalar is NaN, which ends a run."""
+    stream, frames = STREAMS["adaptive"], 3
+    config = DistillConfig(batch_size=2, rollout_frames=frames, accumulate=accumulate)
+    draws = DRAW(jax.random.key(4), 2, config, stream, LATENT_SHAPE)
+    opinion = Opinion(jax.random.normal(jax.random.key(1), (frames, *LATENT_SHAPE)))
+    teacher = dataclasses.replace(opinion, clean=2 * opinion.clean)
+    state = create_state(student, config.student, False)
+
+    @jax.jit
+    def step(state, teacher):
+        return student_step(state, opinion, teacher, text, text[:1], jnp.int32(0), draws, config, stream)
+
+    _, scalars = step(state, teacher)
+    assert all(np.isfinite(value) for value in scalars.values())
+    _, scalars = step(state, dataclasses.replace(teacher, clean=teacher.clean.at[-1].set(jnp.nan)))
+    assert np.isnan(scalars["dmd_gradient_norm"])
+    assert np.isfinite(scalars["gradient_norm"])
+
+
 def test_score_levels_are_clipped():
     config = DistillConfig()
     sigma = score_sigma(jnp.array([0.0, 0.5, 1.0]), config)

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adastate_jax import distributed
 from adastate_jax.checkpoint import Checkpoints, latest_step
 from adastate_jax.config.networks import NETWORKS, trained_sizes
 from adastate_jax.config.run import Config
@@ -25,7 +24,7 @@ from adastate_jax.sharding import init_sharded, local_rows, replicated, shard_ba
 from adastate_jax.training.frozen import Frozen, abstract_adapters, abstract_network, with_shardings
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
-from adastate_jax.training.networks import find_weights, load_source, load_weights, note_base
+from adastate_jax.training.networks import load_weights
 from adastate_jax.training.state import TrainState, create_state
 
 
@@ -69,9 +68,8 @@ class Run:
         """The frozen weights that a stage trains adapters of critic or student of; None where it trains all weights."""
         if not getattr(self.config, name).lora.rank:
             return None
-        source = find_weights(self.config, self.workdir, name, start=stage == "initialize")
-        distributed.from_first(lambda: note_base(self.workdir, stage, name, source))
-        return load_source(source, self.config.network(name), self.mesh)
+        start = stage == "initialize"
+        return load_weights(self.config, self.workdir, name, self.mesh, trained=False, start=start)
 
     def new_state(self, name: str, optimizer: OptimizerConfig, ema: bool, stage: str) -> TrainState:
         """Critic or student before a stage's first update: its weights, or adapters that change nothing yet."""
