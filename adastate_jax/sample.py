@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.generation.shipped import find_model, shipped_config
+from adastate_jax.generation.placement import add_arguments, placement_of
+from adastate_jax.generation.shipped import find_model, vocabulary
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.cues import parse_schedule, read_schedule
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITION_TEXTS, TRANSITIONS
@@ -48,7 +49,7 @@ _FEW_STEPS = (
 _OF_OTHER_TOOLS = ("steps", "num-steps", "guidance", "guidance-scale", "cfg", "cfg-scale", "negative-prompt")
 
 # Options that --like takes from the video.
-_OF_THE_VIDEO = ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "random_weights")
+_OF_THE_VIDEO = ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "weights", "random_weights")
 
 _SUFFIXES = (".mp4", ".gif", ".webp")
 _SECONDS = 5.0
@@ -58,7 +59,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m adastate_jax.sample",
         description="Streams videos of any length, one for each prompt and seed, into files.",
-        epilog=lambda: f"{_vocabulary()}\n\n{_transitions()}\n\n{_EXAMPLE}",
+        epilog=lambda: f"{vocabulary()}\n\n{_transitions()}\n\n{_EXAMPLE}",
     )
     parser.add_argument(
         "--checkpoint",
@@ -128,6 +129,7 @@ def _parser() -> CommandParser:
         "numbered: FILE, FILE-2",
         default="out.mp4",
     )
+    add_arguments(parser)
     return parser
 
 
@@ -136,16 +138,9 @@ def _transitions() -> str:
     return "\n".join(["transitions of --prompts, from one prompt to the next:", *lines])
 
 
-def _vocabulary() -> str:
-    """What the model that ships with the package was trained on."""
-    from adastate_jax.data.worlds import WorldConfig, caption_pattern
-
-    worlds = WorldConfig(**shipped_config("tiny")["data"]["worlds"])
-    return f"The model tiny knows these words alone, and of a picture keeps one frame:\n  {caption_pattern(worlds)}"
-
-
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuses what can be refused before JAX is imported."""
+    placement_of(options)
     for argument in overrides:
         name = argument.partition("=")[0].removeprefix("--")
         if name in _OF_OTHER_TOOLS or (name.startswith("config.") and not options.config):
@@ -209,6 +204,7 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> "Model":
         decoder=options.decoder,
         random_weights=options.random_weights,
         text_cache=options.text_cache,
+        **vars(placement_of(options)),
     )
 
 
@@ -306,7 +302,7 @@ def _write(
     common = (overrides, cues, fingerprint(model), digest(start), command)
     seconds = options.seconds or _SECONDS
     for (prompt, seed), output in zip(calls, outputs, strict=True):
-        kept = {"prompt": prompt, "seed": seed, "seconds": seconds}
+        kept = {"prompt": prompt, "seed": seed, "seconds": seconds, "weights": placement_of(options).quantization}
         metadata = describe({**vars(options), **kept}, *common)
         if options.like:
             _refuse_another(options.like, then, metadata)
@@ -343,6 +339,7 @@ def _replay(
     checksums = [checksum for take in takes for checksum in take.checksums]
     others, size = [], None
     kept = {"checkpoint": named_from_anywhere(options.checkpoint), "scale": options.scale or 1}
+    kept["weights"] = placement_of(options).quantization
     metadata = describe_takes(session_head(model), command, list(map(take_to_dict, takes)), **kept)
     with (
         if_unwritten(output),
@@ -390,6 +387,9 @@ def main(arguments: Sequence[str]) -> int:
                 raise UserError(f"{overrides[0]}: --like takes it from the video; leave one of them out")
             overrides = remembered or overrides
             _check(options, overrides)
+        from adastate_jax.generation.programs import programs_kept
+
+        stack.enter_context(programs_kept(options.cache))
         if options.session or then.get("takes"):
             return _replay(options, overrides, outputs[0], then, command)
         _write(options, overrides, outputs, then, command)

@@ -1,4 +1,4 @@
-"""The student of configs/tiny.py goes on with rollouts longer than its teacher's clips, two ways, a minute each.
+"""The student of configs/tiny.py goes on with rollouts longer than its teacher's clips, two ways, in minutes.
 
 python -m adastate_jax.train --config=configs/long_rollouts.py --workdir=runs/windows
 python -m adastate_jax.train --config=configs/long_rollouts.py:segments --workdir=runs/segments

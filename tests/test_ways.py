@@ -35,7 +35,7 @@ SIZES = {
     "initialize.ode_steps": 4,
     "distill.steps": 2,
     "distill.batch_size": 2,
-    "distill.rollout_frames": 6,
+    "distill.rollout_frames": 3,
     "logging.save_every": 1,
     "logging.log_every": 1,
 }

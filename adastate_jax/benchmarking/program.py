@@ -267,11 +267,11 @@ def sizes(shape: str) -> list[int]:
 
 
 def _result_bytes(exchange: Instruction) -> int:
-    """Of a collective's results. What is started returns operands and results together, `((a, b), (c, d))`."""
+    """Of a collective's results. What is started returns operands beside them: `((a, b), (c, d))` or `((a), c)`."""
     if not exchange.operation.endswith("-start") or exchange.operation == "all-reduce-start":
         return exchange.bytes
     if exchange.shape.startswith("(("):
-        return sum(sizes(exchange.shape.split("), (")[1]))
+        return sum(sizes(exchange.shape.partition("), ")[2]))
     return sizes(exchange.shape)[1]
 
 

@@ -16,7 +16,7 @@ from adastate_jax.errors import UserError
 from adastate_jax.streaming.cues import Cue
 
 # Options of the sample command, under the names that they have there and as keys.
-_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "image", "video")
+_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "weights", "image", "video")
 _FILES = ("checkpoint", "image", "video", "config")
 _NUMBERS = {"seed": int, "seconds": float, "scale": int}
 
@@ -77,7 +77,7 @@ def describe_takes(
         takes: none of a video that is not complete yet.
         options: of the sample command that replays it, beside.
     """
-    kept = {name: str(value) for name, value in {**head, **options}.items()}
+    kept = {name: str(value) for name, value in {**head, **options}.items() if value is not None}
     if takes:
         kept["takes"] = json.dumps(list(takes))
     return {**kept, "command": shlex.join(command)}

@@ -44,6 +44,11 @@ class Trained:
     origin: str = dataclasses.field(default="", metadata={"static": True})
 
 
+def trained_config(path: Path) -> Config:
+    """The configuration of a folder that `train` wrote, or of a bundle; raises UserError if it is neither."""
+    return _bundled_config(SafeTensors(path), path) if path.is_file() else load_config(path / "config.json")
+
+
 def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
     """Configuration and student of a folder that `train` wrote; the distilled one, or before that the initialised one.
 
@@ -125,10 +130,8 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         UserError: the file is no bundle or damaged, or a weight is not finite.
     """
     opened = SafeTensors(path)
-    if "config" not in opened.metadata:
-        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote")
+    config = _bundled_config(opened, path)
     text, stored = opened.metadata["config"], opened.stored()
-    config = build(Config, parse_json(text, f"{path}: its configuration"), str(path))
     like = with_shardings(_abstract(config), mesh)
     wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
     found = {name: tensor.shape for name, tensor in stored.items() if tensor.dtype in FLOATING}
@@ -149,6 +152,12 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
 
     trained = jax.tree_util.tree_map_with_path(place, like)
     return config, dataclasses.replace(trained, origin=str(path))
+
+
+def _bundled_config(opened: SafeTensors, path: Path) -> Config:
+    if "config" not in opened.metadata:
+        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote")
+    return build(Config, parse_json(opened.metadata["config"], f"{path}: its configuration"), str(path))
 
 
 @functools.lru_cache(maxsize=4)

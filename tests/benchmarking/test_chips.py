@@ -59,12 +59,13 @@ def test_a_steady_chunk_has_the_structure_it_should(name, backend):
     # Two attentions per layer and pass, all by the chip's own kernel.
     assert program.attention() == {backend: PASSES * LAYERS * 2}
 
-    # Eight products per layer and pass in bfloat16 (fewer where the compiler joins some), two that rotate queries and
-    # keys, and the patch embedding.
+    # Eight products per layer and pass in bfloat16 (fewer where the compiler joins some), and the patch embedding.
+    # What rotates queries and keys, and the context once, is a permutation, and exact.
     # Whatever else there is comes once per pass: timestep embedding and head.
     products = program.products()
     halves = products.pop("bf16 bf16 -> bf16")
-    assert PASSES * (5 * LAYERS + 1) <= halves <= PASSES * (10 * LAYERS + 1)
+    assert PASSES * (5 * LAYERS + 1) <= halves <= PASSES * (8 * LAYERS + 1)
+    assert products.pop("bf16 bf16 -> bf16 highest") <= 2 * PASSES * LAYERS + 1
     assert sum(products.values()) <= 4 * PASSES
     assert all(kind.split(" -> ")[1].startswith("f32") for kind in products)
 
@@ -143,11 +144,13 @@ def test_every_kernel_of_the_decoder_is_one_product():
     ]
     products = program.products()
     assert sum(products.values()) == len(kernels) + 2  # and attention's two
-    assert products.pop("bf16 bf16 -> f32", 0) <= 2
-    assert products.pop("f32 f32 -> f32 highest") == 1  # the last convolution
-    assert set(products) == {"bf16 bf16 -> bf16"}
+    # Exact are the last convolution, whose factors come as bfloat16, and nothing else.
+    exact = {kind: runs for kind, runs in products.items() if kind.endswith("highest")}
+    assert sum(exact.values()) == 1
+    assert {kind.rpartition(" -> ")[0] for kind in products.keys() - exact.keys()} == {"bf16 bf16"}
 
-    assert workload.donated <= compilation.memory["alias"] <= workload.donated + 2**12 * len(compilation.memory)
-    # Nothing is copied that is larger than the features of a chunk at full resolution.
-    largest = 12 * 128 * 128 * config.vae.dim * 2
-    assert [copy.shape for copy, _ in program.copies(2 * largest)] == []
+    assert compilation.memory["alias"] >= workload.donated
+    # Nothing is copied that is larger than what the last upsampling gives: of a quarter of the pixels, and one
+    # column more of them, two sets of four copies.
+    features = 12 * 128 * 128 * config.vae.dim * 2
+    assert [copy.shape for copy, _ in program.copies(2 * features * 66 // 64)] == []

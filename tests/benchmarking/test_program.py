@@ -137,6 +137,7 @@ def test_groups_are_read_in_every_notation(groups, axes):
         ("((f32[4], f32[2]), (f32[8], f32[4])) all-gather-start(%a, %b)", "all-gather", 48, 24),
         ("(f32[8], f32[4]) all-reduce-start(%a, %b)", "all-reduce", 48, 48),
         ("((f32[8], f32[4]), (f32[4], f32[2])) reduce-scatter-start(%a, %b)", "reduce-scatter", 24, 24),
+        ("((f32[8]{0:T(8)}), f32[4]) reduce-scatter-start(%a)", "reduce-scatter", 16, 16),
         ("(f32[8], f32[8]) all-to-all(%a, %b)", "all-to-all", 64, 32),
         ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", "collective-permute", 32, 32),
     ],

@@ -61,10 +61,11 @@ def test_split_weights_are_gathered_and_gradients_summed(name):
     runs, size = (totals(found.collectives, of) for of in ("runs", "bytes"))
     assert runs["all-gather"] <= PASSES[name] * arrays
     assert size["all-gather"] <= PASSES[name] * whole
-    # All of the gradients along one axis, and the parts of a device along the other; losses and norms beside them.
+    # All of the gradients along one axis, and the parts of a device along the other; losses and norms beside them. The
+    # student's are summed chunk by chunk.
     summed = {axes: sum(row.bytes for row in found.collectives if row.kind == "all-reduce" and row.axes == axes)
               for axes in ("fsdp", "data", "data+fsdp")}  # fmt: skip
-    assert sum(summed.values()) <= 1.3 * whole + 4096
+    assert sum(summed.values()) <= (CHUNKS if name == "student" else 1) * 1.3 * whole
     if one_compiler():
         assert runs == RUNS[name, WEIGHTS]
 
@@ -94,7 +95,7 @@ RUNS = {
     ("pretrain", WEIGHTS): {"all-gather": 51, "all-reduce": 17},
     ("initialize", WEIGHTS): {"all-gather": 51, "all-reduce": 17},
     ("critic", WEIGHTS): {"all-gather": 172, "all-reduce": 17},
-    ("student", WEIGHTS): {"all-gather": 324, "all-reduce": 31},
+    ("student", WEIGHTS): {"all-gather": 324, "all-reduce": 32},
     ("pretrain", EVERYTHING): {
         "all-gather": 87,
         "all-reduce": 44,
@@ -118,7 +119,7 @@ RUNS = {
     },
     ("student", EVERYTHING): {
         "all-gather": 431,
-        "all-reduce": 191,
+        "all-reduce": 193,
         "all-to-all": 115,
         "collective-permute": 36,
         "reduce-scatter": 12,
