@@ -180,7 +180,8 @@ def test_a_killed_run_resumes_to_the_same_bits(environment, uninterrupted, tmp_p
 
 
 def test_a_finished_run_does_nothing_again(environment, uninterrupted):
-    """Only the videos are made again."""
+    """Only the videos are made again, and what that took is noted."""
+    steps = read_metrics(uninterrupted / "metrics.jsonl")
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     code, errors = run(environment, uninterrupted)
     assert code == 0, errors
@@ -189,7 +190,9 @@ def test_a_finished_run_does_nothing_again(environment, uninterrupted):
         "samples",
         "loss_curves.png",
         "config.json",
+        "metrics.jsonl",
     }
+    assert read_metrics(uninterrupted / "metrics.jsonl") == steps
 
 
 def test_a_run_that_starts_from_another_is_what_that_one_became(environment, uninterrupted, tmp_path):
