@@ -73,15 +73,11 @@ def their_product(setting: Setting) -> Iterator:
     yield lambda: left @ right
 
 
-def their_pass(setting: Setting) -> Iterator:
-    """diffusers' Wan transformer, the text's part of the work included."""
+def _pass(model, text, setting: Setting):
+    """A pass over a chunk's latents at one noise level."""
     import torch
 
-    model = _their_transformer(setting)
-    yield None
-    model = _placed(model, setting)
     latents = _tensor(_channels_first(normal(1, 1, LIVE_FRAMES, *SIDES[setting.size], 16)), setting)
-    text = _tensor(normal(2, 1, TEXT_TOKENS, model.config.text_dim), setting)
     timesteps = torch.tensor([TIMESTEP], device=setting.device)
     run = _maybe_compiled(model, setting)
 
@@ -89,7 +85,19 @@ def their_pass(setting: Setting) -> Iterator:
         with torch.no_grad():
             return run(latents, timesteps, text, return_dict=False)[0].movedim(1, -1)
 
-    yield step
+    return step
+
+
+def their_pass(setting: Setting) -> Iterator:
+    """diffusers' Wan transformer, the text's part of the work included."""
+    model = _their_transformer(setting)
+    yield None
+    model = _placed(model, setting)
+    yield _pass(model, _text(model, setting), setting)
+
+
+def _text(model, setting: Setting):
+    return _tensor(normal(2, 1, TEXT_TOKENS, model.config.text_dim), setting)
 
 
 def _with_cache(model, keys: np.ndarray, values: np.ndarray, positions: np.ndarray, text, setting: Setting):
@@ -105,7 +113,7 @@ def _with_cache(model, keys: np.ndarray, values: np.ndarray, positions: np.ndarr
         text: embeddings [1, T, text_dim].
 
     Returns:
-        For each layer the processor, whose `fresh` are the last pass's own keys (un-rotated) and values.
+        The text as the model takes it from now on, and for each layer the processor, whose `fresh` are the last pass's own keys (un-rotated) and values.
     """
     import torch
     from torch.nn import functional
@@ -177,23 +185,13 @@ def _with_cache(model, keys: np.ndarray, values: np.ndarray, positions: np.ndarr
 
 def their_cached_pass(setting: Setting) -> Iterator:
     """The same transformer with a static cache of keys and values: a streaming model's steady pass."""
-    import torch
-
     model = _their_transformer(setting)
     yield None
     model = _placed(model, setting)
     given = np.load(setting.folder / "context.npz")
-    text = _tensor(normal(2, 1, TEXT_TOKENS, model.config.text_dim), setting)
-    text, _ = _with_cache(model, given["keys"], given["values"], given["positions"], text, setting)
-    latents = _tensor(_channels_first(normal(1, 1, LIVE_FRAMES, *SIDES[setting.size], 16)), setting)
-    timesteps = torch.tensor([TIMESTEP], device=setting.device)
-    run = _maybe_compiled(model, setting)
-
-    def step():
-        with torch.no_grad():
-            return run(latents, timesteps, text, return_dict=False)[0].movedim(1, -1)
-
-    yield step
+    context = given["keys"], given["values"], given["positions"]
+    text, _ = _with_cache(model, *context, _text(model, setting), setting)
+    yield _pass(model, text, setting)
 
 
 def their_chunk(setting: Setting) -> Iterator:
@@ -204,8 +202,8 @@ def their_chunk(setting: Setting) -> Iterator:
     yield None
     model = _placed(model, setting)
     given = np.load(setting.folder / "context.npz")
-    text = _tensor(normal(2, 1, TEXT_TOKENS, model.config.text_dim), setting)
-    text, layers = _with_cache(model, given["keys"], given["values"], given["positions"], text, setting)
+    context = given["keys"], given["values"], given["positions"]
+    text, layers = _with_cache(model, *context, _text(model, setting), setting)
     noises = [torch.from_numpy(_channels_first(noise).copy()).to(setting.device) for noise in given["noises"]]
     sigmas = [float(sigma) for sigma in given["sigmas"]]
     run = _maybe_compiled(model, setting)
