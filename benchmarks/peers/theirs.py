@@ -113,7 +113,8 @@ def _with_cache(model, keys: np.ndarray, values: np.ndarray, positions: np.ndarr
         text: embeddings [1, T, text_dim].
 
     Returns:
-        The text as the model takes it from now on, and for each layer the processor, whose `fresh` are the last pass's own keys (un-rotated) and values.
+        The text as the model takes it from now on, and for each layer the processor, whose `fresh` are the last pass's
+        own keys (un-rotated) and values.
     """
     import torch
     from torch.nn import functional
