@@ -29,9 +29,8 @@ START_TIMEOUT = 1800  # seconds; a pod of many hosts can take more than JAX's 30
 _HEARTBEAT = 600  # seconds: our own watch ends a run much earlier, and says why; JAX's is for what escapes it
 _MARGIN = 1.0  # seconds after which a start that JAX has given up is; below the time that its abort is put off
 _LOOPBACK = "means each machine itself (loopback); give an address of the first that all others reach"
-_PATIENCE = (
-    20.0  # seconds that one which has failed waits for the others, who may wait elsewhere for what it has not done
-)
+# Seconds that one which has failed waits for the others, who may wait elsewhere for what it has not done.
+_PATIENCE = 20.0
 _SLICE = 1000  # milliseconds of one call of the service, between which Python handles signals
 
 

@@ -9,15 +9,15 @@ from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.schedule import StreamConfig
 from benchmarks.peers import ours, theirs
-from benchmarks.peers.settings import CACHED_FRAMES, DECODED, LIVE_FRAMES, PRODUCTS, SIDES, TRANSFORMER, Side
+from benchmarks.peers.settings import CACHED_FRAMES, DECODED, LIVE_FRAMES, PRODUCTS, SIDES, TRANSFORMER, Steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Two sides, and the operations of one run at a size: an upper bound where a trial's networks are narrower."""
 
-    theirs: Side
-    ours: Side
+    theirs: Steps
+    ours: Steps
     flops: Callable[[str], int] | None = None
 
 

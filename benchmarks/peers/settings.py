@@ -1,7 +1,7 @@
 """Sizes and inputs of the cases, which both sides make for themselves from the same seeds.
 
-A side is a generator: it first makes or reads weights, hands over at the `yield` of None, and then yields the function
-that is timed. PyTorch's goes first, for it draws the weights; ours converts them, and may leave inputs for it.
+A case's `Steps` of a side are a generator. PyTorch's draws weights, and yields None; ours converts them, may leave inputs
+for the other, and yields the function that is timed; then PyTorch's goes on, and yields its own.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Setting:
         return self.size == "trial"
 
 
-Side = Callable[[Setting], Iterator[Callable[[], Any] | None]]
+Steps = Callable[[Setting], Iterator[Callable[[], Any] | None]]
 
 # Latents' height and width: `large` is 480×832 pixels, `small` and `medium` a quarter and half of its sides.
 SIDES = {"trial": (4, 6), "small": (16, 26), "medium": (30, 52), "large": (60, 104)}

@@ -19,14 +19,14 @@ from benchmarks.peers.settings import (
 )
 
 
-def _randomized(model, setting: Setting, amount: float = 0.02):
+def _randomized(model):
     """The model with noise on all of its parameters, also on those that start at zero or one."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += amount * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
@@ -60,7 +60,7 @@ def _channels_first(latents: np.ndarray) -> np.ndarray:
 def _their_transformer(setting: Setting):
     import diffusers
 
-    model = _randomized(diffusers.WanTransformer3DModel(**(NARROW if setting.trial else TRANSFORMER)), setting)
+    model = _randomized(diffusers.WanTransformer3DModel(**(NARROW if setting.trial else TRANSFORMER)))
     model.save_pretrained(setting.folder / "theirs")
     return model
 
@@ -232,7 +232,7 @@ def their_decoder(setting: Setting) -> Iterator:
     import torch
 
     narrow = {"base_dim": 6, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, True]}
-    model = _randomized(diffusers.AutoencoderKLWan(**(narrow if setting.trial else {})), setting)
+    model = _randomized(diffusers.AutoencoderKLWan(**(narrow if setting.trial else {})))
     model.save_pretrained(setting.folder / "theirs")
     yield None
     model = _placed(model, setting)
