@@ -1,7 +1,7 @@
 """Sizes and inputs of the cases, which both sides make for themselves from the same seeds.
 
-A case's `Steps` of a side are a generator. PyTorch's draws weights, and yields None; ours converts them, may leave inputs
-for the other, and yields the function that is timed; then PyTorch's goes on, and yields its own.
+A case's `Steps` of a side are a generator. PyTorch's draws weights, and yields None; ours converts them, may leave
+inputs for the other, and yields the function that is timed; then PyTorch's goes on, and yields its own.
 """
 
 import dataclasses
