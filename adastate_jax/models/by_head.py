@@ -1,8 +1,8 @@
-"""Exact attention on a processor: one head after another, of so many queries at a time that their scores stay in its cache.
+"""Exact attention on a processor: head after head, of so many queries at once that their scores stay in its cache.
 
-All heads' products at once are slow there: XLA turns queries, keys and the scores of all heads into another layout, and
-each of them makes its way through memory several times. One head's products are plain, and between them lies the
-exponential alone: the sum divides what was multiplied by the values. Scores are computed again for the gradient.
+All heads at once are slow there: XLA turns queries, keys and all heads' scores into another layout, and the scores go
+through memory several times. One head's products are plain, and nothing but the exponential lies between them: its sum
+divides what was multiplied by the values. For the gradient scores are computed again.
 """
 
 import einops

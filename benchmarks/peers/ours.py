@@ -131,7 +131,7 @@ def _our_decoder(setting: Setting, kind: str) -> Iterator:
 
     from adastate_jax.models.video_coding import decode_clip
 
-    model = _converted(setting, kind)
+    model = _converted(setting, kind, latents_per_call=3)  # a chunk's: as a stream's steady call may have them
     latents = jax.numpy.asarray(normal(1, 1, 4, *DECODED[setting.size], 16))
     decode = jax.jit(decode_clip)
     clip = kind == "vae"  # diffusers clamps what it decodes
