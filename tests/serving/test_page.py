@@ -8,6 +8,8 @@ import threading
 import time
 
 import av
+import cv2
+import numpy as np
 import pytest
 import uvicorn
 from serving.small_server import PROMPT, assemble
@@ -185,4 +187,27 @@ def test_a_phone_scrolls_down_and_not_sideways(open_page):
         ).map((element) => element.id)"""
     )
     assert unnamed == []
+    stop(page)
+
+
+def test_another_anchor_or_a_start_picture_begins_anew(open_page, tmp_path):
+    """A take begins with other anchors, one panel, or a picture that was sent; what is no picture is refused."""
+    page = open_page()
+    wait_until_drawn(page)
+    page.locator("#panels select").nth(1).select_option("longlive")
+    page.wait_for_selector("#timeline li.applied >> text=beside longlive")
+    wait_until_drawn(page)
+    page.locator("#panels select").nth(0).select_option("-")
+    wait_until(page, lambda: page.locator("#panels figure").count() == 1)
+    wait_until_drawn(page)
+
+    picture = tmp_path / "picture.png"
+    cv2.imwrite(str(picture), np.full((40, 60, 3), 180, np.uint8))
+    page.set_input_files("#picture", picture)
+    page.wait_for_selector("#timeline li.applied >> text=from a picture")
+    wait_until_drawn(page)
+
+    picture.write_text("no picture")
+    page.set_input_files("#picture", picture)
+    page.wait_for_selector("#status >> text=refused")
     stop(page)
