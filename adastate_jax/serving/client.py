@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
 from adastate_jax.errors import UserError
+from adastate_jax.errors import reason as why
 from adastate_jax.serving.protocol import Pictures, unpack
 from adastate_jax.streaming.cues import Cue
 
@@ -88,7 +89,9 @@ class Client:
         except urllib.error.HTTPError as error:
             raise UserError(f"{path.partition('?')[0]}: {_detail(error)}") from None
         except (OSError, ValueError, HTTPException) as error:
-            raise UserError(f"{self._base}: does not answer ({error}); is serve running there?") from None
+            raise UserError(
+                f"{self._base}: does not answer ({why(getattr(error, 'reason', error))}); is serve running there?"
+            ) from None
 
     def begin(self, prompt: str | None = None, seed: int = 0, anchors: Sequence[str] | None = None) -> None:
         """Begins a session, or finds the one of the watch link, and opens its socket."""
