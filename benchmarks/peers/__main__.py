@@ -7,7 +7,8 @@ python -m benchmarks.peers --dtype=bfloat16 --compile          # a GPU: PyTorch 
 Each side is a process of its own, so that neither's threads or memory are in the other's way; one computes while the
 others wait for a message. The first two results are compared before anything is timed. A ratio is PyTorch's seconds
 over ours in one turn: above 1, ours is faster. Beside it stands the same of the seconds that all of a side's threads
-computed, which says more where the machine is not quiet; and how much of the processor others took meanwhile.
+computed, and how much of the processor others took meanwhile: where that is more than a few percent, neither says much,
+as PyTorch's threads wait for one another in turning, and ours in sleep.
 """
 
 import argparse

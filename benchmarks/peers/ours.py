@@ -18,6 +18,7 @@ from benchmarks.peers.settings import (
     TIMESTEP,
     TOKENS,
     Setting,
+    attention_inputs,
     normal,
 )
 
@@ -44,6 +45,17 @@ def our_product(setting: Setting) -> Iterator:
     left, right = (jnp.asarray(normal(seed, side, side), setting.dtype) for seed in (1, 2))
     product = jax.jit(jnp.matmul)
     yield lambda: product(left, right)
+
+
+def our_attention(setting: Setting) -> Iterator:
+    import jax
+    import jax.numpy as jnp
+
+    from adastate_jax.models.attention import attention
+
+    inputs = [jnp.asarray(x, setting.dtype) for x in attention_inputs(setting.size)]
+    attend = jax.jit(lambda *x: attention(*x, "auto"))
+    yield lambda: attend(*inputs)
 
 
 def our_pass(setting: Setting) -> Iterator:
