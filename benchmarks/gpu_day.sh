@@ -39,6 +39,9 @@ step() {  # NAME SECONDS COMMAND…
 command -v nvidia-smi > /dev/null && step machine 30 nvidia-smi
 step versions 60 "$PYTHON" -m pip list
 step verify 300 "$PYTHON" -m adastate_jax.verify
+step bfloat16 120 "$PYTHON" -m adastate_jax.verify --dtype=bfloat16 --attention=auto
+step int8 90 "$PYTHON" -m adastate_jax.verify --weights=int8
+step float8 90 "$PYTHON" -m adastate_jax.verify --weights=float8
 [[ -z ${REFERENCES:-} ]] || step references 420 "$PYTHON" -m adastate_jax.verify "$REFERENCES"
 TEST_PLATFORM=$platform step tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_accelerator.py
 step bench 420 "$PYTHON" -m adastate_jax.bench "${config[@]}" --output="$OUT/bench.json"

@@ -160,13 +160,19 @@ def test_head_by_head_loses_no_more_in_16_bits():
     assert error(lambda *x: attention(*x, "xla")) < 1.5 * error(plain)
 
 
-def test_heads_of_a_processor_come_one_after_another():
+def test_heads_of_a_processor_come_one_after_another(monkeypatch):
     """Of a sample whose scores are 172 GB a layer, no more are held than its cache holds; nothing for other chips."""
     held = max(size for size in sizes_in_a_gradient(SAMPLE) if size not in (4 * SAMPLE.size, 4 * SAMPLE.size // 40))
     assert 0.9 * by_head.MOST_CACHED_BYTES < held <= by_head.MOST_CACHED_BYTES
 
     short = jax.make_jaxpr(lambda *x: attention(*x, "xla"))(*draw(1, 16, 16))
     assert "scan" not in str(short)
+    assert attention_lib._by_head(200, 200)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        assert not attention_lib._by_head(200, 200)
+    for other in (TPU, gpu("9.0")):
+        monkeypatch.setattr(attention_lib, "target_device", lambda other=other: other)
+        assert not attention_lib._by_head(200, 200)
 
 
 def test_scores_that_would_not_fit_are_never_held(caplog, monkeypatch):
