@@ -65,7 +65,7 @@ def run(
     if config.decoder == "patch":
         programs = [program for program in programs if program not in ("wan", "tiny")]
     rows, skipped = [], []
-    with progress("compile", len(targets) * len(programs), unit="program") as bar:
+    with progress("compile", len(targets) * len(programs), unit="program", counts_compiling=True) as bar:
         for target in targets:
             for program in programs:
                 bar.set_description(f"compile: {program} for {target.name}")
