@@ -108,6 +108,8 @@ def _train(config: "Config", workdir: Path, metrics: "Metrics", profile: "Profil
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from None
     _refuse_uneven_batches(config)
+    if not (workdir / "config.json").exists():  # a run that began so can go on
+        _refuse_early_end(config)
     metrics.spans.lap("start")
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
@@ -138,6 +140,16 @@ def _refuse_uneven_batches(config: "Config") -> None:
         batches[name] = getattr(config, stage).batch_size // parts
     try:
         require_divisible_batches(config.mesh, batches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _refuse_early_end(config: "Config") -> None:
+    """A rate that is zero before a stage ends wastes what comes behind."""
+    from adastate_jax.config.run import require_whole_decay
+
+    try:
+        require_whole_decay(config)
     except ValueError as error:
         raise UserError(str(error)) from None
 
