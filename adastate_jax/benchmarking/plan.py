@@ -181,12 +181,12 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
             sizes += f", compiled: {compiled['failure']}"
         else:
             sizes += ", not compiled"
-        yield f"  {program:{width}} fits: {row['fits']:8} {sizes}; {row['tflop']:.0f} TFLOP, {row['seconds']:.1f} s"
+        yield f"  {program:{width}} fits: {row['fits']:8} {sizes}; {_digits(row['tflop'])} TFLOP, {_digits(row['seconds'])} s"
         if compiled and "peak_bytes" in compiled:
             yield from (f"{'':{width + 3}}{line}" for line in _compiled_lines(row))
-    hours = f"{figures['device_hours']:.0f} device-hours"
+    hours = f"{_digits(figures['device_hours'])} device-hours"
     if figures["exchange_device_hours"]:
-        hours += f", and at least {figures['exchange_device_hours']:.1f} of exchange where nothing hides it"
+        hours += f", and at least {_digits(figures['exchange_device_hours'])} of exchange where nothing hides it"
     runs = (_RUNS[program].format(row["runs"]) for program, row in figures["updates"].items())
     yield f"  {', '.join(runs)}: {hours}"
 
@@ -198,6 +198,11 @@ _RUNS = {
     "critic": "{} updates of the critic",
     "student": "{} of the student",
 }
+
+
+def _digits(value: float) -> str:
+    """With two significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _compiled_lines(row: Mapping[str, Any]) -> Iterator[str]:
