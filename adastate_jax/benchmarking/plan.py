@@ -181,7 +181,8 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
             sizes += f", compiled: {compiled['failure']}"
         else:
             sizes += ", not compiled"
-        yield f"  {program:{width}} fits: {row['fits']:8} {sizes}; {_digits(row['tflop'])} TFLOP, {_digits(row['seconds'])} s"
+        work = f"{_digits(row['tflop'])} TFLOP, {_digits(row['seconds'])} s"
+        yield f"  {program:{width}} fits: {row['fits']:8} {sizes}; {work}"
         if compiled and "peak_bytes" in compiled:
             yield from (f"{'':{width + 3}}{line}" for line in _compiled_lines(row))
     hours = f"{_digits(figures['device_hours'])} device-hours"
