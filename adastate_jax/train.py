@@ -246,10 +246,11 @@ _EXAMPLE = """example:
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints what distillation takes on the chips that were named; 1 if it does not fit, and nothing near does."""
+    """Prints what training takes on the chips that were named; 1 if it does not fit, and nothing near does."""
     if not 0 < options.share <= 1:
         raise UserError(f"--share={options.share}: must lie in (0, 1]")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA asks for a bug report where compiling takes minutes
     starting()
     from adastate_jax.benchmarking.ahead import cache_folder
     from adastate_jax.benchmarking.plan import plan, table
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str]) -> int:
     plan.add_argument(
         "--plan",
         metavar="CHIP:SIZES",
-        help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
+        help="trains nothing: says what the stages take on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
     )
     plan.add_argument(
         "--share",

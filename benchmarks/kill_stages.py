@@ -3,10 +3,10 @@
     python -m benchmarks.kill_stages --folder=runs/mixed_sizes               # which benchmarks.mixed_sizes has made
     python -m benchmarks.kill_stages --folder=runs/mixed_sizes --way=consistency --kills=5
 
-The data sets are those of that folder: latents, captions and prompts. SIGKILL comes at moments that are drawn: from the
-first step or file of trajectories on, up to the time that an uninterrupted run takes from there. Prints per way how
-often it was killed, how far it had come each time, and whether weights, moments, averages, a rollout that goes on and
-the scalars of all steps are equal to the bit. A way that differs ends the command with 1.
+The data sets are those of that folder: latents, captions and prompts. A run's files of trajectories and steps are
+divided into as many parts as it is killed; in each a place is drawn, and SIGKILL comes within half a second from there.
+Prints per way at which checkpoint it was killed each time, and whether weights, moments, averages, a rollout that goes
+on and the scalars of all steps are equal to the bit. A way that differs ends the command with 1.
 """
 
 import argparse
@@ -52,32 +52,39 @@ def command(folder: Path, way: str, runs: Path, workdir: Path) -> list[str]:
     return [sys.executable, "-m", "adastate_jax.train", config, f"--workdir={workdir}", *fields]
 
 
-def run(arguments: list[str], workdir: Path, kill_after: float | None = None) -> tuple[float, bool]:
-    """Runs a command to its end, or kills it so many seconds after this call's run is at work again.
+def run(arguments: list[str], workdir: Path, kill_at: int | None = None, wait: float = 0.0) -> bool:
+    """Runs a command to its end, or kills it.
+
+    Args:
+        kill_at: where this call's run has added to `progress_of` and that is so far, it is killed.
+        wait: seconds from then.
 
     Returns:
-        Seconds from then to its end, and whether it was killed.
+        Whether it was killed.
     """
-    before, errors, begun = _written(workdir), workdir.with_suffix(".errors"), None
+    before, errors = progress_of(workdir), workdir.with_suffix(".errors")
     with errors.open("w") as file:
         process = subprocess.Popen(arguments, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL)
+    begun = False
     while process.poll() is None:
-        if begun is None and _written(workdir) != before:
-            begun = time.monotonic()
-        if kill_after is not None and begun is not None and time.monotonic() - begun > kill_after:
+        progress = progress_of(workdir)
+        begun = begun or progress != before
+        if kill_at is not None and begun and progress >= kill_at:
+            time.sleep(wait)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            return time.monotonic() - begun, True
-        time.sleep(0.02)
+            return process.returncode == -signal.SIGKILL
+        time.sleep(0.01)
     if process.returncode:
         sys.exit(errors.read_text())
-    return time.monotonic() - (begun or time.monotonic()), False
+    return False
 
 
-def _written(workdir: Path) -> tuple[int, int]:
-    """What a run that is at work adds to: files of trajectories, and bytes of scalars."""
+def progress_of(workdir: Path) -> int:
+    """Files of trajectories and steps of a run."""
     metrics = workdir / "metrics.jsonl"
-    return len(list((workdir / "trajectories").glob("*.npy"))), metrics.stat().st_size if metrics.exists() else 0
+    steps = metrics.read_bytes().count(b'"step":') if metrics.exists() else 0
+    return len(list((workdir / "trajectories").glob("*.npy"))) + steps
 
 
 def newest(workdir: Path, stage: str) -> int:
@@ -98,14 +105,13 @@ def result_of(workdir: Path, stage: str) -> tuple[dict[str, bytes], list[dict]]:
 def trial(folder: Path, way: str, runs: Path, kills: int, rng: random.Random) -> bool:
     """Whether a way ends alike, killed and not."""
     stage, whole, cut = WAYS[way]["stages"][0], runs / way, runs / f"{way}_killed"
-    seconds, _ = run(command(folder, way, runs, whole), whole)
-    reached = []
-    for _ in range(kills):
-        _, killed = run(command(folder, way, runs, cut), cut, rng.uniform(0.0, seconds / 2))
-        if not killed:
-            break
-        files = len(list((cut / "trajectories").glob("*.npy")))
-        reached.append(f"{newest(cut, stage)}" + (f" ({files} files)" if files else ""))
+    run(command(folder, way, runs, whole), whole)
+    total, reached = progress_of(whole), []
+    for part in range(kills):
+        place = int(total * (part + rng.random()) / kills)
+        if run(command(folder, way, runs, cut), cut, place, rng.uniform(0.0, 0.5)):
+            files = len(list((cut / "trajectories").glob("*.npy")))
+            reached.append(f"{newest(cut, stage)}" + (f" ({files} files)" if files else ""))
     run(command(folder, way, runs, cut), cut)
     (weights, scalars), (other_weights, other_scalars) = result_of(whole, stage), result_of(cut, stage)
     same = weights == other_weights and scalars == other_scalars

@@ -218,3 +218,4 @@ def _compiled_lines(row: Mapping[str, Any]) -> Iterator[str]:
     if largest:
         each = ", ".join(f"{found['kind']} along {found['axes']} {found['bytes'] / 1e9:.3g}" for found in largest)
         yield f"exchange at least {row['exchange_seconds']:.2f} s, GB: {each}"
+    yield f"compiled in {compiled['compile_seconds']:.0f} s"

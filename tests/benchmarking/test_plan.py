@@ -283,7 +283,7 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
         def describe(workload, target, cache):
             asked.append((workload.name, dict(workload.mesh.shape)))
             if workload.mesh.shape in fitting_meshes:
-                return {"fits": "tightly", "collectives": [EXCHANGE], **SIZES}
+                return {"fits": "tightly", "collectives": [EXCHANGE], "compile_seconds": 7.0, **SIZES}
             return {"fits": "no", "failure": "Used 2G of 1G hbm."}
 
         monkeypatch.setattr(planning.ahead, "describe", describe)
@@ -297,6 +297,7 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
     assert "GiB counted, 2.0 compiled (at most 3.0)" in text
     assert "GiB: arguments 1.00, results that take no argument's place 0.25, temporaries 2.00, other networks" in text
     assert "exchange at least 0.30 s, GB: all-reduce along fsdp 0.2" in text
+    assert "compiled in 7 s" in text
     settings = config.distill
     updates = settings.steps + settings.steps // settings.critic_ratio
     assert record["asked"]["exchange_device_hours"] == pytest.approx(0.3 * updates * 2 / 3600)
