@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from adastate_jax.benchmarking.flops import Flops
-from adastate_jax.benchmarking.shapes import base_of, device_bytes
+from adastate_jax.benchmarking.shapes import base_of, device_bytes, transformer
 from adastate_jax.benchmarking.targets import Chip
 from adastate_jax.benchmarking.workloads import make_workload, scored_part
 from adastate_jax.config.run import Config
@@ -99,13 +99,18 @@ def count(program: str, config: Config, teacher: DiTConfig) -> Count:
     parts = {
         f"{trained}: {'weights of adapters' if adapters else 'weights'}": device_bytes(own.params),
         f"{trained}: moments and average": moments,
-        "other networks": device_bytes([x for x in others if not isinstance(x, jax.ShapeDtypeStruct)])
-        + workload.resident,
         "gradients": device_bytes(own.params),
     }
+    rest = device_bytes([x for x in others if not isinstance(x, jax.ShapeDtypeStruct)]) + workload.resident
     if adapters:  # their frozen weights count among the others
-        parts["other networks"] -= (frozen := device_bytes(base_of(trained, config, mesh)))
-        parts[f"{trained}: frozen weights"] = frozen
+        parts[f"{trained}: frozen weights"] = device_bytes(base_of(trained, config, mesh))
+        rest -= parts[f"{trained}: frozen weights"]
+    if stage_of(program) == "distill":
+        other = "student" if program == "critic" else "critic"
+        parts["teacher: weights"] = device_bytes(transformer(teacher, mesh))
+        parts[f"{other}: weights, moments and average"] = rest - parts["teacher: weights"]
+    elif rest:
+        parts["teacher: weights"] = rest
     if carried is not None:
         parts["rollout that goes on"] = device_bytes(carried)
     made = {"pretrain": _made_of_pretrain, "initialize": _made_of_initialize}.get(program)

@@ -39,8 +39,9 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         cache: folder of what was compiled before.
 
     Returns:
-        `asked`, the configuration's own figures, and `nearest`, a variant's with its `changes`; None if the first fits,
-        or none does. `missing` is what would have to be installed to compile, too; None if it was.
+        `asked`, the configuration's own figures, with what was `chosen` of it, and `nearest`, a variant's with its
+        `changes`; None if the first fits, or none does. `missing` is what would have to be installed to compile, too;
+        None if it was.
 
     Raises:
         UserError: the target is none, or the configured mesh has another number of devices, or does not divide the
@@ -49,7 +50,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
     chip, sizes = read_target(name)
     missing = missing_compiler(name)
     devices, target = math.prod(sizes), None if missing else find_target(name)
-    given = math.prod(dataclasses.asdict(config.mesh).values())
+    typed, given = config, math.prod(dataclasses.asdict(config.mesh).values())
     if given == 1 < devices:
         config = spread(config, teacher, chip, devices)
     elif given != devices:
@@ -63,6 +64,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         "devices": devices,
         "share": share,
         "missing": missing,
+        "chosen": changes(typed, config),
         "asked": asked,
         "nearest": None,
     }
@@ -72,7 +74,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         if len(refused) <= _MOST_COMPILED and counted < min(figures["counted_bytes"] for figures in refused):
             figures = _figures(variant, teacher, place)
             if figures["fits"] != "no":
-                return record | {"nearest": figures | {"changes": changes(config, variant)}}
+                return record | {"nearest": figures | {"changes": changes(typed, variant)}}
             refused.append(figures)
     return record
 
@@ -149,6 +151,8 @@ def table(record: Mapping[str, Any]) -> str:
     lines = [f"{record['target']} ({memory}), times at {100 * record['share']:.0f} % of the data sheet's rate"]
     if record["missing"]:
         lines.append(f"counted, not compiled: {record['missing']}")
+    if record["chosen"]:
+        lines.append(f"chosen by counting: {_flags(record['chosen'])}")
     lines += _lines(record["asked"])
     if record["asked"]["fits"] != "no":
         return "\n".join(lines)
@@ -157,8 +161,11 @@ def table(record: Mapping[str, Any]) -> str:
     lines += ["does not fit; the largest parts:", *(f"  {size / 2**30:8.2f} GiB  {name}" for name, size in parts)]
     if record["nearest"] is None:
         return "\n".join([*lines, "no mesh of these chips, way to recompute or accumulation fits; take more chips"])
-    flags = " ".join(f"--{name}={value}" for name, value in record["nearest"]["changes"].items())
-    return "\n".join([*lines, f"what fits: {flags}", *_lines(record["nearest"])])
+    return "\n".join([*lines, f"what fits: {_flags(record['nearest']['changes'])}", *_lines(record["nearest"])])
+
+
+def _flags(fields: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name}={value}" for name, value in fields.items())
 
 
 def _mesh_name(mesh: Mapping[str, int]) -> str:
