@@ -1,4 +1,4 @@
-"""The page in a real browser, against the whole server in this process; a small random network makes its pictures."""
+"""The page in a real browser, against the whole server in this process, with the bundled model."""
 
 import contextlib
 import io
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import uvicorn
 from serving.small_server import PROMPT, assemble
-from small_run import write_run
 
 import adastate_jax as ada
 
@@ -35,8 +34,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    write_run(folder / "run")
-    app, live, _ = assemble(ada.load(folder / "run"), folder / "live")
+    app, live, _ = assemble(ada.load("tiny"), folder / "live")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -93,6 +91,19 @@ def drawn(page) -> list[int]:
     )
 
 
+def mean_colour(page) -> list[float]:
+    """Red, green and blue, 0 to 255, of the last panel."""
+    return page.evaluate(
+        """(() => {
+          const canvas = [...document.querySelectorAll('#panels canvas')].at(-1);
+          const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+          const sums = [0, 0, 0, 0];
+          data.forEach((value, i) => sums[i % 4] += value);
+          return sums.slice(0, 3).map((sum) => sum / (data.length / 4));
+        })()"""
+    )
+
+
 def wait_until(page, holds):
     deadline = time.monotonic() + PATIENCE / 1000
     while not holds():
@@ -114,10 +125,12 @@ def test_a_person_sees_steers_and_keeps(open_page, address):
     page.wait_for_selector("body[data-motion]")
     wait_until(page, lambda: all(now != before for now, before in zip(drawn(page), first, strict=True)))
 
-    page.fill("#prompt", "another scene")
-    page.select_option("#transition", "cut")
-    page.click("#send")
-    page.wait_for_selector("#timeline li.applied.current >> text=another scene")
+    for scene, more, less in (("green hills", 1, 0), ("sand dunes", 0, 1)):
+        page.fill("#prompt", f"a camera pans left over {scene}")
+        page.select_option("#transition", "cut")
+        page.click("#send")
+        page.wait_for_selector(f"#timeline li.applied.current >> text={scene}")
+        wait_until(page, lambda more=more, less=less: (colour := mean_colour(page))[more] > colour[less] + 10)
     stop(page)
     assert "stopped" in page.inner_text("#overlay-text").lower()
 
@@ -127,7 +140,7 @@ def test_a_person_sees_steers_and_keeps(open_page, address):
     session = page.request.get(address.rstrip("/") + page.get_attribute("#session", "href")).text()
     said = json.dumps(json.loads(session))
     assert PROMPT in said
-    assert "another scene" in said
+    assert "over sand dunes" in said
 
 
 def test_a_page_that_is_loaded_again_comes_back_to_its_session(open_page):
