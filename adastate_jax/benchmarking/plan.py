@@ -221,8 +221,9 @@ def _compiled_lines(row: Mapping[str, Any]) -> Iterator[str]:
     held = {title: compiled[f"{name}_bytes"] if name else fresh for title, name in sizes.items()}
     held["other networks beside it"] = compiled["resident_bytes"]
     yield "GiB: " + ", ".join(f"{title} {size / 2**30:.2f}" for title, size in held.items() if size >= 2**20)
-    largest = [found for found in compiled["collectives"] if found["bytes"] >= 1e7][:_LARGEST]
+    received = {f"{row['kind']} along {row['axes']}": row["received_bytes"] for row in compiled["collectives"]}
+    largest = sorted(received.items(), key=lambda item: -item[1])[:_LARGEST]
     if largest:
-        each = ", ".join(f"{found['kind']} along {found['axes']} {found['bytes'] / 1e9:.3g}" for found in largest)
-        yield f"exchange at least {row['exchange_seconds']:.2f} s, GB: {each}"
+        each = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in largest if size >= 1e7)
+        yield f"exchange at least {row['exchange_seconds']:.2f} s, GB received: {each}"
     yield f"compiled in {compiled['compile_seconds']:.0f} s"

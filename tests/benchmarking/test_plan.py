@@ -296,7 +296,7 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
     text = planning.table(record)
     assert "GiB counted, 2.0 compiled (at most 3.0)" in text
     assert "GiB: arguments 1.00, results that take no argument's place 0.25, temporaries 2.00, other networks" in text
-    assert "exchange at least 0.30 s, GB: all-reduce along fsdp 0.2" in text
+    assert "exchange at least 0.30 s, GB received: all-reduce along fsdp 0.3" in text
     assert "compiled in 7 s" in text
     settings = config.distill
     updates = settings.steps + settings.steps // settings.critic_ratio
