@@ -7,7 +7,7 @@ same estimator says of the truth.
 
 import numpy as np
 
-from adastate_jax.data.worlds import COLOURS
+from adastate_jax.data.palettes import COLOURS
 
 _STEP = 0.25  # pixels between the shifts that are tried
 _SHARE = 0.6  # of the subject's radius: the middle of a subject, away from its rim
