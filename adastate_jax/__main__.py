@@ -14,11 +14,15 @@ from adastate_jax.errors import UserError
 
 COMMANDS = {
     "sample": "streams a video from a prompt into a file",
+    "serve": "serves a page where a stream runs, and a person steers it",
+    "watch": "steers a served session from a terminal, and saves it",
     "train": "trains a configuration's stages, and resumes",
     "evaluate": "measures motion and drift of videos, and writes a report",
     "probe": "measures which cached frames the attention goes to",
     "bench": "measures speed and memory on this device",
     "convert": "turns published weights into folders of this package, and back",
+    "embed": "encodes prompts into a data set that training reads",
+    "encode": "encodes videos into a data set that training reads",
     "bundle": "packs what a finished run generates with into one file",
     "verify": "compares this package's numbers with the official code's",
 }

@@ -5,28 +5,45 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
     interrupts.install()
 
+import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from adastate_jax.benchmarking.sections import SECTIONS, STREAMING
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
+from adastate_jax.benchmarking.sections import PROGRAMS, SECTIONS, STREAMING
+from adastate_jax.console import (
+    CommandParser,
+    claimed_output,
+    output_argument,
+    refuse_configuration,
+    run_command,
+    starting,
+)
 from adastate_jax.errors import UserError
 from adastate_jax.files import write_text
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
+from adastate_jax.texts import parse_json, read_text
+
+_CONFIG = "configs/wan_1_3b.py"
+_REPEATS = 20
 
 _EXAMPLE = """example:
   python -m adastate_jax.bench --config=configs/wan_1_3b.py --random-weights --output=bench.json
-  python -m adastate_jax.bench --config=configs/wan_1_3b.py --config.model.num_layers=1 --only pass chunk"""
+  python -m adastate_jax.bench --config=configs/wan_1_3b.py --config.model.num_layers=1 --only pass chunk
+  python -m adastate_jax.bench --compile-for v5e:1 h100:1 --programs stream --output=compiled.json"""
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m adastate_jax.bench",
-        description="Times a configuration on this device: prints a table, and writes all numbers as JSON.",
+        description="Times a configuration on this device, or compiles it for chips that are not here: prints a "
+        "table, and writes all numbers as JSON.",
         epilog=_EXAMPLE,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"a file under configs/ (with --compile-for by default {_CONFIG})"
+    )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     parser.add_argument(
         "--random-weights",
@@ -37,14 +54,31 @@ def _parser() -> CommandParser:
         "--only",
         nargs="+",
         choices=SECTIONS,
-        default=STREAMING,
         metavar="SECTION",
         help=f"some of {', '.join(SECTIONS)} (default: all but training, whose programs take minutes to compile)",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="repetitions behind each median (default 20)"
-    )
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"repetitions behind each median (default {_REPEATS})")
     output_argument(parser, "JSON file", default="bench.json")
+    ahead = parser.add_argument_group("compiling for chips that are not here")
+    ahead.add_argument(
+        "--compile-for",
+        nargs="+",
+        metavar="CHIP:COUNT",
+        help="for example v5e:1, v6e:2x2, v5p:2x2x1 or h100:8; nothing is run, no accelerator need be here",
+    )
+    ahead.add_argument(
+        "--programs",
+        nargs="+",
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help=f"some of {', '.join(PROGRAMS)} (default: all; student, with its teacher, takes many minutes)",
+    )
+    ahead.add_argument(
+        "--teacher",
+        metavar="FILE",
+        help="configuration whose model is distillation's teacher (default: Wan2.1 14B's sizes)",
+    )
+    ahead.add_argument("--against", type=Path, metavar="FILE", help="JSON of an earlier run, to compare with")
     parser.add_argument(
         "--until-ready", action="store_true", help="only gets a stream ready, and ends; how section ready is timed"
     )
@@ -54,24 +88,78 @@ def _parser() -> CommandParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line, measures, prints the table and writes the file."""
     options, rest = _parser().parse_known_args(arguments)
-    if options.repeats < 1:
-        raise UserError(f"--repeats={options.repeats}: must be at least 1")
-    if not Path(options.config.partition(":")[0]).is_file():
-        raise UserError(f"--config={options.config}: no such file")
+    if options.compile_for:
+        return _compile(options, rest)
+    for name in ("programs", "teacher", "against"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: goes with --compile-for")
+    if options.config is None:
+        raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
+    repeats = _REPEATS if options.repeats is None else options.repeats
+    if repeats < 1:
+        raise UserError(f"--repeats={repeats}: must be at least 1")
+    refuse_configuration(options.config, rest)
     if options.until_ready:
         return _get_ready(options.config, rest)
-    with claimed_output(options) as output, if_stopped(f"{output} was not written"):
+    with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.benchmarking.report import run, table
         from adastate_jax.config.files import parse_config
 
         arguments = [f"--config={options.config}", *rest]
-        record = run(parse_config(arguments), options.only, options.repeats, arguments)
-        try:
-            write_text(output, json.dumps(record, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
+        record = run(parse_config(arguments), options.only or STREAMING, repeats, arguments)
+        output = _write(output, record, options.overwrite)
     print(table(record))
+    print(f"\n{output}")
+    return 0
+
+
+def _write(output: Path, record: dict, replace: bool) -> Path:
+    """Writes the record; returns where."""
+    try:
+        return write_text(output, json.dumps(record, indent=2) + "\n", replace=replace)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
+
+
+def _earlier(path: Path) -> dict:
+    """What an earlier run wrote."""
+    record = parse_json(read_text(path), str(path))
+    rows = record.get("programs") if isinstance(record, dict) else None
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and {"target", "program", "mesh"} <= {*row} for row in rows
+    )
+    if not named:
+        raise UserError(f"--against={path}: not what bench --compile-for wrote")
+    return record
+
+
+def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Compiles for the chips that were named, prints the table and writes the file."""
+    config = options.config or _CONFIG
+    refuse_configuration(config, rest)
+    if options.teacher and not Path(options.teacher.partition(":")[0]).is_file():
+        raise UserError(f"--teacher={options.teacher}: no such file")
+    if options.default_output:
+        options.default_output = Path("compiled.json")
+    for name in ("only", "repeats"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: does not go with --compile-for, which times nothing")
+    before = options.against and _earlier(options.against)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+    with claimed_output(options) as output, if_unwritten(output):
+        starting()
+        from adastate_jax.benchmarking import ahead
+        from adastate_jax.benchmarking.workloads import wan_14b
+        from adastate_jax.config.files import parse_config
+
+        parsed = parse_config([f"--config={config}", *rest])
+        teacher = parse_config([f"--config={options.teacher}"]).model if options.teacher else wan_14b(parsed.model)
+        record = ahead.run(parsed, teacher, options.compile_for, options.programs or PROGRAMS, ahead.cache_folder())
+        output = _write(output, record, options.overwrite)
+    print(ahead.table(record))
+    if before:
+        print(f"\nagainst {options.against}:\n{ahead.comparison(before, record)}")
     print(f"\n{output}")
     return 0
 

@@ -9,11 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adastate_jax.checkpoint import latest_step
-from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command
+from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.generation.trained import load_run, write_bundle
-from adastate_jax.sharding import make_mesh
+from adastate_jax.interrupts import if_unwritten
 
 _EXAMPLE = """example:
   python -m adastate_jax.bundle --run=runs/tiny --output=tiny.safetensors
@@ -39,12 +37,24 @@ def main(arguments: Sequence[str]) -> int:
     run = options.run
     if options.output.suffix != ".safetensors":
         raise UserError(f"--output={options.output}: must end in .safetensors")
-    with claimed_output(options) as output:
+    if not run.is_dir():
+        raise UserError(f"--run={run}: no such folder; name one that train wrote")
+    with claimed_output(options) as output, if_unwritten(output):
+        starting()
+        from adastate_jax.checkpoint import latest_step
+        from adastate_jax.generation.trained import load_run, write_bundle
+        from adastate_jax.sharding import make_mesh
+
         config, trained = load_run(run, make_mesh())
         done, steps = latest_step(run / "distill") or 0, config.distill.steps
         if done < steps:
             raise UserError(f"--run={run}: stage distill is at step {done} of {steps}; train to its end first")
-        write_bundle(config, trained, output)
+        if config.data.encoded:
+            raise UserError(
+                f"--run={run}: was trained on embeddings, and its text encoder is no part of it; use python -m "
+                f"adastate_jax.convert --source={run} --output=DIR for its student"
+            )
+        output = write_bundle(config, trained, output, options.overwrite)
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
     return 0
 

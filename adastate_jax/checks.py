@@ -1,12 +1,30 @@
-"""What configurations check of their own fields: each raises ValueError that names the field and what it may be."""
+"""What is checked of values: of numbers that callers give, and of configurations' fields.
+
+Each `require_…` raises ValueError that names the field and what it may be.
+"""
 
 import math
+import numbers
 from typing import Any
 
 from adastate_jax.errors import shown
 
 # Of weights, and of what is computed with them.
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+# Of a video, and of when prompts change: thirty years. What is longer is a mistake, and does not fit everywhere.
+MOST_SECONDS = 10**9
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, numpy's among them, and not True or False."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, numpy's among them, and not True or False."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def require_positive(config: Any, *fields: str) -> None:

@@ -15,9 +15,9 @@ from typing import NoReturn, TextIO
 
 import tqdm
 
-from adastate_jax import interrupts
-from adastate_jax.errors import UserError, one_line
-from adastate_jax.files import claimed, numbered_name
+from adastate_jax import distributed, interrupts
+from adastate_jax.errors import UserError, one_line, reason
+from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
 
 # JAX's names of the durations that make up a compilation. Tracing is not among them: it counts inner functions twice.
 _COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
@@ -50,6 +50,19 @@ def output_argument(parser: argparse.ArgumentParser, help: str, default: str | N
     parser.set_defaults(default_output=default and Path(default))
 
 
+def refuse_configuration(file: str, overrides: Sequence[str]) -> None:
+    """Refuses what can be refused of `--config=FILE` and the arguments that a parser left over, without JAX.
+
+    Raises:
+        UserError: there is no such file, or an argument overrides no field.
+    """
+    if not os.path.isfile(file.partition(":")[0]):
+        raise UserError(f"--config={file}: no such file")
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: unknown argument; --help lists what there is")
+
+
 @contextlib.contextmanager
 def claimed_output(options: argparse.Namespace, *, folder: bool = False, number: int = 1) -> Iterator[Path]:
     """Where a command's `output_argument` says that its result goes, kept for this process while the context lasts.
@@ -68,18 +81,22 @@ def claimed_output(options: argparse.Namespace, *, folder: bool = False, number:
     path = options.output if named else options.default_output
     with contextlib.ExitStack() as stack:
         try:
+            refuse_nameless(path)
             if named:
                 path = numbered_name(path, number)
+                give_back(path)
                 _refuse_existing(path, folder, options.overwrite)
             path = stack.enter_context(claimed(path, numbered=not named and not options.overwrite))
         except BlockingIOError:
             raise UserError(f"--output={path}: another process is writing it; name another") from None
         except OSError as error:
-            raise UserError(f"--output={path}: cannot be written ({error.strerror or error})") from None
+            raise UserError(f"--output={path}: cannot be written ({error.strerror or error}); name another") from None
         yield path
 
 
 def _refuse_existing(path: Path, folder: bool, overwrite: bool) -> None:
+    if folder:
+        refuse_in_use(Path(os.path.realpath(path)))
     if not path.exists():
         return
     if path.is_dir() != folder:
@@ -99,6 +116,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     | 0 | done; also where stderr could not be written |
     | 1 | done, and the answer is no (`verify`, `evaluate export --check`); or stdout could not be written |
     | 2 | bad input: one line on stderr, a `UserError` |
+    | 75 | of several processes, another one is gone: see `lockstep`; the same command goes on |
     | 130, 143 | stopped by Ctrl-C, by SIGTERM: see `interrupts` |
     | 141 | done, but who read stdout has gone |
 
@@ -114,7 +132,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
                 sys.stdout.flush()
             if output.failure and not code:
                 code = 141 if isinstance(output.failure, BrokenPipeError) else 1
-                print(f"note: stdout: cannot be written ({os.strerror(output.failure.errno)})", file=sys.stderr)
+                print(f"note: stdout: cannot be written ({reason(output.failure)})", file=sys.stderr)
     finally:
         if installed:
             interrupts.uninstall()
@@ -148,24 +166,28 @@ class _Output:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.failure: OSError | None = None
+        self.failure: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._drop(error)
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: OSError | ValueError) -> None:
         """Points the descriptor to nowhere, or what is left in the stream's buffer fails again at the process' end."""
+        if isinstance(error, ValueError) and not self._stream.closed:  # a library may have closed it
+            raise error
         self.failure = self.failure or error
+        if self._stream.closed:
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -214,6 +236,8 @@ def _logging() -> Iterator[None]:
 class Progress(tqdm.tqdm):
     """A progress bar in a terminal; elsewhere a line for every tenth of the work and where the description changes.
 
+    Of several processes, the first alone shows it.
+
     The time that JAX spends compiling does not count: neither as elapsed, nor in the estimate of what remains.
     """
 
@@ -222,7 +246,8 @@ class Progress(tqdm.tqdm):
         self._said = None
         self._later = desc if compiles else None
         desc = f"{desc} (compiling)" if compiles else desc
-        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, **settings)
+        quiet = not distributed.is_first()
+        super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, disable=quiet, **settings)
 
     def update(self, n: float = 1) -> bool | None:
         if n and self._later is not None:
@@ -232,7 +257,8 @@ class Progress(tqdm.tqdm):
 
     def exclude(self, seconds: float) -> None:
         """Takes seconds out of the elapsed time."""
-        self.start_t = min(self.start_t + seconds, time.time())
+        if not self.disable:
+            self.start_t = min(self.start_t + seconds, time.time())
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self._lines:

@@ -25,9 +25,9 @@ from adastate_jax.data.folders import walk_files
 from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
-from adastate_jax.evaluation.report import write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--jobs={options.jobs}: give at least 1")
     settings = Settings(options.first_chunk, options.chunk)
     files = find_videos(options.videos)
-    with claimed_output(options, folder=True) as output:
-        return _evaluate(files, settings, options.jobs, output)
+    with claimed_output(options, folder=True) as output, if_unwritten(output):
+        return _evaluate(files, settings, options.jobs, output, options.overwrite)
 
 
-def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, output: Path) -> int:
+def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, output: Path, overwrite: bool) -> int:
     results = measure_files([path for path, _ in files], settings, jobs)
     videos, skipped = [], []
     for (path, group), result in zip(files, results, strict=True):
@@ -92,8 +92,10 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
+    from adastate_jax.evaluation.report import write_report  # here: its plots take a second, and arguments may be wrong
+
     with writing(f"--output={output}"):
-        write_report(output, videos, skipped, settings)
+        write_report(output, videos, skipped, settings, overwrite)
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
     print(output / "report.html", file=sys.stderr)
@@ -155,7 +157,9 @@ def measure_files(files: Sequence[Path], settings: Settings, jobs: int) -> list[
 
     A file whose process is killed, for want of memory say, is unusable too.
     """
-    with progress("measure (starting)", sum(map(_frames_by_header, files)), unit="frame") as bar:
+    with progress("measure (starting)", 0, unit="frame") as bar:
+        for file in files:
+            bar.total += _frames_by_header(file)
         if min(jobs, len(files)) == 1:
             bar.set_description("measure")
             return [_measure(file, settings, bar.update) for file in files]

@@ -37,6 +37,13 @@ class Deferral:
 
     def __init__(self, message: str):
         self.message = message
+        self.inner: list[Deferral] = []
+
+    def request(self) -> None:
+        """Notes that a signal has come."""
+        self.requested = True
+        for deferral in self.inner:
+            deferral.request()
 
 
 class _State:
@@ -46,8 +53,9 @@ class _State:
     raised = False  # whether the handler has raised for it
     dropped = False  # whether that was lost in a callback
     deferral: Deferral | None = None
-    note = ""
+    note: str | Callable[[], str] = ""
     previous: dict[int, object] | None = None  # handlers to restore; None is not installed
+    hooks: tuple[Callable, Callable] = (sys.unraisablehook, sys.excepthook)  # to restore, and to call meanwhile
     ender: int | None = None  # the thread that ends the process
     raising = False  # whether somebody is there to catch what the handler raises
 
@@ -71,6 +79,7 @@ def install() -> bool:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _state.hooks = sys.unraisablehook, sys.excepthook
     sys.unraisablehook, sys.excepthook = _report, _report_uncaught
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
     return True
@@ -79,7 +88,7 @@ def install() -> bool:
 def uninstall() -> None:
     """Undoes `install`."""
     os.close(signal.set_wakeup_fd(-1))  # ends the thread
-    sys.unraisablehook, sys.excepthook = sys.__unraisablehook__, sys.__excepthook__
+    sys.unraisablehook, sys.excepthook = _state.hooks
     _restore_handlers(_state.previous)
     _state.previous = None
 
@@ -105,22 +114,54 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def if_stopped(note: str) -> Iterator[None]:
-    """What is said after "stopped" of a signal that comes within this context."""
+def if_stopped(note: str | Callable[[], str]) -> Iterator[None]:
+    """What is said after "stopped" of a signal that comes within this context; a function is asked at that moment."""
     before, _state.note = _state.note, note
     yield
     _state.note = before  # not after an exception: it is said when the contexts are left
+
+
+def if_unwritten(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    """`if_stopped` for a file or folder that gets its name when it is complete: says whether it got it.
+
+    It did if another one lies there than when the context was entered, so that there is no moment, however short, at
+    which a file that is there would be called missing.
+    """
+
+    def lies_there() -> tuple[int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    before = lies_there()
+    return if_stopped(lambda: f"{path} {'was not' if lies_there() in (None, before) else 'is'} written")
 
 
 @contextlib.contextmanager
 def deferred(message: str) -> Iterator[Deferral]:
     """A context in which a signal raises nothing: it is noted, and `message` is said. Leaving it then raises `Stopped`.
 
-    Does nothing outside of the main thread, to which signals do not come.
+    Within another one it is part of that: both are told of a signal, the outer one says so, and leaving the outer one
+    raises. In another thread than the main one, to which signals do not come, it defers nothing and is told of nothing.
     """
-    own = _state.previous is None and threading.current_thread() is threading.main_thread()
+    deferral = Deferral(message)
+    if threading.current_thread() is not threading.main_thread():
+        yield deferral
+        return
+    if _state.deferral is not None:
+        outer = _state.deferral
+        deferral.requested = outer.requested
+        outer.inner.append(deferral)
+        try:
+            yield deferral
+        finally:
+            outer.inner.remove(deferral)
+        return
+    own = _state.previous is None
     handlers = _set_handlers() if own else None
-    _state.deferral = deferral = Deferral(message)
+    _state.deferral = deferral
     try:
         yield deferral
     finally:
@@ -147,7 +188,8 @@ def end(number: int) -> None:
     for function in _at_forced_end:
         with contextlib.suppress(Exception):
             function()
-    _say(f"stopped; {_state.note}" if _state.note else "stopped")
+    note = _state.note() if callable(_state.note) else _state.note
+    _say(f"stopped; {note}" if note else "stopped")
     os._exit(EXIT_CODES[number])
 
 
@@ -178,7 +220,8 @@ def _set_handlers() -> dict[int, object]:
 
 def _restore_handlers(handlers: dict[int, object]) -> None:
     for number, handler in handlers.items():
-        signal.signal(number, handler)
+        # None is a handler that was not installed from Python, which cannot install it again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _handle(number: int, _) -> None:
@@ -186,7 +229,7 @@ def _handle(number: int, _) -> None:
     _state.received = _state.received or number
     if _state.deferral is not None:
         if not _state.deferral.requested:
-            _state.deferral.requested = True
+            _state.deferral.request()
             _say(f"{signal.Signals(number).name}: {_state.deferral.message}")
         elif _state.previous is None and number == signal.SIGINT:
             raise Stopped  # the second; where nothing watches
@@ -202,7 +245,7 @@ def _handle(number: int, _) -> None:
 def _report(unraisable) -> None:
     """`sys.unraisablehook`: an exception that Python cannot raise."""
     if _state.received is None or _state.deferral is not None:
-        sys.__unraisablehook__(unraisable)
+        _state.hooks[0](unraisable)
     elif issubclass(unraisable.exc_type, KeyboardInterrupt):
         _state.dropped = True
 
@@ -210,7 +253,7 @@ def _report(unraisable) -> None:
 def _report_uncaught(kind, error, trace) -> None:
     """`sys.excepthook`, which C code calls, too, for an exception that it goes on after."""
     if _state.received is None or _state.deferral is not None:
-        sys.__excepthook__(kind, error, trace)
+        _state.hooks[1](kind, error, trace)
     else:
         _state.dropped = True
 

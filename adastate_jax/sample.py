@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
 from adastate_jax.generation.shipped import find_model, shipped_config
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans right over sand dunes with a white ball" \\
       --seed 0 1 2 --scale=4 --output=dunes.gif
   python -m adastate_jax.sample --like=hills.mp4 --output=again.mp4
+  python -m adastate_jax.sample --checkpoint=tiny --session=session.json --output=session.mp4
   python -m adastate_jax.sample --checkpoint=weights --prompt="a red fox runs through fresh snow" --seconds=30
   python -m adastate_jax.sample --checkpoint=weights --prompts=story.txt --seconds=60
   python -m adastate_jax.sample --checkpoint=weights --decoder=tiny --image=fox.jpg --prompt="the fox runs on"
@@ -109,6 +111,12 @@ def _parser() -> CommandParser:
         metavar="VIDEO",
         help="makes a video of this command again, from what it says of itself; to the same frames on the same machine",
     )
+    parser.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="replays a session of the serve command, to the same latents on the same machine",
+    )
     output_argument(
         parser,
         "a file that ends in .mp4, .gif or .webp, or without ending a folder of PNG files; several videos are "
@@ -135,7 +143,7 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if not name.startswith("config."):
             raise UserError(f"{argument}: unknown argument; --help lists what there is")
     output = options.output or options.default_output
-    if output.suffix not in (*_SUFFIXES, ""):
+    if output.suffix.lower() not in (*_SUFFIXES, ""):
         raise UserError(
             f"--output={output}: must end in {', '.join(_SUFFIXES)}, or be a folder of PNG files, without an ending"
         )
@@ -146,13 +154,17 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(f"--seed={seed}: must not be negative")
     if options.scale is not None and options.scale < 1:
         raise UserError(f"--scale={options.scale}: must be at least 1")
-    if not options.like and (options.prompt is None) == (options.prompts is None):
+    if options.session:
+        for name in ("prompt", "prompts", "seed", "seconds", "anchor", "image", "video", "like"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name}: --session takes it from the session; leave one of them out")
+    elif not options.like and (options.prompt is None) == (options.prompts is None):
         raise UserError("--prompt: say what to show, or name a schedule with --prompts instead")
     if not all(prompt.strip() for prompt in options.prompt or ()):
         raise UserError("--prompt: is empty; say what to show")
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
-    for file in (options.image, options.video, options.prompts, options.like):
+    for file in (options.image, options.video, options.prompts, options.like, options.session):
         if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
     if (options.random_weights and options.checkpoint is not None) or not (
@@ -277,14 +289,44 @@ def _write(
             _refuse_another(options.like, then, metadata)
         title = "sample" if len(calls) == 1 else output.name
         with (
-            if_stopped(f"{output} was not written"),
-            open_writer(output, metadata) as writer,
+            if_unwritten(output),
+            open_writer(output, metadata, replace=options.overwrite) as writer,
             progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
         ):
             for frames in stream(model, prompt, seconds, seed, options.anchor, start=start, prompts=cues):
                 writer.write(enlarge(frames, options.scale or 1))
                 bar.update(len(frames))
-        print(output, file=sys.stderr)
+        print(writer.path, file=sys.stderr)
+
+
+def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path, command: Sequence[str]) -> int:
+    """Makes the video of a session again; 1 where its latents are others than they were."""
+    from adastate_jax.generation.takes import read_session, replay, session_head
+    from adastate_jax.media import enlarge, fitted, open_writer
+
+    model = _load(options, overrides)
+    takes = read_session(options.session, model)
+    checksums = [checksum for take in takes for checksum in take.checksums]
+    others, size = [], None
+    metadata = {"session": options.session.name, "command": shlex.join(command)}
+    metadata |= {name: str(value) for name, value in session_head(model).items()}
+    with (
+        if_unwritten(output),
+        open_writer(output, metadata, replace=options.overwrite) as writer,
+        progress("replay", len(checksums), unit="chunk", compiles=True) as bar,
+    ):
+        for number, (step, checksum) in enumerate(zip(replay(model, takes), checksums, strict=True)):
+            size = size or step.frames.shape[1:3]
+            writer.write(enlarge(fitted(step.frames, *size), options.scale or 1))
+            if step.checksum != checksum:
+                others.append(number)
+            bar.update()
+    print(writer.path, file=sys.stderr)
+    if others:
+        print(f"note: from chunk {others[0]} on, {len(others)} of {len(checksums)} differ from the session's latents")
+        return 1
+    print(f"all {len(checksums)} chunks have the session's latents, bit for bit")
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -300,6 +342,9 @@ def main(arguments: Sequence[str]) -> int:
     folder = not (options.output or options.default_output).suffix
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(claimed_output(options, folder=folder, number=n + 1)) for n in range(count)]
+        if options.session:
+            starting()
+            return _replay(options, overrides, outputs[0], ["python", "-m", "adastate_jax.sample", *arguments])
         if not options.like:
             starting()
         _write(options, overrides, outputs, then, ["python", "-m", "adastate_jax.sample", *arguments])

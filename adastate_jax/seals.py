@@ -2,12 +2,20 @@
 
 A seal is written last: what has none was cut short. A folder within that has a seal of its own is listed by that seal
 alone. Every file is listed; hidden ones, which file managers and network file systems leave, are not looked at.
+
+What a run goes on changing, in the folder above, is not sealed. Instead, of
+
+- `config.json`, every field is checked when it is read, and those that the training follows from must equal those of
+  the call that goes on with it (`train._refuse_other_configuration`), or describe the arrays that are loaded;
+- `data.json`, the names of the data sets must equal those of the data as they are now (`train._refuse_other_data`);
+- `metrics.jsonl`, each line must be a record, but for those at its end that a kill cut; no step follows from any.
 """
 
 import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from adastate_jax.errors import UserError, reading
 from adastate_jax.files import write_text
@@ -31,9 +39,24 @@ def fingerprint(file: Path) -> Fingerprint:
     return size, checksum
 
 
-def seal(folder: Path) -> None:
-    """Seals all that a folder holds; raises OSError."""
-    write_seal(folder, {name: fingerprint(folder / name) for name in sorted(_names(folder))})
+def seal(folder: Path, known: Mapping[str, Fingerprint] = MappingProxyType({})) -> None:
+    """Seals all that a folder holds; raises OSError.
+
+    known: fingerprints that need not be taken again, by names relative to the folder.
+    """
+    write_seal(
+        folder,
+        {name: known[name] if name in known else fingerprint(folder / name) for name in sorted(_names(folder))},
+    )
+
+
+def fingerprints(folder: Path, pattern: str) -> dict[str, Fingerprint]:
+    """Fingerprints of what lies in the folders within a folder that a glob pattern names, by names relative to it.
+
+    Raises OSError.
+    """
+    parts = [part.relative_to(folder) for part in folder.glob(pattern)]
+    return {f"{part}/{name}": fingerprint(folder / part / name) for part in parts for name in _names(folder / part)}
 
 
 def write_seal(folder: Path, content: Mapping[str, Fingerprint]) -> None:
@@ -62,14 +85,14 @@ def read_seal(folder: Path, fix: str) -> dict[str, Fingerprint]:
     return content
 
 
-def verify(folder: Path, fix: str) -> None:
-    """Checks a folder against its seal, reading all of it.
+def verify(folder: Path, fix: str, part: int = 0, parts: int = 1) -> None:
+    """Checks a folder against its seal, reading all of it, or one of so many parts of its files.
 
     Raises:
         UserError: as `read_seal`; or a file is missing, damaged or not listed, and the message names it.
     """
     content = read_seal(folder, fix)
-    for name, listed in content.items():
+    for name, listed in list(content.items())[part::parts]:
         verify_file(folder / name, listed, fix)
     with reading(folder, fix):
         unlisted = [name for name in sorted(_names(folder)) if name not in content]

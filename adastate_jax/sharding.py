@@ -3,28 +3,38 @@
 Optimizer moments and EMA weights carry the parameter's path as a suffix, so one table serves them all.
 """
 
+import functools
+import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from adastate_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "model")
+MESH_AXES = ("data", "fsdp", "context", "model")  # neighbours on the last are nearest to each other
 
-# Logical axis → mesh axes. An axis that a dimension's size does not divide is left out.
+# Logical axis → mesh axes. A dimension that they do not divide is refused, but for those of `MAY_STAY_WHOLE`.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "tokens": ("context",),  # of every frame, so that each device has a part of all frames
+    "embed": ("fsdp", "context"),
     "heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
 }
+
+# Where these are not divided, every device holds them whole.
+#     vocab: the 259 rows of the byte tokenizer's table, a prime times 7; UMT5's 256,384 are divided by all meshes.
+MAY_STAY_WHOLE = ("vocab",)
+
+_log = logging.getLogger(__name__)
 
 # First match wins; axes are those of the trailing dimensions, so a stacked layer axis in front stays whole.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -58,18 +68,21 @@ def all_devices() -> list[jax.Device]:
         ) from None
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> jax.sharding.Mesh:
-    """Mesh of `data` × `fsdp` × `model` devices (the first so many of `devices`, by default all of this run's).
+def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, context: int = 1, devices=None) -> jax.sharding.Mesh:
+    """Mesh of so many devices along each axis (the first so many of `devices`, by default all of this run's).
 
     Raises:
         ValueError: there are too few devices, or several processes would leave some of theirs out.
         UserError: there are none of the platform that JAX_PLATFORMS names.
     """
     devices = all_devices() if devices is None else devices
-    size = data * fsdp * model
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "model": model}
+    size = math.prod(sizes.values())
     if size > len(devices) or (jax.process_count() > 1 and size != len(devices)):
-        raise ValueError(f"mesh {data}x{fsdp}x{model} needs {size} devices, {len(devices)} are here")
-    return jax.make_mesh((data, fsdp, model), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+        shape = " x ".join(f"{name} {extent}" for name, extent in sizes.items() if extent > 1)
+        raise ValueError(f"mesh {shape} needs {size} devices, {len(devices)} are here")
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices[:size])
 
 
 def path_name(path) -> str:
@@ -82,21 +95,53 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
     return next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
 
 
+def indivisible(what: str, size: int, axis: str, mesh: Mapping[str, int]) -> str | None:
+    """Why a dimension cannot be split along a logical axis; None if it can.
+
+    Args:
+        what: the dimension's name, of a configuration's field or of a weight.
+        size: of the dimension.
+        axis: of `RULES`.
+        mesh: devices per mesh axis.
+
+    Returns:
+        One line with the nearest sizes, and the nearest numbers of devices, that go together.
+    """
+    extent = math.prod(mesh[name] for name in RULES[axis])
+    if size % extent == 0:
+        return None
+    split = " * ".join(f"mesh.{name}" for name in RULES[axis])
+    sizes = [str(multiple) for multiple in (size // extent * extent, -(-size // extent) * extent) if multiple]
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    fewer = max(number for number in divisors if number < extent)
+    more = [number for number in divisors if number > extent][:1]
+    extents = " or ".join(map(str, [fewer, *more]))
+    return (
+        f"{what} {size} must be a multiple of {split} = {extent}: choose {' or '.join(sizes)}, or {split} = {extents}"
+    )
+
+
 def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The sharding of every leaf of a tree of arrays or shapes, by its path."""
+    """The sharding of every leaf of a tree of arrays or shapes, by its path.
+
+    Raises:
+        UserError: the mesh does not divide a leaf.
+    """
 
     def leaf_sharding(path, leaf):
-        axes = logical_axes(path_name(path))[-leaf.ndim :] if leaf.ndim else ()
+        name = path_name(path)
+        axes = logical_axes(name)[-leaf.ndim :] if leaf.ndim else ()
         axes = (None,) * (leaf.ndim - len(axes)) + axes
-        return NamedSharding(mesh, PartitionSpec(*map(lambda axis, size: _fit(axis, size, mesh), axes, leaf.shape)))
+
+        def split(axis: str | None, size: int) -> tuple[str, ...] | None:
+            reason = axis and indivisible(f"{name}: its {axis} of", size, axis, mesh.shape)
+            if reason and axis not in MAY_STAY_WHOLE:
+                raise UserError(reason)
+            return None if axis is None or reason else RULES[axis]
+
+        return NamedSharding(mesh, PartitionSpec(*map(split, axes, leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
-
-
-def _fit(axis: str | None, size: int, mesh: jax.sharding.Mesh) -> tuple[str, ...] | None:
-    mesh_axes = RULES.get(axis, ()) if axis else ()
-    extent = int(np.prod([mesh.shape[name] for name in mesh_axes]))
-    return mesh_axes if mesh_axes and size % extent == 0 else None
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -150,16 +195,63 @@ def init_sharded(function: Callable[..., Any], mesh: jax.sharding.Mesh, *argumen
         return jax.jit(function, out_shardings=shardings)(*arguments)
 
 
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that arrays are laid out on; None without one, and in `shard_map`, where each device sees its part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def activation_axes(axis: str | None, size: int, mesh: AbstractMesh) -> tuple[str, ...] | None:
+    """The mesh axes along which an activation's dimension lies; where they do not divide it, it is whole, and said so.
+
+    Training refuses such sizes before (`config/mesh.py`). A few streams, on a mesh whose `fsdp` splits the weights, are
+    computed by all of its devices.
+    """
+    if axis is None or size == 1:  # what is one for all, such as a negative prompt, is on every device
+        return None
+    if reason := indivisible(f"a {axis} of", size, axis, mesh.shape):
+        _say_whole(reason)
+        return None
+    return RULES[axis]
+
+
+@functools.cache  # once per size, not once per trace
+def _say_whole(reason: str) -> None:
+    _log.warning("whole on every device: %s", reason)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the leading dimensions of an activation to logical axes under the current mesh; without one, nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return x
-    spec = [_fit(axis, size, mesh) for axis, size in zip(axes, x.shape, strict=False)]
+    spec = [activation_axes(axis, size, mesh) for axis, size in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def constrain_weights(tree: Any) -> Any:
+    """Pins a tree of weights, or of as many gradients, to where `tree_shardings` puts them; without a mesh, nothing."""
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+    shardings = tree_shardings(tree, mesh)
+    return jax.tree.map(lambda x, sharding: jax.lax.with_sharding_constraint(x, sharding.spec), tree, shardings)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """All of a global array, on every process; all of them call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def local_rows(batch_size: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, ascending; several processes may hold the same."""
+    blocks = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[block] for block in blocks]))
+
+
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Global arrays from this process's rows: each leaf [B_local, ...] → [B, ...], split over the batch axes."""
+    """Global arrays from this process's rows (`local_rows`), split over the batch axes: [B_local, ...] → [B, ...]."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -5,37 +5,29 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
     interrupts.install()
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
-
-from adastate_jax.checkpoint import flatten
-from adastate_jax.config.files import load_config, parse_config, save_config
-from adastate_jax.config.run import Config
-from adastate_jax.console import CommandParser, run_command
+from adastate_jax import distributed
+from adastate_jax.console import CommandParser, refuse_configuration, run_command, starting
+from adastate_jax.distributed import from_first
 from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
 from adastate_jax.files import write_text
-from adastate_jax.generation.samples import sample
 from adastate_jax.interrupts import if_stopped
-from adastate_jax.sharding import all_devices, make_mesh
+from adastate_jax.lockstep import watched
 from adastate_jax.texts import read_json
-from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.training.metrics import Metrics
-from adastate_jax.training.stages.distill import distill
-from adastate_jax.training.stages.initialize import initialize
-from adastate_jax.training.stages.inputs import make_frozen, open_clips, open_prompts
-from adastate_jax.training.stages.pretrain import pretrain
-from adastate_jax.training.stages.run import Run
 
-_STAGES = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
+if TYPE_CHECKING:
+    from adastate_jax.config.run import Config
 
 # Fields in which a run and the one that it starts from must be alike.
 _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "data")
@@ -44,50 +36,76 @@ _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "da
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: "Config", workdir: Path) -> None:
     """Runs the stages; those that the work directory has already finished are not repeated.
 
     Raises:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
+    from adastate_jax.sharding import all_devices
+
     all_devices()
-    if jax.process_count() > 1:
-        raise UserError(f"training runs on one host, and here are {jax.process_count()} processes; start a single one")
-    with _open_workdir(workdir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watched())
+
+        def open_workdir() -> None:
+            stack.enter_context(_open_workdir(workdir))
+
+        from_first(open_workdir)
         _train(config, workdir)
 
 
-def _train(config: Config, workdir: Path) -> None:
+def _train(config: "Config", workdir: Path) -> None:
+    import jax
+
+    from adastate_jax.config.files import save_config
+    from adastate_jax.generation.samples import sample
+    from adastate_jax.sharding import make_mesh
+    from adastate_jax.training.metrics import Metrics
+    from adastate_jax.training.networks import check_networks
+    from adastate_jax.training.stages.distill import distill
+    from adastate_jax.training.stages.initialize import initialize
+    from adastate_jax.training.stages.inputs import guiding_texts, make_frozen, open_inputs
+    from adastate_jax.training.stages.pretrain import pretrain
+    from adastate_jax.training.stages.run import Run
+
+    stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
+    check_networks(config, workdir)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from None
     _refuse_uneven_batches(config)
     with jax.set_mesh(mesh):
-        clips = open_clips(config, workdir)
-        prompts = open_prompts(config, workdir, clips)
-        _refuse_other_data(workdir, {"clips": clips, "prompts": prompts.source})
-        frozen = make_frozen(config, workdir, clips, mesh)
+        inputs = open_inputs(config, workdir)
+        from_first(lambda: _refuse_other_data(workdir, inputs.names))
+        frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
-            save_config(config, workdir / "config.json")
-        texts = (embed_prompts(frozen, [text]) for text in ("", config.negative_prompt))
-        run = Run(config, workdir, mesh, clips, prompts, frozen, *texts, Metrics(workdir))
+            from_first(lambda: save_config(config, workdir / "config.json"))
+        texts = inputs.clips, inputs.captions, inputs.prompts, inputs.critic_prompts
+        run = Run(config, workdir, mesh, *texts, frozen, *guiding_texts(config, inputs, frozen), Metrics(workdir))
         for stage in config.stages:
-            if not run.is_finished(stage):
-                _STAGES[stage](run)
-            run.refuse_removed()
+            if not from_first(functools.partial(run.is_finished, stage)):
+                stages[stage](run)
+            from_first(run.refuse_removed)
 
 
-def _refuse_uneven_batches(config: Config) -> None:
-    """Batches are split over the devices of the mesh's axes data and fsdp."""
-    parts = config.mesh.data * config.mesh.fsdp
-    for stage in config.stages:
-        size = getattr(getattr(config, stage), "batch_size", parts)
-        if size % parts:
-            raise UserError(f"config.{stage}.batch_size {size} must be a multiple of mesh.data * mesh.fsdp = {parts}")
+def _refuse_uneven_batches(config: "Config") -> None:
+    """What is computed at once is split over the devices of the mesh's axes data and fsdp."""
+    from adastate_jax.config.mesh import require_divisible_batches
+
+    batches = {}
+    for stage in (stage for stage in config.stages if stage != "sample"):
+        parts = getattr(config, stage).accumulate
+        name = f"config.{stage}.batch_size" + (" / accumulate =" if parts > 1 else "")
+        batches[name] = getattr(config, stage).batch_size // parts
+    try:
+        require_divisible_batches(config.mesh, batches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -107,8 +125,11 @@ def _open_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_other_configuration(workdir: Path, config: Config) -> None:
+def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
     """Checks that what the work directory holds was made with this configuration."""
+    from adastate_jax.config.files import load_config
+    from adastate_jax.config.run import Config
+
     path = workdir / "config.json"
     if path.exists():
         fields = [field.name for field in dataclasses.fields(Config) if field.name not in _FREE_FIELDS]
@@ -117,8 +138,10 @@ def _refuse_other_configuration(workdir: Path, config: Config) -> None:
             raise UserError(f"{workdir}: was made with {difference}; use a fresh --workdir or the old value")
 
 
-def _refuse_other_start(config: Config) -> None:
+def _refuse_other_start(config: "Config") -> None:
     """Checks that the run to start from has this one's networks and data."""
+    from adastate_jax.config.files import load_config
+
     if config.start_from:
         path = Path(config.start_from) / "config.json"
         difference = _difference(load_config(path), config, _INHERITED_FIELDS)
@@ -126,8 +149,10 @@ def _refuse_other_start(config: Config) -> None:
             raise UserError(f"config.start_from={config.start_from}: was made with {difference}; they must be alike")
 
 
-def _difference(old: Config, new: Config, fields: Sequence[str]) -> str:
+def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
     """The first of the fields in which two configurations differ, or nothing."""
+    from adastate_jax.checkpoint import flatten
+
     before, after = (flatten({name: to_dict(config)[name] for name in fields}) for config in (old, new))
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
@@ -135,16 +160,15 @@ def _difference(old: Config, new: Config, fields: Sequence[str]) -> str:
     return ""
 
 
-def _refuse_other_data(workdir: Path, sources: Mapping[str, Any]) -> None:
+def _refuse_other_data(workdir: Path, names: Mapping[str, str]) -> None:
     """Notes the datasets that the work directory is made with, or checks that they are still the same.
 
     A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
     """
     path = workdir / "data.json"
-    names = {kind: source.dataset_info.full_name for kind, source in sources.items()}
     if not path.exists():
         with writing(path):
-            write_text(path, json.dumps(names, indent=2) + "\n")
+            write_text(path, json.dumps(dict(names), indent=2) + "\n")
         return
     fix = "remove it, to go on with the data as they are now"
     old = read_json(path, fix)
@@ -164,6 +188,22 @@ _EXAMPLE = """example:
   python -m adastate_jax.train --config=configs/tiny.py --workdir=runs/tiny --config.distill.steps=200"""
 
 
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Prints what distillation takes on the chips that were named; 1 if it does not fit, and nothing near does."""
+    if not 0 < options.share <= 1:
+        raise UserError(f"--share={options.share}: must lie in (0, 1]")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+    starting()
+    from adastate_jax.benchmarking.ahead import cache_folder
+    from adastate_jax.benchmarking.plan import plan, table
+    from adastate_jax.config.files import parse_config
+
+    config = parse_config([f"--config={options.config}", *rest])
+    record = plan(config, config.network("teacher"), options.plan, options.share, cache_folder())
+    print(table(record))
+    return 0 if record["asked"]["fits"] != "no" or record["nearest"] else 1
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
     parser = CommandParser(
@@ -174,9 +214,30 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a file under configs/; its docstring says more"
     )
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="everything is written here")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="everything is written here; needed but for --plan")
+    distributed.add_arguments(parser)
+    plan = parser.add_argument_group("planning")
+    plan.add_argument(
+        "--plan",
+        metavar="CHIP:SIZES",
+        help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
+    )
+    plan.add_argument(
+        "--share", type=float, default=0.4, metavar="X", help="of the chips' peak that times are predicted at (0.4)"
+    )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
+    refuse_configuration(known.config, rest)
+    if known.plan is not None:
+        return _plan(known, rest)
+    if known.workdir is None:
+        parser.error("the following arguments are required: --workdir")
+    if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
+        raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
+    starting()
+    distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
+    from adastate_jax.config.files import parse_config
+
     config = parse_config([f"--config={known.config}", *rest])
     with if_stopped(f"the same command resumes {known.workdir}"):
         train(config, known.workdir)

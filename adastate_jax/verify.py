@@ -11,70 +11,67 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
-from adastate_jax.console import CommandParser, run_command
+from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.models.attention import BACKENDS
-from adastate_jax.verification import anchors, forcing, losses, names, networks, streams, training, videos
-from adastate_jax.verification.record import (
-    ARITHMETIC_TOLERANCE,
-    BFLOAT16_CODEC_TOLERANCE,
-    BFLOAT16_TOLERANCE,
-    NETWORK_TOLERANCE,
-    BrokenFixtureError,
-    Check,
-    Fixture,
-    NotChecked,
-    Records,
-    Settings,
-)
 
-# How a fixture of this stem is checked.
-FIXTURES: dict[str, Callable[[Fixture], Records]] = {
-    "scheduler": losses.scheduler,
-    "dmd": losses.dmd,
-    "train_step": training.train_step,
-    "wan_dit": networks.wan_dit,
-    "wan_dit_nonorm": networks.wan_dit,
-    "wan_dit_diffusers": networks.wan_dit_diffusers,
-    "block_relative_rope": streams.block_relative_rope,
-    "adastate_rollout": streams.adastate_rollout,
-    "causal_rollout_chunk1": streams.causal_rollout,
-    "causal_rollout_chunk3": streams.causal_rollout,
-    "anchor_longlive": anchors.longlive,
-    "anchor_longlive_recache": anchors.longlive_recache,
-    "anchor_infinity_rope": anchors.infinity_rope,
-    "anchor_reward_forcing": anchors.reward_forcing,
-    "anchor_memrope": anchors.memrope,
-    "anchor_rolling_sink": anchors.rolling_sink,
-    "anchor_rolling_forcing": forcing.rolling_forcing,
-    "anchor_causal_forcing": forcing.causal_forcing,
-    "anchor_causvid": forcing.causvid,
-    "umt5": networks.umt5,
-    "wan_vae_encode": videos.wan_vae_encode,
-    "wan_vae_decode": videos.wan_vae_decode,
-    "taehv": videos.taehv,
-    "manifest_wan_t2v_1.3B": names.manifest_wan,
-    "manifest_wan_t2v_14B": names.manifest_wan,
-    "manifest_self_forcing_generator": names.manifest_self_forcing,
-    "manifest_umt5_xxl": names.manifest_umt5,
-    "manifest_wan_vae": names.manifest_wan_vae,
-    "manifest_taew2_1": names.manifest_taew2_1,
+if TYPE_CHECKING:
+    from adastate_jax.verification.record import Check, Fixture, NotChecked
+
+# Backends of models/attention.py.
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+
+# Which function of the room `verification` checks a fixture of this stem: `module.function`.
+FIXTURES = {
+    "scheduler": "losses.scheduler",
+    "dmd": "losses.dmd",
+    "train_step": "training.train_step",
+    "wan_dit": "networks.wan_dit",
+    "wan_dit_nonorm": "networks.wan_dit",
+    "wan_dit_diffusers": "networks.wan_dit_diffusers",
+    "block_relative_rope": "streams.block_relative_rope",
+    "adastate_rollout": "streams.adastate_rollout",
+    "causal_rollout_chunk1": "streams.causal_rollout",
+    "causal_rollout_chunk3": "streams.causal_rollout",
+    "anchor_longlive": "anchors.longlive",
+    "anchor_longlive_recache": "anchors.longlive_recache",
+    "anchor_infinity_rope": "anchors.infinity_rope",
+    "anchor_reward_forcing": "anchors.reward_forcing",
+    "anchor_memrope": "anchors.memrope",
+    "anchor_rolling_sink": "anchors.rolling_sink",
+    "anchor_rolling_forcing": "forcing.rolling_forcing",
+    "anchor_causal_forcing": "forcing.causal_forcing",
+    "anchor_causvid": "forcing.causvid",
+    "umt5": "networks.umt5",
+    "wan_vae_encode": "videos.wan_vae_encode",
+    "wan_vae_decode": "videos.wan_vae_decode",
+    "taehv": "videos.taehv",
+    "manifest_wan_t2v_1.3B": "names.manifest_wan",
+    "manifest_wan_t2v_14B": "names.manifest_wan",
+    "manifest_self_forcing_generator": "names.manifest_self_forcing",
+    "manifest_umt5_xxl": "names.manifest_umt5",
+    "manifest_wan_vae": "names.manifest_wan_vae",
+    "manifest_taew2_1": "names.manifest_taew2_1",
 }
 
 # Numbers of diffusers and transformers; tests/peers/write_fixtures.py wrote them.
 SHIPPED = Path(__file__).parent / "bundled" / "fixtures"
 
-_EXAMPLE = f"""\
+
+def _epilog() -> str:
+    from adastate_jax.verification import record
+
+    return f"""\
 examples:
   python -m adastate_jax.verify
   python -m adastate_jax.verify golden --only wan_dit adastate_rollout
@@ -87,10 +84,10 @@ examples:
   21 checks passed, 0 failed, 0 not checked (float32, xla attention, cpu, 20 s)
 
 tolerances, on the largest absolute error of a tensor:
-  networks in float32    {NETWORK_TOLERANCE:g}
-  in bfloat16            {BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
-                         text encoder and video autoencoders {BFLOAT16_CODEC_TOLERANCE:g} of it
-  schedules and losses   {ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
+  networks in float32    {record.NETWORK_TOLERANCE:g}
+  in bfloat16            {record.BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
+                         text encoder and video autoencoders {record.BFLOAT16_CODEC_TOLERANCE:g} of it
+  schedules and losses   {record.ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
   training updates       as adastate_jax/verification/training.py states them; in float32 only
   positions and names    0
 The tolerance column shows the absolute number that results.
@@ -108,14 +105,14 @@ class Verdict:
     fault: str | None = None
 
 
-def judge(check: Check) -> Verdict:
+def judge(check: "Check") -> Verdict:
     """Compares; of several tensors, the one that uses most of its tolerance speaks for all."""
     verdicts = [_judge_pair(check, *pair) for pair in check.pairs]
     failed = [verdict for verdict in verdicts if verdict.fault is not None]
     return failed[0] if failed else max(verdicts, key=lambda verdict: verdict.error - verdict.tolerance)
 
 
-def _judge_pair(check: Check, name: str, expected: np.ndarray | None, actual) -> Verdict:
+def _judge_pair(check: "Check", name: str, expected: np.ndarray | None, actual) -> Verdict:
     if expected is None:
         return Verdict(np.nan, check.tolerance, f"the file has no {name}")
     expected, actual = (np.asarray(array).astype(np.float64) for array in (expected, actual))
@@ -154,7 +151,7 @@ class Report:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def check(self, stem: str, check: Check) -> None:
+    def check(self, stem: str, check: "Check") -> None:
         """The line of a check."""
         verdict = judge(check)
         if verdict.fault is not None:
@@ -169,19 +166,23 @@ class Report:
         error, tolerance = ("-", "-") if verdict is None else (f"{verdict.error:.2e}", f"{verdict.tolerance:.2e}")
         self._line(stem, case, error, tolerance, f"FAIL ({fault})")
 
-    def not_checked(self, stem: str, record: NotChecked) -> None:
+    def not_checked(self, stem: str, record: "NotChecked") -> None:
         """The line of something that cannot be checked."""
         self.counts["not checked"] += 1
         self._line(stem, record.case, "-", "-", f"not checked ({record.reason})")
 
 
-def run_fixture(fixture: Fixture, report: Report) -> None:
+def run_fixture(fixture: "Fixture", report: Report) -> None:
     """Runs one fixture's checks. Whatever goes wrong in them fails this file and lets the others run."""
+    from adastate_jax.verification.record import BrokenFixtureError, NotChecked
+
     stem = fixture.path.stem
+    module, function = FIXTURES[stem].split(".")
+    check = getattr(importlib.import_module(f"adastate_jax.verification.{module}"), function)
     covered: list[str] = []
     report.working_on(stem)
     try:
-        for record in FIXTURES[stem](fixture):
+        for record in check(fixture):
             if isinstance(record, NotChecked):
                 covered += record.covers
                 report.not_checked(stem, record)
@@ -225,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         prog="python -m adastate_jax.verify",
         description="Compares this package's numbers, on this device, with fixtures from the official code.",
-        epilog=_EXAMPLE,
+        epilog=_epilog,
     )
     parser.add_argument(
         "folder",
@@ -242,13 +243,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype of the networks"
     )
-    parser.add_argument("--attention", choices=BACKENDS, default="xla", help="attention backend")
+    parser.add_argument("--attention", choices=ATTENTION, default="xla", help="attention backend")
     arguments = parser.parse_args(argv)
-    if arguments.attention == "cudnn" and (arguments.dtype != "bfloat16" or jax.default_backend() != "gpu"):
-        raise UserError("--attention=cudnn needs --dtype=bfloat16 and a GPU")
-
-    settings = Settings(arguments.dtype, arguments.attention)
+    needs = "--attention=cudnn needs --dtype=bfloat16 and a GPU"
+    if arguments.attention == "cudnn" and arguments.dtype != "bfloat16":
+        raise UserError(needs)
     known, unknown = find_files(arguments.folder, arguments.only)
+    starting()
+    import jax
+
+    from adastate_jax.verification.record import Fixture, Settings
+
+    if arguments.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(needs)
+    settings = Settings(arguments.dtype, arguments.attention)
     fixtures = [Fixture(path, settings) for path in known]  # all before the first runs: a file cut short shows at once
     start = time.monotonic()
     report = Report([path.stem for path in known + unknown])

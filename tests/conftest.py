@@ -1,7 +1,9 @@
 """Eight virtual CPU devices for the sharding laws, and small networks that the tests share."""
 
+import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 # The tests compile hundreds of small programs once each: compiling fast matters, running fast does not. What a test
 # starts as a process inherits this. The flags are those of one XLA: another may not know them, or round differently in
@@ -46,6 +48,19 @@ def make_dit(config: DiTConfig, seed: int) -> DiT:
     model = jax.jit(lambda: DiT(config, rngs=nnx.Rngs(seed)))()
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), model)
+
+
+_MOST_MAPPINGS = 20_000  # of memory; a process may have 65,530, and the compiler crashes for want of more
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees compiled programs, some mappings of memory each, once there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -57,14 +58,20 @@ def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return (noise if inputs > 1 else 0.5 + 0.3 * noise).astype(np.float32)
 
 
+def write_network(folder: Path, kind: str, config: Any, rng: np.random.Generator, *options: str) -> Path:
+    """A converted network, from a published file of random tensors."""
+    tensors = {name: _draw(rng, slot.shape) for name, slot in KINDS[kind].slots(config).items()}
+    file = folder.parent.with_name(f"{folder.name}.safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file)
+    convert.main([f"--source={file}", f"--output={folder}", *options])
+    return folder
+
+
 def write_model(folder: Path) -> Path:
     """The folder of converted networks that `CONFIG` and `TINY_DECODER` describe."""
     rng = np.random.default_rng(0)
     for kind, (config, options) in _PARTS.items():
-        slots = KINDS[kind].slots(config)
-        tensors = {name: _draw(rng, slot.shape) for name, slot in slots.items()}
-        file = folder.with_name(f"{kind}.safetensors")
-        save_file(tensors, file)
-        convert.main([f"--source={file}", f"--output={folder / kind}", *options])
+        write_network(folder / kind, kind, config, rng, *options)
     write_tokenizer(folder / "tokenizer.json")
     return folder

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
     ("errors", "interrupts"),
-    ("files", "fields", "checks", "texts"),
+    ("hidden_names", "fields", "checks", "texts", "distributed"),
+    ("files", "lockstep"),
     ("diffusion", "sharding", "console", "seals"),
     ("models",),
     ("streaming", "data"),
@@ -18,7 +19,21 @@ FLOORS = (
     ("training",),
     ("generation",),
     ("evaluation", "verification", "benchmarking"),
-    ("train", "sample", "convert", "verify", "evaluate", "probe", "bench", "bundle"),
+    ("serving",),
+    (
+        "train",
+        "sample",
+        "serve",
+        "watch",
+        "convert",
+        "verify",
+        "evaluate",
+        "probe",
+        "bench",
+        "bundle",
+        "embed",
+        "encode",
+    ),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -47,6 +47,7 @@ SMALL_CONFIG = [
     "--config.stream.denoising_steps=(1000.0, 500.0)",
 ]
 WAN_DECODERS = [
+    "--config.stages=()",
     "--config.decoder=wan",
     *("--config.model.in_channels=16", "--config.model.out_channels=16"),
     *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)"),
@@ -91,7 +92,9 @@ def test_a_pass_takes_what_is_counted(student):
         return student(latents, jnp.zeros((1, 2)), text, np.arange(2), context=context)
 
     work = counted(run, keys_values(SMALL.text_length), keys_values(3 * tokens))
-    assert work == flops.pass_flops(SMALL, 2, 5, tokens).total
+    # Queries and keys are turned by a product with a permutation, which is how it runs, not what the network is.
+    permutations = 2 * SMALL.num_layers * (2 * 2 * tokens * SMALL.dim * SMALL.head_dim)
+    assert work - permutations == flops.pass_flops(SMALL, 2, 5, tokens).total
     embeddings = jnp.zeros((1, SMALL.text_length, SMALL.text_dim))
     assert counted(student.text_keys_values, embeddings) == flops.text_flops(SMALL).total
 
@@ -130,7 +133,7 @@ def test_wan_2_1_takes_what_is_published():
         flops.critic_flops(WAN, WAN, STREAM, 21, FRAME),
         flops.student_flops(WAN, WAN, TEACHER, STREAM, 21, FRAME),
     )
-    assert [round(x / 1e15, 2) for x in training] == [0.66, 1.79, 4.87]
+    assert [round(x.total / 1e15, 2) for x in training] == [0.66, 1.79, 4.87]
 
 
 def test_counts_agree_with_an_independent_model():
@@ -160,7 +163,7 @@ def test_remat_is_counted():
     forward = flops.clip_flops(SMALL, 3, 4)
     config = dict(vars(SMALL))
     counts = {
-        remat: flops.pretrain_flops(DiTConfig(**config | {"remat": remat}), 3, 4) - 3 * forward.total
+        remat: flops.pretrain_flops(DiTConfig(**config | {"remat": remat}), 3, 4).total - 3 * forward.total
         for remat in ("none", "block", "attention")
     }
     assert counts == {"none": 0, "block": forward.total, "attention": forward.linear}
@@ -171,16 +174,16 @@ def test_initialisation_is_counted():
     stream = StreamConfig(chunk_frames=1, past_frames=2)
     passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 3)]
     text = flops.text_flops(SMALL).total
-    assert flops.initialize_flops(SMALL, stream, 4, 4, "noisy") == 3 * (sum(passes) + text)
-    assert flops.initialize_flops(SMALL, stream, 4, 4, "clean") == 3 * (2 * sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "noisy").total == 3 * (sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "clean").total == 3 * (2 * sum(passes) + text)
     # A stream's chunk sees the anchor too.
     stream = StreamConfig(chunk_frames=1, past_frames=2, anchor=StaticAnchor(1))
     passes = [flops.pass_flops(SMALL, 1, seen, 4).total for seen in (1, 2, 3, 4)]
-    assert flops.initialize_flops(SMALL, stream, 4, 4, "stream") == 3 * (2 * sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "stream").total == 3 * (2 * sum(passes) + text)
     # A hidden state is denoised with the fourth chunk, at two levels and clean.
     stream = StreamConfig(chunk_frames=1, past_frames=2, anchor=AdaptiveAnchor(1), denoising_steps=(1000.0, 500.0))
     passes = [*passes[:3], flops.pass_flops(SMALL, 2, 5, 4).total]
-    assert flops.initialize_flops(SMALL, stream, 4, 4, "state") == 3 * (3 * sum(passes) + text)
+    assert flops.initialize_flops(SMALL, stream, 4, 4, "state").total == 3 * (3 * sum(passes) + text)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

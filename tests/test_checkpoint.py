@@ -1,5 +1,7 @@
 """Checkpoints load exactly what was saved, or say in one line why not."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,15 +100,52 @@ def test_an_old_checkpoint_goes_only_when_a_new_one_is_sealed(tmp_path, monkeypa
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, tree)
     with monkeypatch.context() as killed, Checkpoints(tmp_path, keep=1) as checkpoints:
-        killed.setattr("adastate_jax.checkpoint.seal", lambda path: 1 / 0)
+        killed.setattr("adastate_jax.checkpoint.seal", lambda path, known: 1 / 0)
         checkpoints.save(4, tree)
         with pytest.raises(UserError, match="cannot save"):
             checkpoints.wait()
     assert latest_step(tmp_path) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
-    (tmp_path / "4").mkdir()  # as earlier versions left it
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "manifest.ocdbt").write_text("somebody's")
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert not (tmp_path / "4").exists()
         checkpoints.save(4, tree)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "4.unfinished"]
+    assert (tmp_path / "4.unfinished" / "manifest.ocdbt").read_text() == "somebody's"  # set aside, not removed
     assert same(load_tree(tmp_path / "4", tree), tree)
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half_there(tmp_path, monkeypatch):
+    tree = {"a": jnp.arange(4.0)}
+    with monkeypatch.context() as killed, Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, tree)
+        checkpoints.wait()
+        remove = shutil.rmtree
+
+        def killed_at_the_old_one(path, **arguments):
+            if "pruned" in path.name:
+                raise OSError("killed")
+            remove(path, **arguments)
+
+        killed.setattr("adastate_jax.checkpoint.shutil.rmtree", killed_at_the_old_one)
+        checkpoints.save(4, tree)
+        with pytest.raises(UserError, match="cannot save"):
+            checkpoints.wait()
+    assert [path.name for path in tmp_path.glob("[0-9]*")] == ["4"]
+    assert same(load_tree(tmp_path / "4", tree), tree)
+    with Checkpoints(tmp_path, keep=1):
+        assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
+def test_a_tree_is_there_until_the_one_that_replaces_it_is_complete(tmp_path, monkeypatch):
+    tree = {"a": jnp.arange(4.0)}
+    save_tree(tmp_path / "tree", tree)
+    with monkeypatch.context() as full:
+        full.setattr("adastate_jax.checkpoint.shutil.disk_usage", lambda path: type("", (), {"free": 0}))
+        with pytest.raises(UserError, match="No space left"):
+            save_tree(tmp_path / "tree", {"a": jnp.zeros(4)})
+    assert same(load_tree(tmp_path / "tree", tree), tree)
+    save_tree(tmp_path / "tree", {"a": jnp.zeros(4)})
+    assert same(load_tree(tmp_path / "tree", tree), {"a": jnp.zeros(4)})
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]

@@ -16,6 +16,7 @@ from adastate_jax.checkpoint import flatten, save_tree
 from adastate_jax.config.files import default_config, from_config_dict, save_config
 from adastate_jax.convert import main
 from adastate_jax.errors import UserError
+from adastate_jax.generation import conversion
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.text import TextConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
@@ -592,16 +593,16 @@ def test_an_earlier_output_is_replaced_when_told(tmp_path, run):
 def test_two_processes_never_mix_their_outputs(tmp_path, refusal, monkeypatch):
     save_file(random_tensors("vae"), tmp_path / "source.safetensors")
     options = [f"--source={tmp_path / 'source.safetensors'}", f"--output={tmp_path / 'out'}"]
-    original, refusals = convert.write_converted, []
+    original, refusals = conversion.write_converted, []
 
     def write(network, folder, advance):
-        monkeypatch.setattr(convert, "write_converted", original)
+        monkeypatch.setattr(conversion, "write_converted", original)
         with pytest.raises(UserError) as caught:
             main(options)
         refusals.append(str(caught.value))
         original(network, folder, advance)
 
-    monkeypatch.setattr(convert, "write_converted", write)
+    monkeypatch.setattr(conversion, "write_converted", write)
     assert main(options) == 0
     assert len(refusals) == 1
     assert "another process is writing it" in refusals[0]

@@ -136,7 +136,7 @@ def test_a_fall_back_is_said(tmp_path, capsys):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert (
             capsys.readouterr().err
-            == f"note: {tmp_path / '4'}: was cut short, and is removed; training goes on from 2\n"
+            == f"note: {tmp_path / '4'}: has no seal.json, and is set aside as 4.unfinished; training goes on from 2\n"
         )
         checkpoints.load(tree)
         assert capsys.readouterr().err == ""

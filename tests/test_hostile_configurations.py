@@ -99,7 +99,7 @@ def test_files(tmp_path):
         path.write_bytes(content)
         config, line = tried(lambda: load_config(path))
         if line is None:
-            assert_built_as_said(config, json.loads(content.decode("utf-8-sig")))
+            assert_built_as_said(config, json.loads(content))
         else:
             assert line.startswith(str(path))
         refused += line is not None

@@ -94,7 +94,13 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
 
     other = tmp_path / "other.png"
     cv2.imwrite(str(other), np.full((32, 32, 3), 9, np.uint8))
-    for name, texts in (("changed.mp4", {**metadata, "model": "0"}), ("foreign.mp4", {}), ("bad.mp4", {"seed": "x"})):
+    for name, texts in (
+        ("changed.mp4", {**metadata, "model": "0"}),
+        ("foreign.mp4", {}),
+        ("bad.mp4", {"seed": "x"}),
+        ("chooses.mp4", {"overrides": '["--config=a_program.py"]'}),
+        ("number.mp4", {"overrides": "[5]"}),
+    ):
         with open_writer(tmp_path / name, texts and {**metadata, **texts}) as writer:
             writer.write(frames[0])
     for arguments, message in (
@@ -107,6 +113,8 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
         ),
         ([f"--like={tmp_path / 'foreign.mp4'}"], r"foreign\.mp4: does not say how it was made"),
         ([f"--like={tmp_path / 'bad.mp4'}"], r"bad\.mp4: what it says of how it was made is damaged"),
+        ([f"--like={tmp_path / 'chooses.mp4'}", config], r"chooses\.mp4: what it says of how it was made is damaged"),
+        ([f"--like={tmp_path / 'number.mp4'}", config], r"number\.mp4: what it says of how it was made is damaged"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*arguments, f"--output={tmp_path / 'new.mp4'}"])
@@ -225,6 +233,14 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "start"), [("x.MP4", b"ftyp"), ("x.Gif", b"GIF89a"), ("x.WEBP", b"RIFF")])
+def test_an_ending_may_be_written_in_capitals(name, start, tmp_path):
+    """As the writers take it."""
+    options = ["--random-weights", TINY, "--prompt=x", "--seconds=0.1", f"--output={tmp_path / name}"]
+    assert sample.main(options) == 0
+    assert start in (tmp_path / name).read_bytes()[:8]
+
+
 def test_what_stops_the_compression_stops_the_command(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -264,7 +280,7 @@ def test_a_signal_leaves_what_was_there_before(number, code, tmp_path):
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.strip().splitlines()[-1] == f"stopped; {output} was not written"
     assert "Traceback" not in errors

@@ -1,6 +1,7 @@
 """The verify command: it passes on the official fixtures, and every kind of fault in a fixture makes it fail."""
 
 import functools
+import importlib
 import json
 import re
 import shutil
@@ -90,6 +91,12 @@ def test_the_fixtures_that_ship_pass_and_one_changed_number_fails(capsys, tmp_pa
     save_file(tensors, tmp_path / "fixtures" / "umt5.safetensors", source.metadata)
     assert verify.main([str(tmp_path / "fixtures"), "--only", "umt5"]) == 1
     assert capsys.readouterr().out.count("FAIL (in out.long.zeroed)") == 1
+
+
+def test_every_fixture_has_a_function_that_checks_it():
+    for name in verify.FIXTURES.values():
+        module, function = name.split(".")
+        assert callable(getattr(importlib.import_module(f"adastate_jax.verification.{module}"), function))
 
 
 @needs_golden
@@ -335,8 +342,9 @@ def test_a_truncated_file_stops_the_command_before_anything_runs(tmp_path, capsy
     assert exit_info.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert name in captured.err
+    started, error = captured.err.splitlines()
+    assert started == "starting JAX"
+    assert name in error
 
 
 def test_bad_folders_and_options_are_user_errors(tmp_path):

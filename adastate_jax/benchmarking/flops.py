@@ -27,6 +27,9 @@ class Flops(NamedTuple):
     def total(self) -> int:
         return self.linear + self.attention
 
+    def times(self, factor: int) -> "Flops":
+        return Flops(self.linear * factor, self.attention * factor)
+
 
 def _sum(*parts: Flops) -> Flops:
     return Flops(*(sum(column) for column in zip(*parts, strict=True)))
@@ -134,18 +137,23 @@ def _tiny_decoder(config: TinyVAEConfig, height: int, width: int, frames: int) -
 # --- training steps -------------------------------------------------------------------------------------------------
 
 
-def _gradient(config: DiTConfig, forward: Flops) -> int:
+def _gradient(config: DiTConfig, forward: Flops) -> Flops:
     """Forward, backward (twice that), and what `remat` computes again."""
-    again = {"none": 0, "block": forward.total, "attention": forward.linear}[config.remat]
-    return 3 * forward.total + again
+    again = {
+        "none": Flops(0, 0),
+        "block": forward,
+        "attention": Flops(forward.linear, 0),
+        "dots": Flops(0, forward.attention),
+    }[config.remat]
+    return _sum(forward.times(3), again)
 
 
-def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> int:
+def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> Flops:
     """A step of flow matching on a clip of latent frames."""
     return _gradient(config, clip_flops(config, frames, frame_tokens))
 
 
-def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> int:
+def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> Flops:
     """A step of regression, over a clean copy of the clip too unless `context` is `noisy`; `state`: at every level."""
     passes = {"noisy": 1, "state": len(stream.sigmas) + 1}.get(context, 2)
     if context in ("stream", "state"):
@@ -163,22 +171,26 @@ def _rollout_pass(config: DiTConfig, stream: StreamConfig, frames: int, frame_to
     return _sum(*(chunk_pass_flops(config, stream, chunk, frame_tokens) for chunk in chunks))
 
 
-def rollout_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> int:
+def rollout_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
     """A training rollout: on average half of the denoising steps (the exit step is drawn), and the clean pass."""
     steps = len(stream.sigmas)
     # (1 + 2 + … + steps) / steps denoising passes, and one clean pass
-    return (steps + 3) * _rollout_pass(config, stream, frames, frame_tokens).total // 2
+    twice = _rollout_pass(config, stream, frames, frame_tokens).times(steps + 3)
+    return Flops(twice.linear // 2, twice.attention // 2)
 
 
-def critic_flops(student: DiTConfig, critic: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> int:
+def critic_flops(student: DiTConfig, critic: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
     """A critic update: the student's rollout, and flow matching on it."""
-    return rollout_flops(student, stream, frames, frame_tokens) + pretrain_flops(critic, frames, frame_tokens)
+    return _sum(rollout_flops(student, stream, frames, frame_tokens), pretrain_flops(critic, frames, frame_tokens))
 
 
 def student_flops(
     student: DiTConfig, critic: DiTConfig, teacher: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int
-) -> int:
+) -> Flops:
     """A student update: rollout, one pass per chunk with its gradient, the critic's score, the teacher's guided one."""
-    gradient = 3 * _rollout_pass(student, stream, frames, frame_tokens).total
-    scores = clip_flops(critic, frames, frame_tokens).total + 2 * clip_flops(teacher, frames, frame_tokens).total
-    return rollout_flops(student, stream, frames, frame_tokens) + gradient + scores
+    return _sum(
+        rollout_flops(student, stream, frames, frame_tokens),
+        _rollout_pass(student, stream, frames, frame_tokens).times(3),
+        clip_flops(critic, frames, frame_tokens),
+        clip_flops(teacher, frames, frame_tokens).times(2),
+    )

@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.benchmarking import flops
+from adastate_jax.benchmarking.flops import Flops
 from adastate_jax.benchmarking.machine import peak_mebibytes, timed
+from adastate_jax.benchmarking.workloads import critic_update, student_update
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.generation import video_stream
@@ -35,7 +37,6 @@ from adastate_jax.streaming.denoising import denoise, read_context
 from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import layout_of, phase_of
-from adastate_jax.training.dmd import critic_step, draw_update, student_step
 from adastate_jax.training.initialize import initialize_step
 from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.state import TrainState, create_state
@@ -265,7 +266,7 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
         shardings = tree_shardings(jax.eval_shape(create, subject.student), mesh)
         return jax.jit(lambda params: create(_copy(params)), out_shardings=shardings)(subject.student)
 
-    def measure(name: str, state: TrainState, step: Callable, work: int, *given: Any) -> Measurement:
+    def measure(name: str, state: TrainState, step: Callable, work: Flops, *given: Any) -> Measurement:
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(tree_shardings(state, mesh), replicated(mesh)))
         turn = 0
 
@@ -275,7 +276,7 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
             turn += 1
             return state, scalars
 
-        return Measurement(f"{name}, batch {batch}", timed(update, repeats), batch * work, model.dtype)
+        return Measurement(f"{name}, batch {batch}", timed(update, repeats), batch * work.total, model.dtype)
 
     if stage == "pretrain":
 
@@ -294,23 +295,14 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
         trajectory = _normal(batch, len(config.stream.sigmas) + 1, clip_frames, *shape)
         yield measure("initialize", state(settings.optimizer, True), initialize, work, trajectory)
     else:
-
-        def student(state, key, text, critic, teacher):
-            draws = draw_update(key, batch, settings, config.stream, shape)
-            return student_step(state, critic, teacher, text, text[:1], state.step, draws, settings, config.stream)
-
-        def critic(state, key, text, student):
-            draws = draw_update(key, batch, settings, config.stream, shape)
-            return critic_step(state, student, text, draws, settings, config.stream)
-
         # Both states are held throughout, as in training.
         critic_state, teacher = state(settings.critic, False), jax.jit(_copy)(subject.student)
         sizes = (config.stream, settings.rollout_frames, subject.frame_tokens)
         work = flops.student_flops(model, model, model, *sizes)
         student_state = state(settings.student, True)
-        yield measure("distill student", student_state, student, work, critic_state.params, teacher)
+        yield measure("distill student", student_state, student_update(config), work, critic_state.params, teacher)
         work = flops.critic_flops(model, model, *sizes)
-        yield measure("distill critic", critic_state, critic, work, teacher)
+        yield measure("distill critic", critic_state, critic_update(config), work, teacher)
 
 
 def _copy(tree: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from adastate_jax.checks import require_at_least_one, require_positive
+from adastate_jax.checks import require_at_least_one
+from adastate_jax.config.mesh import MeshConfig, require_divisible_network, require_divisible_text
+from adastate_jax.config.networks import NETWORKS, NetworkConfig, require_consistent_networks
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
@@ -39,11 +41,20 @@ class DataConfig:
     """The video clips, and the prompts of distillation.
 
     Attributes:
-        kind: `worlds`, procedural clips; `videos`, a folder of files; or `none`, for networks that come trained: then
-            `clips` says the size of the videos that they make.
+        kind: `worlds`, procedural clips; `videos`, a folder of files; `latents`, clips that `encode` has encoded; or
+            `none`, no clips. With the last two, all texts come from data sets of `embed`, and neither text encoder nor
+            video autoencoder is in memory while training; `clips` says the size of the videos.
         worlds: what the procedural clips show, and `num_worlds`, how many there are.
         folder, clips: the folder of video files, and how clips are cut from them.
         prompts: text file with one prompt per line for distillation; empty uses the clips' captions.
+        critic_prompts: the same for the critic's updates; empty uses those of the student.
+        latents: folder that `encode` wrote.
+        captions: folder that `embed` made of its captions.
+        embeddings: folder that `embed` made of the prompts of distillation; empty uses the captions.
+        critic_embeddings: the same for the critic's updates; empty uses those of the student.
+        encoders: folder of the converted networks that all of these were made with (`text_encoder` and its
+            `tokenizer.json`, `vae`): data sets of others are refused, and sample videos are made with them. Empty
+            leaves that unchecked, and there are no sample videos.
     """
 
     kind: str = "worlds"
@@ -52,13 +63,32 @@ class DataConfig:
     folder: str = ""
     clips: ClipConfig = ClipConfig(height=32, width=32, num_frames=15)
     prompts: str = ""
+    critic_prompts: str = ""
+    latents: str = ""
+    captions: str = ""
+    embeddings: str = ""
+    critic_embeddings: str = ""
+    encoders: str = ""
 
     def __post_init__(self):
-        if self.kind not in ("worlds", "videos", "none"):
-            raise ValueError(f"kind must be worlds, videos or none, got {self.kind!r}")
+        if self.kind not in ("worlds", "videos", "latents", "none"):
+            raise ValueError(f"kind must be worlds, videos, latents or none, got {self.kind!r}")
         if self.kind == "videos" and not self.folder:
             raise ValueError("folder is not set; name a folder of video files with --config.data.folder=DIR")
+        if self.kind == "latents" and not self.latents:
+            raise ValueError("latents is not set; name a folder that encode wrote with --config.data.latents=DIR")
+        if self.captions and self.kind != "latents":
+            raise ValueError(f"captions belong to latents, but kind is {self.kind}; leave it empty")
+        for name in ("prompts", "critic_prompts") if self.encoded else ("embeddings", "critic_embeddings"):
+            if getattr(self, name):
+                other = name.replace("prompts", "embeddings") if self.encoded else name.replace("embeddings", "prompts")
+                raise ValueError(f"{name} cannot be read where kind is {self.kind}; set {other} instead")
         require_at_least_one(self, "num_worlds")
+
+    @property
+    def encoded(self) -> bool:
+        """Whether texts and clips were encoded beforehand, by `embed` and `encode`."""
+        return self.kind in ("latents", "none")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,6 +100,36 @@ class DataConfig:
     def num_frames(self) -> int:
         """Video frames of a clip."""
         return self.worlds.num_frames if self.kind == "worlds" else self.clips.num_frames
+
+
+def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str) -> None:
+    """Raises ValueError, naming the field, if a stage has nothing to read."""
+    trained = [name for name in stages if name != "sample"]
+    if not data.encoded:
+        if trained and decoder != "patch":
+            raise ValueError(
+                f"decoder is {decoder}, but stage {trained[0]} fits the patch codec to data.kind {data.kind}; encode "
+                "the videos with python -m adastate_jax.encode, and set data.kind to latents"
+            )
+        return
+    if "pretrain" in stages and data.kind == "none":
+        raise ValueError("stage pretrain needs clips, and data.kind is none; set data.kind to latents or videos")
+    if trained and decoder == "patch":
+        raise ValueError(f"decoder is patch, but data.kind is {data.kind}; set decoder to wan or tiny")
+    if {"pretrain", "initialize"} & {*stages} and data.kind == "latents" and not data.captions:
+        raise ValueError(
+            "data.captions is not set; make it of the latents' captions.jsonl with python -m adastate_jax.embed"
+        )
+    if stages and not (data.embeddings or data.captions):
+        raise ValueError(
+            f"data.embeddings is not set, and stage {stages[0]} needs prompts; make them with python -m "
+            "adastate_jax.embed"
+        )
+    if "sample" in stages and not data.encoders:
+        raise ValueError(
+            "data.encoders is not set, and stage sample encodes prompts and decodes videos; name the folder of the "
+            "converted text_encoder and vae, or take sample out of stages"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +167,6 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; `data` and `fsdp` split the batch, `fsdp` and `model` the weights."""
-
-    data: int = 1
-    fsdp: int = 1
-    model: int = 1
-
-    def __post_init__(self):
-        require_positive(self, "data", "fsdp", "model")
-
-
-@dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     """How often a run reports and saves.
 
@@ -147,7 +195,8 @@ class Config:
         decoder: between latents and video: `patch`, a linear codec that training fits to its data; `wan`, Wan2.1's
             autoencoder; `tiny`, its fast stand-in TAEW2.1.
         codec, vae, tiny_vae: of the three.
-        model: the transformer, teacher, critic and student alike.
+        model: the transformer: what teacher, critic and student are where their own configurations do not say else.
+        teacher, critic, student: where each one's weights come from, and its own sizes.
     """
 
     seed: int = 0
@@ -160,6 +209,9 @@ class Config:
     vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
     tiny_vae: TinyVAEConfig = dataclasses.field(default_factory=TinyVAEConfig)
     model: DiTConfig = DiTConfig()
+    teacher: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    critic: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    student: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     stream: StreamConfig = StreamConfig()
     data: DataConfig = DataConfig()
     pretrain: PretrainConfig = PretrainConfig()
@@ -177,21 +229,26 @@ class Config:
             raise ValueError(f"stages must be some of {', '.join(STAGES)}, in this order, got {self.stages}")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
-        if self.stages and self.data.kind == "none":
-            raise ValueError("stages need clips, and data.kind is none; set stages to () or data.kind to videos")
         trained = [name for name in self.stages if name != "sample"]
         if trained and self.model.param_dtype != "float32":
             raise ValueError(
                 f"model.param_dtype is {self.model.param_dtype}, but stage {trained[0]} trains the transformer, and "
                 "small updates vanish in fewer bits: set it to float32; model.dtype is what it computes in"
             )
+        networks = {name: getattr(self, name) for name in NETWORKS}
+        require_consistent_networks(self.model, networks, self.stages, self.initialize.weights)
         frames = [("distill.rollout_frames", self.distill.rollout_frames)]
         if self.data.kind != "none":
-            frames.append(("data clip frames", self.data.num_frames))
+            latents = self.data.kind == "latents"
+            frames.append(("data clip frames", self.clip_frames if latents else self.data.num_frames))
         for name, value in frames:
             if value < 1 or value % self.stream.chunk_frames:
                 raise ValueError(f"{name} {value} is no whole number of chunks of {self.stream.chunk_frames} frames")
-        if self.stages and self.text.vocab_size < ByteTokenizer(self.text.text_length).vocab_size:
+        if (
+            self.stages
+            and not self.data.encoded
+            and self.text.vocab_size < ByteTokenizer(self.text.text_length).vocab_size
+        ):
             raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
         if "initialize" in self.stages:
             ode_sigmas(self.stream, self.initialize.ode_steps)
@@ -210,7 +267,16 @@ class Config:
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
                 f"the {channels} channels of the {self.decoder} decoder's latents"
             )
-        self.model.frame_tokens(height, width)
+        require_inputs(self.stages, self.data, self.decoder)
+        tokens = self.model.frame_tokens(height, width)
+        require_divisible_network(self.mesh, "model", self.model, tokens)
+        for name in NETWORKS:
+            require_divisible_network(self.mesh, name, self.network(name), tokens)
+        require_divisible_text(self.mesh, self.text)
+
+    def network(self, name: str) -> DiTConfig:
+        """Sizes and numerics of the `teacher`, the `critic` or the `student`."""
+        return getattr(self, name).of(self.model)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -220,6 +286,16 @@ class Config:
         if height % side or width % side:
             raise ValueError(f"video of {height}x{width} is not tiled by latents of {side}x{side} pixels")
         return height // side, width // side, channels
+
+    @property
+    def clip_frames(self) -> int:
+        """Latent frames of a clip."""
+        return 1 + (self.data.num_frames - 1) // self.time_factor
+
+    @property
+    def trajectory_frames(self) -> int:
+        """Latent frames of a teacher's trajectory: those of a clip, or without clips those of a rollout."""
+        return self.distill.rollout_frames if self.data.kind == "none" else self.clip_frames
 
     @property
     def sample_frames(self) -> int:

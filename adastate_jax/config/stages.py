@@ -17,6 +17,12 @@ def require_decay(config) -> None:
         raise ValueError(f"ema_decay must lie in [0, 1), got {config.ema_decay}")
 
 
+def require_micro_batches(config) -> None:
+    """Raises ValueError if the field `accumulate` does not divide `batch_size`."""
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise ValueError(f"accumulate must divide batch_size {config.batch_size}, got {config.accumulate}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with clipping; the defaults are Self-Forcing's for the student.
@@ -28,6 +34,8 @@ class OptimizerConfig:
         max_gradient_norm: global norm that gradients are clipped to.
         warmup_steps: of linear warm-up from zero.
         decay_steps: total steps of a cosine decay to zero, warm-up included; 0 keeps the rate constant.
+        second_moment_dtype: float32, or bfloat16, rounded at random: 2 bytes less per weight, and steps that scatter by
+            1 or 2 %.
     """
 
     learning_rate: float = 2e-6
@@ -36,8 +44,11 @@ class OptimizerConfig:
     max_gradient_norm: float = 10.0
     warmup_steps: int = 0
     decay_steps: int = 0
+    second_moment_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.second_moment_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"second_moment_dtype must be float32 or bfloat16, got {self.second_moment_dtype!r}")
         require_positive(self, "learning_rate", "max_gradient_norm")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
@@ -54,6 +65,7 @@ class PretrainConfig:
 
     Attributes:
         steps, batch_size: of the stage.
+        accumulate: micro-batches that a batch is computed in, one after another; it divides `batch_size`.
         optimizer: of the network.
         ema_decay: of the weights that later stages use as the teacher.
         caption_dropout: share of captions replaced by the empty one, for guidance.
@@ -64,6 +76,7 @@ class PretrainConfig:
 
     steps: int = 10000
     batch_size: int = 64
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999))
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
@@ -73,6 +86,7 @@ class PretrainConfig:
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "shift")
         require_decay(self)
+        require_micro_batches(self)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
         if not 0.0 <= self.caption_dropout <= 1.0:
@@ -88,6 +102,7 @@ class InitializeConfig:
 
     Attributes:
         steps, batch_size: of the stage.
+        accumulate: micro-batches that a batch is computed in, one after another; it divides `batch_size`.
         optimizer: of the student.
         ema_decay: of the weights that distillation starts from.
         trajectories: how many trajectories the teacher draws before the first step.
@@ -98,20 +113,25 @@ class InitializeConfig:
             anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
             anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
             each of its levels, with gradient through all chunks before: several times the work of a step.
+        weights: what the student starts from, as a network's `weights` says it (`config/networks.py`); empty is a copy
+            of the teacher.
     """
 
     steps: int = 1000
     batch_size: int = 64
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
     ema_decay: float = 0.99
     trajectories: int = 16000
     ode_steps: int = 48
     guidance_scale: float = 5.0
     context: str = "noisy"
+    weights: str = ""
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
         require_decay(self)
+        require_micro_batches(self)
         if self.context not in CONTEXTS:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 
@@ -166,6 +186,7 @@ class DistillConfig:
     Attributes:
         steps: iterations, each one critic update.
         batch_size: prompts per iteration.
+        accumulate: micro-batches that these are computed in, one after another; it divides `batch_size`.
         rollout_frames: content frames N of a training rollout, a whole number of chunks.
         horizon_alpha: slope α of the weight 1 + α i / (N − 1) of frame i.
         horizon_normalize: divides that weight by its mean.
@@ -185,6 +206,7 @@ class DistillConfig:
 
     steps: int = 1000
     batch_size: int = 4
+    accumulate: int = 1
     rollout_frames: int = 21
     horizon_alpha: float = 2.0
     horizon_normalize: bool = False
@@ -202,6 +224,7 @@ class DistillConfig:
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
         require_decay(self)
+        require_micro_batches(self)
         if self.horizon_alpha < 0 or self.ema_start < 0:
             raise ValueError("horizon_alpha and ema_start must not be negative")
         if self.cache_gradient not in CACHE_GRADIENTS:

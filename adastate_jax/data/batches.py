@@ -18,34 +18,31 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from adastate_jax import seals
+from adastate_jax import distributed, seals
 from adastate_jax.errors import UserError, reading, writing
 
 Result = TypeVar("Result")
 
 
 def example_indices(
-    step: int, batch_size: int, num_examples: int, seed: int, process_index: int = 0, process_count: int = 1
+    step: int, batch_size: int, num_examples: int, seed: int, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """The examples that one process reads at `step`, int64 `[batch_size // process_count]`.
+    """The examples of a batch's rows at `step`, int64 `[rows]`; by default all rows, `[batch_size]`.
 
     Training walks through one endless sequence of shuffled epochs; the global batch `step` is positions
-    `step * batch_size` and following, so a batch may straddle two epochs, and every process takes its own slice. Over
-    an epoch each example comes exactly once, whatever the number of processes. Raises `UserError` when the batch does
-    not divide among the processes or there are no examples.
+    `step * batch_size` and following, so a batch may straddle two epochs, and every process reads the rows that its
+    devices hold (`sharding.local_rows`). Over an epoch each example comes exactly once, whatever the number of
+    processes. Raises `UserError` when there are no rows or no examples.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} does not divide among {process_count} processes: use a multiple of it"
-        )
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if num_examples < 1:
         raise UserError("the dataset has no examples: build it with at least one")
-    if step < 0 or not 0 <= process_index < process_count:
-        raise ValueError(f"step {step} or process {process_index} of {process_count} is out of range")
-    local = batch_size // process_count
-    first = step * batch_size + process_index * local
-    epochs, offsets = np.divmod(np.arange(first, first + local, dtype=np.int64), num_examples)
-    indices = np.empty(local, np.int64)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if step < 0 or not ((rows >= 0) & (rows < batch_size)).all():
+        raise ValueError(f"step {step} or a row of {rows} is out of range, a batch has {batch_size}")
+    epochs, offsets = np.divmod(step * batch_size + rows.astype(np.int64), num_examples)
+    indices = np.empty(len(rows), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         indices[here] = _epoch_order(seed, int(epoch), num_examples)[offsets[here]]
@@ -66,14 +63,18 @@ def read_batch(source: Sequence[Mapping[str, Any]], indices: np.ndarray) -> dict
     nested features nested dictionaries. `source` is what `open_source` returns, or any sequence of dictionaries.
     Raises `UserError` for damage: ArrayRecord checks a hash of all that it reads.
     """
-    numbers = [int(index) for index in indices]
-    if hasattr(source, "dataset_info"):
-        folder = source.dataset_info.data_dir
-        with reading(folder, _again(folder), RuntimeError):
-            examples = source.__getitems__(numbers)  # a whole batch at once is read in parallel
-    else:
-        examples = [source[number] for number in numbers]
+    examples = read_examples(source, indices)
     return {name: _stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def read_examples(source: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Reads examples one by one, for those that do not stack; `source` and damage are as `read_batch` has them."""
+    numbers = [int(index) for index in indices]
+    if not hasattr(source, "dataset_info"):
+        return [source[number] for number in numbers]
+    folder = source.dataset_info.data_dir
+    with reading(folder, _again(folder), RuntimeError):
+        return source.__getitems__(numbers)  # a whole batch at once is read in parallel
 
 
 def _stack(values):
@@ -130,7 +131,11 @@ def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str 
     with reading(data_dir, _again(data_dir), Exception):  # TFDS reads its descriptions, if any, and fails in many ways
         dataset = builder(data_dir=data_dir)
     folder = pathlib.Path(dataset.data_dir)
-    if not folder.exists():
+
+    def build() -> bool:
+        """Whether the dataset was built now."""
+        if folder.exists():
+            return False
         with writing(data_dir, RuntimeError), _only_process(folder.parent):
             for stale in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(stale)
@@ -138,6 +143,11 @@ def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str 
             if not folder.exists():
                 dataset.download_and_prepare()
                 seals.write_seal(folder, {path.name: seals.fingerprint(path) for path in sorted(folder.glob("*.json"))})
+        return True
+
+    if distributed.from_first(build):
+        with reading(data_dir, _again(data_dir), Exception):
+            dataset = builder(data_dir=data_dir)
     if seals.is_sealed(folder):
         for name, listed in seals.read_seal(folder, _again(folder)).items():
             seals.verify_file(folder / name, listed, _again(folder))

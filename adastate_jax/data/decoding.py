@@ -5,6 +5,7 @@ What is wrong with a file is a `ValueError` or an `av.FFmpegError` here, whose m
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,7 +19,9 @@ from adastate_jax.data.animations import decode_webp, is_webp, webp_header
 
 # The most pixels of a frame: 8K. A header that states more is damaged, and its frames would fill the memory.
 MAX_FRAME_PIXELS = 1 << 25
-_LONGEST_FRAME = 60.0  # seconds; a longer gap between frames is a damaged timestamp
+# Seconds that a frame is shown. Slides are shown for minutes; what is longer and beyond the end that the file states,
+# or longer than a day, is a damaged timestamp.
+_LONG_FRAME, _LONGEST_FRAME = 60.0, 86400.0
 _GROUND = 255  # what transparent pixels are put on: white, as on a page
 # Without the last two, 219 red of 255 comes out as 217: the fast conversion rounds coarsely and repeats chroma.
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -131,25 +134,31 @@ def decode_frames(path: str | os.PathLike) -> Iterator[tuple[float, av.VideoFram
         stream = best_stream(container)
         stream.thread_type = "SLICE"  # threads by frame lose errors, and good frames with them, as it happens
         interval = float(1 / frame_rate(stream))
-        first, last, count = None, 0.0, 0
-        for seconds, frame in _in_time(_decode(container, stream), interval):
+        span = _stated_span(container, stream)  # before decoding, which may change where the stream begins
+        first, last, shown, count = None, 0.0, interval, 0
+        for seconds, frame in _in_time(_decode(container, stream), interval, _stated_end(container, span)):
             _refuse_what_cannot_be_shown(frame)
             first = (frame.time or 0.0) if first is None else first
             last, count = seconds, count + 1
+            shown = max(interval, float((frame.duration or 0) * (frame.time_base or 0)))
             yield seconds, frame
         if count:
-            _check_complete(container, stream, first, last + interval, count)
+            _check_complete(container, stream, span, first, last + shown, count)
 
 
-def _in_time(frames, interval=0.0):
-    """(seconds since the first frame, frame) of (seconds by the file's clock or None, frame), increasing strictly."""
+def _in_time(frames, interval=0.0, end=math.inf):
+    """(seconds since the first frame, frame) of (seconds by the file's clock or None, frame), increasing strictly.
+
+    end: by the file's clock.
+    """
     first = last = None
     for time, frame in frames:
         if last is None:
             first, seconds = time or 0.0, 0.0
         else:
             seconds = last + interval if time is None or time - first <= last else time - first
-            if seconds - last > _LONGEST_FRAME:
+            late = time is not None and time > end + _LONG_FRAME
+            if seconds - last > (_LONG_FRAME if late else _LONGEST_FRAME):
                 raise ValueError(f"it shows nothing new from {last:.2f} s to {seconds:.2f} s, so it is damaged")
         last = seconds
         yield seconds, frame
@@ -181,12 +190,13 @@ def _refuse_what_cannot_be_shown(frame):
     orientation(frame)
 
 
-def _check_complete(container, stream, first, seconds, count):
+def _check_complete(container, stream, span, first, seconds, count):
     """Raises ValueError where a tenth of the video or more is missing at its end, or of its frames.
 
-    first: time of the first frame by the file's clock; seconds: from there to the end of the last; count: of frames.
+    span: as stated; first: time of the first frame by the file's clock; seconds: from there to the end of the last;
+    count: of frames.
     """
-    begin, end = _stated_span(container, stream) or (first, first + seconds)
+    begin, end = span or (first, first + seconds)
     if seconds < 0.9 * (end - first):
         raise ValueError(
             f"it ends after {seconds:.1f} s of the {end - first:.1f} s that it states, so it is cut off or damaged"
@@ -215,6 +225,13 @@ def _stated_span(container, stream):
         # Matroska states the time of its end, which is not its length where it begins later than 0.
         return begin, length + (0.0 if "matroska" in container.format.name else begin)
     return None
+
+
+def _stated_end(container, span):
+    """When the video ends at the latest, in seconds by the file's clock; infinity where the file does not say."""
+    if span:
+        return span[1]
+    return ((container.start_time or 0) + container.duration) / av.time_base if container.duration else math.inf
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------

@@ -13,18 +13,21 @@ from adastate_jax.errors import UserError
 from adastate_jax.texts import is_text, parse_json, read_text
 
 
-def read_prompts(path: str | os.PathLike) -> list[str]:
+def read_prompts(path: str | os.PathLike, blank_lines: bool = True) -> list[str]:
     """Reads the prompts of a text file, in order.
 
     A file named `*.jsonl` holds one JSON object per line with a string under "prompt"; any other file one prompt per
-    line, where a line that begins with # is a comment. Blank lines are skipped in both. Raises `UserError`, with the
-    line's number, for a file that is missing, empty, not text (see `texts.read_text`) or not such JSON.
+    line, where a line that begins with # is a comment. Blank lines are skipped in both, or refused without
+    `blank_lines`. Raises `UserError`, with the line's number, for a file that is missing, empty, not text (see
+    `texts.read_text`) or not such JSON.
     """
     path = pathlib.Path(path)
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         text = line.strip()
         if not text:
+            if not blank_lines:
+                raise UserError(f"{path}: line {number} is empty; write a prompt there, or remove it")
             continue
         if path.suffix == ".jsonl":
             prompts.append(_prompt_of(text, path, number))

@@ -15,7 +15,11 @@ _FILES = {"metrics.json", "metrics.csv", "groups.csv", "timeline.csv", *_PICTURE
 
 
 def write_report(
-    folder: str | Path, videos: Sequence[Video], skipped: Sequence[tuple[str, str]], settings: Settings
+    folder: str | Path,
+    videos: Sequence[Video],
+    skipped: Sequence[tuple[str, str]],
+    settings: Settings,
+    replace: bool = True,
 ) -> None:
     """Makes `folder`, whole or not at all: metrics.json, metrics.csv, groups.csv, timeline.csv, plots, report.html.
 
@@ -23,6 +27,7 @@ def write_report(
 
     Args:
         skipped: (file, reason).
+        replace: whether an older report may go.
 
     Raises:
         OSError: the folder cannot be written, or holds other things than a report.
@@ -42,6 +47,6 @@ def write_report(
         **pictures,
         "report.html": report_page(videos, summaries, skipped, settings, pictures).encode(),
     }
-    with whole_folder(folder, _FILES.__contains__) as temporary:
+    with whole_folder(folder, lambda name: replace and name in _FILES) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)

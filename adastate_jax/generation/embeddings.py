@@ -120,6 +120,30 @@ class StoredTextEncoder:
         return mesh, parts.load_part(self._folder, "text_encoder", self._config, mesh)
 
 
+def encode_prompts(
+    encoder: TextEncoder, tokenizer: PieceTokenizer, prompts: Sequence[str], batch_size: int
+) -> dict[str, np.ndarray]:
+    """Embeddings of prompts [tokens, text_dim], without padding, in the encoder's dtype; each prompt is encoded once.
+
+    Prompts go in batches of equal size, each padded to a multiple of 64 tokens: at most `text_length` / 64 programs are
+    compiled. It runs under the mesh that the caller sets.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    token_ids, is_token = tokenizer.tokenize(distinct)
+    tokens = is_token.sum(axis=1)
+    lengths = np.minimum(-(-tokens // _GRANULE) * _GRANULE, tokenizer.text_length)
+    found = {}
+    for length in np.unique(lengths):
+        (rows,) = np.nonzero(lengths == length)
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            padded = np.resize(chosen, batch_size)  # a last batch repeats its prompts
+            embeddings = encode_tokens(encoder, token_ids[padded, :length], is_token[padded, :length])
+            for row, embedding in zip(chosen, np.asarray(embeddings), strict=False):
+                found[distinct[row]] = embedding[: tokens[row]]
+    return found
+
+
 def _host_mesh() -> jax.sharding.Mesh:
     try:
         return make_mesh(devices=jax.devices("cpu"))

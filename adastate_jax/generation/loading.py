@@ -17,7 +17,7 @@ from adastate_jax.errors import UserError, one_line, shown
 from adastate_jax.fields import to_dict
 from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
 from adastate_jax.generation.shipped import find_model
-from adastate_jax.generation.trained import load_bundle, load_run
+from adastate_jax.generation.trained import Trained, load_bundle, load_run
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
@@ -141,6 +141,8 @@ def load(
         raise UserError(f"{path}: what was trained here has its own configuration and decoder; name no others")
     mesh = mesh or _mesh(config)
     config, trained = load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
+    if config.data.encoded:
+        return _load_encoders(config, trained, text_cache, mesh, text_mesh)
     embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
     return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh, trained.origin)
 
@@ -160,12 +162,36 @@ def _load_parts(
     elif config.decoder == "patch":
         raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
     else:
-        student = load_part(folder, "transformer", config.model, mesh)
+        student = load_part(folder, "transformer", config.network("student"), mesh)
+    embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
+    codec = _load_codec(folder, config, mesh)
+    return Model(config, student, codec, embed, embed.fits, mesh, f"{folder}, converted networks")
+
+
+def _load_codec(folder: Path, config: Config, mesh: jax.sharding.Mesh) -> WanCodec:
     vae = config.decoder == "wan" or has_part(folder, "vae")  # the other decoder wants it for its encoder alone
     encoder = load_part(folder, "vae", config.vae, mesh) if vae else None
     decoder = encoder if config.decoder == "wan" else load_part(folder, "tiny_vae", config.tiny_vae, mesh)
-    embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
-    return Model(config, student, WanCodec(decoder, encoder), embed, embed.fits, mesh, f"{folder}, converted networks")
+    return WanCodec(decoder, encoder)
+
+
+def _load_encoders(
+    config: Config,
+    trained: Trained,
+    text_cache: str | Path | None,
+    mesh: jax.sharding.Mesh,
+    text_mesh: jax.sharding.Mesh | None,
+) -> Model:
+    """The model of a run that trained on embeddings and latents: its student, and the networks that made these."""
+    if not config.data.encoders:
+        raise UserError(
+            f"{trained.origin}: was trained on embeddings alone, with no config.data.encoders to generate with; put "
+            "its student beside a text_encoder and a vae with python -m adastate_jax.convert"
+        )
+    folder = Path(config.data.encoders)
+    embed = StoredTextEncoder(folder, config.text, Path(text_cache or folder / "text_cache"), text_mesh)
+    codec = _load_codec(folder, config, mesh)
+    return Model(config, trained.student, codec, embed, embed.fits, mesh, trained.origin)
 
 
 def _wan_config(model: DiTConfig, decoder: str) -> Config:
@@ -197,7 +223,7 @@ def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
         key = jax.random.fold_in(jax.random.key(config.seed), part)
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
 
-    student = network(lambda rngs: DiT(config.model, rngs=rngs), 0)
+    student = network(lambda rngs: DiT(config.network("student"), rngs=rngs), 0)
     embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
     return Model(config, student, _random_codec(config, network, mesh), embed, fits, mesh, "random weights")
 

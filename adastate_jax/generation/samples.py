@@ -1,23 +1,45 @@
 """Stage `sample`: the videos that a training run ends with."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
+from adastate_jax import distributed
 from adastate_jax.console import progress
 from adastate_jax.errors import writing
 from adastate_jax.files import write_text
 from adastate_jax.generation.loading import load
 from adastate_jax.generation.video_stream import stream_batch
 from adastate_jax.media import VideoWriter, contact_sheet, loss_curves, side_by_side, write_image
+from adastate_jax.sharding import make_mesh
 from adastate_jax.training.metrics import read_metrics
 from adastate_jax.training.stages.run import Run
 
 
 def sample(run: Run) -> None:
-    """Writes videos of several anchors, side by side and each by itself, a contact sheet and the loss curves."""
+    """Writes videos of several anchors, side by side and each by itself, a contact sheet and the loss curves.
+
+    Of several processes, the first does so on its own devices, while the others wait.
+    """
+    if distributed.count() == 1:
+        _sample(run)
+        return
+
+    def on_own_devices() -> None:
+        with distributed.alone():
+            devices = jax.local_devices()
+            mesh = make_mesh(fsdp=len(devices), devices=devices)
+            with jax.set_mesh(mesh):
+                _sample(dataclasses.replace(run, mesh=mesh))
+
+    distributed.from_first(on_own_devices)
+
+
+def _sample(run: Run) -> None:
     settings = run.config.sample
     folder = run.workdir / "samples"
     model = load(run.workdir, mesh=run.mesh)

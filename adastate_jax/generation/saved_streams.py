@@ -25,6 +25,7 @@ from adastate_jax.streaming.prompts import Cue
 from adastate_jax.texts import read_json
 
 _DESCRIPTION = "stream.json"
+_FORMAT = 1  # of a folder; those of earlier versions state none, and some of them have no seal
 
 
 def save_stream(video: VideoStream | SingleVideo, path: str | Path) -> None:
@@ -46,6 +47,7 @@ def save_stream(video: VideoStream | SingleVideo, path: str | Path) -> None:
     video.check()
     ahead = video.state.ahead
     description = {
+        "format": _FORMAT,
         "settings": dataclasses.asdict(video.settings),
         "single": single,
         "given": video.state.given.shape[1],
@@ -66,14 +68,19 @@ def load_stream(model: Model, path: str | Path) -> VideoStream | SingleVideo:
         path: the folder.
 
     Raises:
-        UserError: the folder is missing or damaged, or belongs to another model.
+        UserError: the folder is missing or damaged, lacks its seal, or belongs to another model. One of an earlier
+            version may lack it, and stderr says so.
     """
     check_model(model)
     path = _folder(path)
     file = path / _DESCRIPTION
     fix = "save the stream again"
     found = read_json(file, "name a folder of save_stream")
-    if is_sealed(path):
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is damaged; {fix}")
+    if found.get("format", _FORMAT) != _FORMAT:
+        raise UserError(f"{path}: is of format {shown(found['format'])}, this version reads {_FORMAT}; {fix}")
+    if is_sealed(path) or "format" in found:
         verify(path, fix)
     else:
         print(f"note: {path}: of an earlier version, {file.name} is not checked against a seal", file=sys.stderr)

@@ -2,20 +2,18 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from adastate_jax.checks import MOST_SECONDS, is_number, is_whole
 from adastate_jax.errors import UserError, shown
 from adastate_jax.generation.loading import Model
 from adastate_jax.media import FPS
 from adastate_jax.streaming.prompts import Cue, check_schedule
 from adastate_jax.texts import is_text
-
-_MOST_SECONDS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Settings:
             raise UserError(f"seed must lie in 0 … {2**32 - self.batch}{samples}, got {shown(self.seed)}")
         if self.num_frames is not None:
             object.__setattr__(self, "num_frames", _whole(self.num_frames, "num_frames"))
-            if not 1 <= self.num_frames <= _MOST_SECONDS * FPS:
-                most = _MOST_SECONDS * FPS
+            if not 1 <= self.num_frames <= MOST_SECONDS * FPS:
+                most = MOST_SECONDS * FPS
                 raise UserError(f"num_frames must lie in 1 … {most:,}, or be None, got {shown(self.num_frames)}")
         if self.anchor is not None and not isinstance(self.anchor, str):
             raise UserError(f"anchor must be a name, or None, got {shown(self.anchor)}")
@@ -71,10 +69,10 @@ def frames_of(seconds: Any) -> int | None:
     """
     if seconds is None:
         return None
-    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool | np.bool_):
+    if not is_number(seconds):
         raise UserError(f"seconds must be a number, or None, got {shown(seconds)}")
-    if not 0 < seconds < _MOST_SECONDS:  # nor is NaN
-        raise UserError(f"seconds must be positive and below {_MOST_SECONDS:,}, got {shown(seconds)}")
+    if not 0 < seconds < MOST_SECONDS:  # nor is NaN
+        raise UserError(f"seconds must be positive and below {MOST_SECONDS:,}, got {shown(seconds)}")
     return math.ceil(seconds * FPS)
 
 
@@ -108,6 +106,6 @@ def check_start(model: Model, start: Any) -> None:
 
 
 def _whole(value: Any, name: str) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not is_whole(value):
         raise UserError(f"{name} must be a whole number, got {shown(value)}")
     return int(value)

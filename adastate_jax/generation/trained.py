@@ -61,13 +61,17 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         steps = getattr(config, stage).steps
         origin = f"{path}, {adjective} student at step {step}" + (f" of {steps}" if step != steps else "")
         student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
-        frozen = load_tree(path / "frozen", with_shardings(abstract_frozen(config), mesh))
+        frozen = with_shardings(abstract_frozen(config), mesh)
+        frozen = load_tree(path / "frozen", frozen) if jax.tree.leaves(frozen) else frozen
         return config, Trained(student, frozen, origin)
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
 
 
-def write_bundle(config: Config, trained: Trained, output: Path) -> None:
+def write_bundle(config: Config, trained: Trained, output: Path, replace: bool = True) -> Path:
     """Writes student, codec and text encoder as float16 under their path names, and the configuration in the header.
+
+    Returns:
+        The file's name; without `replace`, another one than `output` if something came to lie there: see `whole_file`.
 
     Raises:
         UserError: a weight is not finite in float16, or the file cannot be written; nothing is left under its name.
@@ -81,11 +85,13 @@ def write_bundle(config: Config, trained: Trained, output: Path) -> None:
     text = json.dumps(to_dict(config))
     metadata = {"config": text, "crc32": str(_checksum(text, tensors))}
     layout = {name: (_HALF, tensor.shape) for name, tensor in tensors.items()}
+    names: list[Path] = []
     try:
-        with whole_file(output) as temporary:
+        with whole_file(output, replace, names.append) as temporary:
             write_safetensors(temporary, layout, tensors.values(), metadata)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
+    return names[0]
 
 
 def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:

@@ -23,9 +23,9 @@ from adastate_jax.generation.settings import (
 )
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
-from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.carry import Chunk, initial_carry, seed_keys
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, check_schedule, read_schedule, schedule
+from adastate_jax.streaming.prompts import Cue, Schedule, check_schedule, read_schedule, schedule
 from adastate_jax.texts import is_text
 
 
@@ -49,44 +49,99 @@ class VideoStream(Iterator[np.ndarray]):
     """A video in the making: an iterator over uint8 [B, frames of the chunk, height, width, 3]; see `stream_batch`.
 
     A chunk and its decoding are dispatched before the one before it is handed out, so that the device never waits for
-    the host. The second alone is not: the first image would wait until the decoder is compiled for what follows.
+    the host. The second alone is not: the first image would wait until the decoder is compiled for what follows. With
+    `dispatches_ahead` set to false none is: what is directed then takes effect a chunk earlier.
     """
 
     def __init__(self, model: Model, settings: Settings, state: VideoState):
         config = model.config
         self.model, self.settings = model, settings
-        stream = stream_config(config.stream, settings.anchor)
+        self.dispatches_ahead = True
+        self._stream = stream = stream_config(config.stream, settings.anchor)
         self._chunk_frames = stream.chunk_frames
         plan = schedule(settings.cues, stream, config.time_factor, FPS)
         self._chunk = int(state.carry.stream.chunk)
-        num_chunks, self.unseen = None, []  # entries of the schedule, from 1, that begin behind the end
+        self._last, self.unseen = None, []  # entries of the schedule, from 1, that begin behind the end
         if settings.num_frames is not None:
             num_latents = 1 + -(-(settings.num_frames - 1) // config.time_factor)
-            last = -(-num_latents // stream.chunk_frames)
-            num_chunks = last - self._chunk
-            self.unseen = [number for number, start in enumerate(plan.starts, 1) if start >= last]
+            self._last = -(-num_latents // stream.chunk_frames)
+            self.unseen = [number for number, start in enumerate(plan.starts, 1) if start >= self._last]
         if not state.embeddings:
-            with jax.set_mesh(model.mesh):
-                embeddings = tuple(model.embed(list(prompts)) for prompts in settings.prompts)
-            state = dataclasses.replace(state, embeddings=embeddings)
+            state = dataclasses.replace(state, embeddings=tuple(map(self._embed, settings.prompts)))
         self.state = state
         self._finite = True  # whether the frames ahead are; on the device until they are handed out
         self._decoder = {"cache": state.decoder}  # every chunk leaves another one, and a restart reads the latest
         # A rollout that begins with a picture is decoded by itself; without an encoder there is no such picture.
         codec = model.codec
         self._decodes_afresh = stream.anchor.restarts and isinstance(codec, WanCodec) and codec.encoder is not None
-        reencode = jax.tree_util.Partial(restart.reencode, codec, self._decoder) if self._decodes_afresh else None
-        self._chunks = prompted_stream(
-            model.student,
+        self._chunks = self._follow(plan)
+
+    def _embed(self, prompts: Sequence[str]) -> jax.Array:
+        with jax.set_mesh(self.model.mesh):
+            return self.model.embed(list(prompts))
+
+    def _follow(self, plan: Schedule) -> Iterator[tuple[PromptedCarry, Chunk]]:
+        """The chunks from here on, along a schedule."""
+        codec, state = self.model.codec, self.state
+        return prompted_stream(
+            self.model.student,
             state.carry,
             state.embeddings,
             plan,
-            stream,
-            config.latent_shape,
-            num_chunks,
+            self._stream,
+            self.model.config.latent_shape,
+            None if self._last is None else self._last - self._chunk,
             state.given,
-            reencode,
+            jax.tree_util.Partial(restart.reencode, codec, self._decoder) if self._decodes_afresh else None,
         )
+
+    @property
+    def next_chunk(self) -> int:
+        """Number of the next chunk that is not dispatched yet."""
+        return self._chunk
+
+    def direct(self, prompt: str | None = None, transition: str = "switch", chunks: int = 4) -> int:
+        """Adds an entry to the schedule of a running stream, in effect from `next_chunk` on.
+
+        A stream that was directed is the one that a schedule with the same entries makes, to the bit.
+
+        Args:
+            prompt: what to show, in all samples; None goes on with the prompt that there is.
+            transition, chunks: as in `Cue`.
+
+        Returns:
+            The number of the chunk with which it takes effect.
+
+        Raises:
+            UserError: nothing is generated yet; the schedule goes on behind that chunk, or an entry begins with it; the
+                video ends before it; or as `check_schedule` and `schedule`. The stream then goes on as it was.
+        """
+        config, number = self.model.config, self._chunk
+        if not number:
+            raise UserError("the stream has not begun; give its first prompt to stream")
+        if self._last is not None and number >= self._last:
+            raise UserError("the video ends before another chunk begins")
+        texts = self.settings.prompts[-1] if prompt is None else (prompt,) * self.settings.batch
+        second = self._num_frames(number) / FPS
+        cue = Cue(second, self.settings.cues[-1].prompt if prompt is None else prompt, transition, chunks)
+        check_schedule([dataclasses.replace(cue, second=0)], "direct")
+        if self.settings.cues[-1].second >= second:
+            raise UserError(
+                f"the schedule has an entry at second {self.settings.cues[-1].second:g}, and the next chunk begins at "
+                f"{second:g}: direct the stream behind it"
+            )
+        cues = (*self.settings.cues, cue)
+        plan = schedule(cues, self._stream, config.time_factor, FPS, "direct")
+        known = dict(zip(self.settings.prompts, self.state.embeddings, strict=True))
+        embedding = known[texts] if texts in known else self._embed(texts)
+        self.settings = dataclasses.replace(self.settings, cues=cues, prompts=(*self.settings.prompts, texts))
+        self.state = dataclasses.replace(self.state, embeddings=(*self.state.embeddings, embedding))
+        self._chunks = self._follow(plan)
+        return number
+
+    def latents(self) -> jax.Array:
+        """Clean latents [B, F, H, W, C] of the chunk that was dispatched last; deleted with the next one's dispatch."""
+        return self.state.carry.recent[:, -self._chunk_frames :]
 
     def __next__(self) -> np.ndarray:
         with jax.set_mesh(self.model.mesh):
@@ -95,12 +150,18 @@ class VideoStream(Iterator[np.ndarray]):
             frames, finite = self.state.ahead, self._finite
             if frames is None:
                 raise StopIteration
-            if self._chunk > 1:
+            if self._chunk > 1 and self.dispatches_ahead:
                 self._dispatch()
             else:
                 self.state = dataclasses.replace(self.state, ahead=None)
         self._refuse_not_finite(finite)
         return np.asarray(frames)
+
+    def dispatch(self) -> None:
+        """Puts the next chunk's computation on the device, if it is not there yet; `next` then hands out its frames."""
+        with jax.set_mesh(self.model.mesh):
+            if self.state.ahead is None:
+                self._dispatch()
 
     def check(self) -> None:
         """Raises UserError if the frames that come next are not finite."""
@@ -238,6 +299,10 @@ class SingleVideo(Iterator[np.ndarray]):
 
     def __next__(self) -> np.ndarray:
         return next(self.video)[0]
+
+    def direct(self, prompt: str | None = None, transition: str = "switch", chunks: int = 4) -> int:
+        """See `VideoStream.direct`."""
+        return self.video.direct(prompt, transition, chunks)
 
 
 def _begin(model: Model, settings: Settings, start: np.ndarray | None) -> VideoStream:

@@ -3,7 +3,7 @@
 from adastate_jax.media.clips import read_last_frames
 from adastate_jax.media.curves import loss_curves
 from adastate_jax.media.metadata import read_metadata
-from adastate_jax.media.panels import contact_sheet, enlarge, side_by_side
+from adastate_jax.media.panels import contact_sheet, enlarge, fitted, side_by_side
 from adastate_jax.media.pictures import read_image, write_image
 from adastate_jax.media.writers import FPS, VideoWriter, open_writer
 
@@ -12,6 +12,7 @@ __all__ = [
     "VideoWriter",
     "contact_sheet",
     "enlarge",
+    "fitted",
     "loss_curves",
     "open_writer",
     "read_image",

@@ -13,6 +13,19 @@ def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
+def fitted(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames [F, h, w, 3] uint8, as large as fits into [F, height, width, 3], in the middle of black."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    factor = min(height / frames.shape[1], width / frames.shape[2])
+    tall, wide = round(frames.shape[1] * factor), round(frames.shape[2] * factor)
+    ground = np.zeros((len(frames), height, width, 3), np.uint8)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    for frame, place in zip(frames, ground, strict=True):
+        place[top : top + tall, left : left + wide] = cv2.resize(frame, (wide, tall), interpolation=cv2.INTER_AREA)
+    return ground
+
+
 def side_by_side(panels: Mapping[str, np.ndarray], scale: int) -> np.ndarray:
     """Videos of one length, each [F, H, W, 3] uint8, next to each other under their names, enlarged."""
     columns = []

@@ -26,7 +26,7 @@ _PICTURES = re.compile(r"frame_\d{5,}\.png")
 
 
 def open_writer(
-    path: str | Path, metadata: Mapping[str, str] | None = None, fps: int | Fraction = FPS
+    path: str | Path, metadata: Mapping[str, str] | None = None, fps: int | Fraction = FPS, replace: bool = True
 ) -> "VideoWriter":
     """A `VideoWriter` of the format that the path's ending says: .mp4, .gif, .webp; a folder of PNGs without any.
 
@@ -34,11 +34,13 @@ def open_writer(
 
     Args:
         metadata: names and texts, without NUL, to write into the file, or into every PNG; `read_metadata` reads them.
+        replace: whether the video takes the place of what lies there. If not, a file that comes to lie there meanwhile
+            is kept, and this one numbered: `path` of the writer is its name once it is complete.
 
     Raises:
         UserError: the ending is another one, or what the path names cannot be written; before any work.
     """
-    return VideoWriter(path, fps, metadata)
+    return VideoWriter(path, fps, metadata, replace)
 
 
 class VideoWriter:
@@ -51,17 +53,30 @@ class VideoWriter:
         UserError: the file cannot be written; said at once where it can be known, else by `write` or at the end.
     """
 
-    def __init__(self, path: str | Path, fps: int | Fraction = FPS, metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        fps: int | Fraction = FPS,
+        metadata: Mapping[str, str] | None = None,
+        replace: bool = True,
+    ):
         self.path = Path(path)
         kind = _kind_of(str(path))
         with writing(self.path):
             _refuse_special(self.path)
-            self._place = _whole_pictures(self.path) if kind is _Pictures else files.whole_file(self.path)
+            if kind is _Pictures:
+                self._place = _whole_pictures(self.path, replace)
+            else:
+                self._place = files.whole_file(self.path, replace, self._name)
             self._encoder = kind(self._place.__enter__(), fps, dict(metadata or {}))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "video")
         self._writing: concurrent.futures.Future | None = None
         self._begun = False
+        self._cancelled = False
         self._size: tuple[int, ...] | None = None
+
+    def _name(self, path: Path) -> None:
+        self.path = path
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -80,7 +95,7 @@ class VideoWriter:
         self._size = self._size or shape[1:3]
         if shape[1:3] != self._size:
             raise UserError(f"{self.path}: frames must all be {list(self._size)} pixels, not {list(shape[1:3])}")
-        if isinstance(self._encoder, _Mp4) and any(side % 2 for side in self._size):
+        if isinstance(self._encoder, Mp4) and any(side % 2 for side in self._size):
             raise UserError(f"{self.path}: an mp4 has even sides, not {list(self._size)} pixels; write a .webp or .gif")
         with writing(self.path):
             self._wait()
@@ -88,11 +103,13 @@ class VideoWriter:
 
     def _wait(self) -> None:
         if self._writing is not None:
-            pending, self._writing = self._writing, None
-            pending.result()
+            self._writing.result()
+            self._writing = None
 
     def _compress(self, frames: np.ndarray) -> None:
         for frame in frames:
+            if self._cancelled:
+                return
             self._begun = True
             self._encoder.write(frame)
 
@@ -100,19 +117,29 @@ class VideoWriter:
         complete = False
         with writing(self.path):
             try:
-                self._thread.shutdown()
                 if kind is None:
                     self._wait()
                     if self._begun:
                         self._encoder.finish()
                         complete = True
             finally:
+                self._thread.shutdown(wait=False)
                 if complete:
                     self._place.__exit__(None, None, None)
                 else:
-                    with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
-                        self._encoder.abandon()
-                    self._place.__exit__(_Unfinished, _Unfinished(), None)
+                    self._abandon()
+
+    def _abandon(self) -> None:
+        """Removes the unfinished file, once nobody writes to it any more: whoever waited may have been interrupted."""
+        self._cancelled = True
+        try:
+            # For the work, not for its thread: a join that was interrupted takes that for ended (bpo-45274).
+            if self._writing is not None and not self._writing.cancel():
+                concurrent.futures.wait([self._writing])
+            with contextlib.suppress(OSError, av.FFmpegError):  # it may be unfinished for want of room
+                self._encoder.abandon()
+        finally:
+            self._place.__exit__(_Unfinished, _Unfinished(), None)
 
 
 class _Unfinished(Exception):
@@ -139,8 +166,8 @@ def _refuse_special(path):
         raise OSError("neither a file nor a folder")
 
 
-def _whole_pictures(path):
-    return files.whole_folder(path, lambda name: _PICTURES.fullmatch(name) is not None)
+def _whole_pictures(path, replace):
+    return files.whole_folder(path, lambda name: replace and _PICTURES.fullmatch(name) is not None)
 
 
 # --- encoders -----------------------------------------------------------------------------------------------------
@@ -206,7 +233,7 @@ class _Container:
             self._container.close()
 
 
-class _Mp4(_Container):
+class Mp4(_Container):
     """H.264 that any player shows, tagged as BT.709 whatever its size.
 
     Players take untagged video for BT.601 or BT.709 by its size, and some go by nothing but the size; of those that
@@ -334,4 +361,4 @@ class _Pictures:
         """Who made the folder removes it."""
 
 
-_KINDS = {".mp4": _Mp4, ".gif": _Gif, ".webp": _WebP}
+_KINDS = {".mp4": Mp4, ".gif": _Gif, ".webp": _WebP}

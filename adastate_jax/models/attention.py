@@ -15,16 +15,16 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.rope import Rotation, rotate
-from adastate_jax.sharding import RULES, constrain
+from adastate_jax.models.splash import LANES, HeadsMajor, heads_major, splash_attention, tile_side
+from adastate_jax.sharding import RULES, constrain, current_mesh
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
 _FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
-
-_LANES = 128  # TPU tiles are so wide
 
 MOST_SCORE_BYTES = 2**30  # float32 scores that `xla` may hold at once on a device
 
@@ -55,12 +55,22 @@ def concatenate(*parts: KeyValues) -> KeyValues:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-3), *parts)
 
 
+Context = KeyValues | HeadsMajor
+
 # (query, key, value of the live tokens, un-rotated; their rotation; the layer's context, already rotated)
 # -> output, and what is kept of the layer: its keys and values, un-rotated, and whatever else is to be known of it
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, KeyValues | None], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Rotation, Context | None], tuple[jax.Array, Any]]
 
 
-def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> str | None:
+def target_device() -> jax.Device | AbstractDevice:
+    """The device that the program being traced is for: of the current mesh's kind, else the default one."""
+    wanted, here = jax.sharding.get_abstract_mesh().abstract_device, jax.devices()[0]
+    if wanted is None or (wanted.platform, wanted.device_kind) == (here.platform, here.device_kind):
+        return here
+    return wanted
+
+
+def shortcoming(backend: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str | None:
     """Why a backend cannot serve heads of this dtype and size on a device; None if it can."""
     if backend == "xla":
         return None
@@ -69,12 +79,13 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
     if backend == "splash":
         if dtype != "bfloat16":
             return f"it is for bfloat16, not for {dtype}"
-        return f"head dim {head_dim} is no multiple of {_LANES}" if head_dim % _LANES else None
-    if "cuda" not in device.client.platform_version:
+        return f"head dim {head_dim} is no multiple of {LANES}" if head_dim % LANES else None
+    absent = isinstance(device, AbstractDevice)  # JAX knows but its name; what programs can be compiled for is Hopper
+    if not absent and "cuda" not in device.client.platform_version:
         return "it needs CUDA"
     if dtype not in ("bfloat16", "float16"):
         return f"it is for bfloat16 and float16, not for {dtype}"
-    capability = float(device.compute_capability)
+    capability = 9.0 if absent else float(device.compute_capability)
     if capability < 8:
         return f"it needs compute capability 8.0, not {capability}"
     largest = 256 if capability >= 9 else 128
@@ -82,7 +93,7 @@ def shortcoming(backend: str, device: jax.Device, dtype: str, head_dim: int) -> 
 
 
 @functools.cache  # so that each program's choice is in the log once, not once per trace
-def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) -> str:
+def resolve_backend(name: str, device: jax.Device | AbstractDevice, dtype: str, head_dim: int) -> str:
     """The backend that serves: the named one, or for `auto` the device's fused one where it can, else XLA's.
 
     Args:
@@ -110,13 +121,16 @@ def resolve_backend(name: str, device: jax.Device, dtype: str, head_dim: int) ->
     return "xla" if reason else wanted
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) -> jax.Array:
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, backend: str, context: Context | None = None
+) -> jax.Array:
     """Softmax attention, every query sees every key.
 
     Args:
         query: [B, T, heads, head_dim].
         key, value: [B, S, heads, head_dim].
-        backend: one of `BACKENDS`, resolved for the default device when the program is traced.
+        backend: one of `BACKENDS`, resolved for `target_device` when the program is traced.
+        context: keys and values that are seen beside them, plain or from `lay_out` for S further tokens.
 
     Returns:
         [B, T, heads, head_dim] in the dtype of `query`.
@@ -124,13 +138,43 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, backend: str) 
     Raises:
         ValueError, UserError: as `resolve_backend`.
     """
-    chosen = resolve_backend(backend, jax.devices()[0], query.dtype.name, query.shape[-1])
+    chosen = _serving(backend, query.dtype.name, query.shape[-1])
+    if isinstance(context, KeyValues):
+        seen = concatenate(context, KeyValues(key, value))
+        key, value, context = seen.key, seen.value, None
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    if chosen == "splash":
-        return splash_attention(query, key, value)
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return _xla_attention(query, key, value)
+    with jax.named_scope(f"attention_{chosen}"):  # by which profiles and compiled programs tell it
+        if chosen == "splash":
+            return splash_attention(query, key, value, context)
+        if chosen == "cudnn":
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return _xla_attention(query, key, value)
+
+
+def _serving(backend: str, dtype: str, head_dim: int) -> str:
+    return resolve_backend(backend, target_device(), dtype, head_dim)
+
+
+def lay_out(context: KeyValues | None, live_tokens: int, backend: str, dtype: str) -> Context | None:
+    """A context as the backend reads it, so that no pass and no layer has to turn it again.
+
+    Args:
+        context: rotated keys and values [..., T, heads, head_dim].
+        live_tokens: how many others will be seen beside it.
+        backend, dtype: of the attention that will read it.
+
+    Returns:
+        For `splash` heads-major, with the zeros behind it that fill its and the live tokens' last tile; else unchanged.
+    """
+    if context is None or _serving(backend, dtype, context.key.shape[-1]) != "splash":
+        return context
+    if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:  # tokens are exchanged for heads first
+        return context
+    total = context.num_tokens + live_tokens
+    return HeadsMajor(
+        *(heads_major(x.astype(dtype), -total % tile_side(total)) for x in (context.key, context.value)),
+        num_tokens=context.num_tokens,
+    )
 
 
 def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -138,16 +182,22 @@ def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
     queries, keys = query.shape[1], key.shape[1]
     per_query = 4 * keys * _per_device("batch", query.shape[0]) * _per_device("heads", query.shape[2])
     if queries * per_query <= MOST_SCORE_BYTES:
-        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        return _exact_attention(query, key, value)
     block = max(MOST_SCORE_BYTES // per_query, 1)
     _say_blocks(queries, keys, queries * per_query, block)
     return attention_in_blocks(query, key, value, block)
 
 
+def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    stated = "highest" if query.dtype == jnp.float32 else None  # as `linear.stated_precision`
+    with jax.default_matmul_precision(stated):
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
 def _per_device(axis: str, size: int) -> int:
     """How much of an activation's axis lies on one device of the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    extent = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    mesh = current_mesh()
+    extent = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES[axis])
     return size // extent if size % extent == 0 else size
 
 
@@ -162,88 +212,52 @@ def _say_blocks(queries: int, keys: int, score_bytes: int, block: int) -> None:
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention_in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, most_queries: int) -> jax.Array:
     """`attention` by XLA of at most so many queries at a time; their scores are computed again for the gradient.
 
+    The blocks' gradients of keys and values are summed in float32.
+
     Args:
         query, key, value: as `attention`, of one dtype.
     """
+    outputs = jax.lax.map(lambda block: _exact_attention(block, key, value), _query_blocks(query, most_queries))
+    return _joined_blocks(outputs, query.shape[1])
+
+
+def _query_blocks(query: jax.Array, most_queries: int) -> jax.Array:
+    """[B, T, heads, d] → [blocks, B, queries of a block, heads, d], the last filled up with zeros."""
     queries = query.shape[1]
     count = -(-queries // most_queries)
-    size = -(-queries // count)
-    padded = jnp.pad(query, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
+    padded = jnp.pad(query, ((0, 0), (0, -queries % count), (0, 0), (0, 0)))
     blocks = einops.rearrange(padded, "b (n t) heads d -> n b t heads d", n=count)
-    # In float32, so that the blocks' gradients of keys and values are summed in it.
-    exact_key, exact_value = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # needless in the body of a scan
-    def attend_block(block: jax.Array) -> jax.Array:
-        key, value = exact_key.astype(block.dtype), exact_value.astype(block.dtype)
-        return jax.nn.dot_product_attention(block, key, value, implementation="xla")
-
-    outputs = jax.lax.map(attend_block, constrain(blocks, None, "batch", None, "heads"))
-    return einops.rearrange(outputs, "n b t heads d -> b (n t) heads d")[:, :queries]
+    return constrain(blocks, None, "batch", None, "heads")
 
 
-def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:
-    """`attention` by JAX's Pallas kernel for TPUs, on each device's samples and heads by themselves.
-
-    Args:
-        query, key, value: as `attention`, of one dtype.
-        interpret: evaluates the kernel step by step instead of compiling it, on any platform; for tests.
-    """
-    function = functools.partial(_splash, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function(query, key, value)
-
-    def split(axis: str, size: int) -> tuple[str, ...] | None:
-        return RULES[axis] if size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else None
-
-    # A kernel is opaque to the partitioner: without this it would be refused on more than one device.
-    spec = jax.P(split("batch", query.shape[0]), None, split("heads", query.shape[2]), None)
-    return jax.shard_map(function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
+def _joined_blocks(blocks: jax.Array, queries: int) -> jax.Array:
+    return einops.rearrange(blocks, "n b t heads d -> b (n t) heads d")[:, :queries]
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Mosaic is loaded only where it is used
-
-    query_tokens, key_tokens = query.shape[1], key.shape[1]
-    query_block, key_block = _block(query_tokens), _block(key_tokens)
-    scaled = (query.astype(jnp.float32) / math.sqrt(query.shape[-1])).astype(query.dtype)  # the kernel does not scale
-    query, key, value = _padded(scaled, query_block), _padded(key, key_block), _padded(value, key_block)
-    segments = None
-    if key.shape[2] != key_tokens:  # all queries are of segment 1, padding ones too: they need keys, and are cut off
-        real = (jnp.arange(key.shape[2]) < key_tokens).astype(jnp.int32)
-        segments = splash.SegmentIds(q=jnp.ones(query.shape[2], jnp.int32), kv=real)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.FullMask((query.shape[2], key.shape[2]))] * query.shape[1]),
-        block_sizes=splash.BlockSizes(
-            block_q=query_block,
-            block_kv=key_block,
-            block_q_dkv=query_block,
-            block_kv_dkv=key_block,
-            block_q_dq=query_block,
-            block_kv_dq=key_block,
-        ),
-        interpret=interpret,
-    )
-    output = jax.vmap(lambda query, key, value: kernel(query, key, value, segment_ids=segments))(query, key, value)
-    return einops.rearrange(output[:, :, :query_tokens], "b heads t d -> b t heads d")
+def _blocks_forward(query, key, value, most_queries):
+    return attention_in_blocks(query, key, value, most_queries), (query, key, value)
 
 
-def _block(tokens: int) -> int:
-    """Side of the kernel's tiles along so many tokens: one tile if it fits, else the side that pads least."""
-    largest = 8 * _LANES
-    if tokens <= largest:
-        return -(-tokens // _LANES) * _LANES
-    return min(range(largest, largest // 2 - 1, -_LANES), key=lambda block: -tokens % block)
+def _blocks_backward(most_queries: int, saved, gradient: jax.Array):
+    query, key, value = saved
+
+    def step(total, inputs):
+        block, to_output = inputs
+        to_block, *to_context = jax.vjp(_exact_attention, block, key, value)[1](to_output)
+        return tuple(x + part for x, part in zip(total, to_context, strict=True)), to_block
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    blocks = _query_blocks(query, most_queries), _query_blocks(gradient, most_queries)
+    (to_key, to_value), to_blocks = jax.lax.scan(step, zeros, blocks)
+    to_query = _joined_blocks(to_blocks, query.shape[1])
+    return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype)
 
 
-def _padded(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, heads, d] → [B, heads, T rounded up to whole blocks, d], with zeros."""
-    x = einops.rearrange(x, "b t heads d -> b heads t d")
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+attention_in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def attend_all(backend: str) -> Attend:
@@ -251,8 +265,8 @@ def attend_all(backend: str) -> Attend:
 
     def attend(query, key, value, rotation, context):
         live = KeyValues(rotate(key, rotation), value)
-        seen = live if context is None else concatenate(context, live)
-        return attention(rotate(query, rotation), seen.key, seen.value, backend), KeyValues(key, value)
+        output = attention(rotate(query, rotation), live.key, live.value, backend, context)
+        return output, KeyValues(key, value)
 
     return attend
 

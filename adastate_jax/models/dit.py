@@ -19,12 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
-from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.attention import Attend, Context, KeyValues
+from adastate_jax.models.context_parallel import constrain_kept, cross_attention, self_attention
 from adastate_jax.models.linear import Linear
+from adastate_jax.models.quantized import QUANTIZATIONS, QuantizedLinear
 from adastate_jax.models.rope import rotation
 from adastate_jax.sharding import constrain
 
-REMAT_POLICIES = ("none", "block", "attention")
+REMAT_POLICIES = ("none", "block", "attention", "dots")
 _SIZES = (
     "dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim", "text_length", "freq_dim",
 )  # fmt: skip
@@ -42,7 +44,9 @@ class DiTConfig:
             is.
         attention: a backend of `models/attention.py`.
         remat: what the backward pass keeps of a block: `none` recomputes nothing, `block` keeps only block inputs,
-            `attention` also keeps attention outputs.
+            `attention` also keeps attention outputs, `dots` all products with weights, but not attention scores.
+        quantization: of the blocks' weights, where they are frozen: `int8`, `float8`, or empty; see
+            `models/quantized.py`.
     """
 
     dim: int = 1536
@@ -63,6 +67,7 @@ class DiTConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "block"
+    quantization: str = ""
 
     def __post_init__(self):
         require_at_least_one(self, *_SIZES)
@@ -76,6 +81,9 @@ class DiTConfig:
             raise ValueError(f"prediction must be flow or clean, got {self.prediction!r}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        if self.quantization not in QUANTIZATIONS:
+            known = ", ".join(filter(None, QUANTIZATIONS))
+            raise ValueError(f"quantization must be one of {known}, or empty, got {self.quantization!r}")
         if self.attention not in attention_lib.BACKENDS:
             raise ValueError(f"attention must be one of {', '.join(attention_lib.BACKENDS)}, got {self.attention!r}")
 
@@ -99,6 +107,16 @@ def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
+def _rms_norm(x: jax.Array, norm: nnx.RMSNorm) -> jax.Array:
+    """RMS norm over all heads together, in float32.  [B, T, heads, head_dim].
+
+    Heads are split before it, not after: a TPU then writes the projection in the layout that attention reads.
+    """
+    y = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(axis=(-2, -1), keepdims=True) + norm.epsilon)
+    return (y * (inverse * norm.scale[...].astype(jnp.float32).reshape(x.shape[-2:]))).astype(x.dtype)
+
+
 def _xavier(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     return (draw_normal(key, shape) * math.sqrt(2 / sum(shape))).astype(dtype)
 
@@ -118,11 +136,18 @@ def _linear(config: "DiTConfig", rngs: nnx.Rngs, dtype: str | None = None):
     return functools.partial(Linear, dtype=dtype, param_dtype=config.param_dtype, kernel_init=_xavier, rngs=rngs)
 
 
+def _block_linear(config: "DiTConfig", rngs: nnx.Rngs):
+    if not config.quantization:
+        return _linear(config, rngs)
+    settings = {"dtype": config.dtype, "param_dtype": config.param_dtype, "quantization": config.quantization}
+    return functools.partial(QuantizedLinear, **settings)
+
+
 class Attention(nnx.Module):
-    """Projections of one attention layer; the full-width RMS norm of queries and keys precedes the head split."""
+    """Projections of one attention layer; the RMS norm of queries and keys is over all heads together."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = functools.partial(_linear(config, rngs), config.dim, config.dim)
+        linear = functools.partial(_block_linear(config, rngs), config.dim, config.dim)
         self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
         self.normalize = config.qk_norm
         if config.qk_norm:
@@ -138,30 +163,29 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        x = einops.rearrange(x, "b t (heads d) -> b t heads d", heads=self.num_heads)
-        return constrain(x, "batch", None, "heads")
+        x = einops.rearrange(x, "... (heads d) -> ... heads d", heads=self.num_heads)
+        return constrain(x, "batch", None, *(("tokens",) if x.ndim == 5 else ()), "heads")
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] → [B, T, heads, head_dim]."""
-        query = self.query(x)
-        return self._heads(self.norm_query(query).astype(query.dtype) if self.normalize else query)
+        """[B, …, D] → [B, …, heads, head_dim]; … are F frames and S tokens of each, or T tokens."""
+        query = self._heads(self.query(x))
+        return _rms_norm(query, self.norm_query) if self.normalize else query
 
     def keys_values(self, x: jax.Array) -> KeyValues:
-        """[B, T, D] → keys and values [B, T, heads, head_dim]."""
-        key = self.key(x)
-        key = self.norm_key(key).astype(key.dtype) if self.normalize else key
-        return KeyValues(self._heads(key), self._heads(self.value(x)))
+        """[B, …, D] → keys and values [B, …, heads, head_dim]; … as for `queries`."""
+        key = self._heads(self.key(x))
+        return KeyValues(_rms_norm(key, self.norm_key) if self.normalize else key, self._heads(self.value(x)))
 
     def merge(self, x: jax.Array) -> jax.Array:
-        """[B, T, heads, head_dim] → [B, T, D], through the output projection."""
-        return self.output(einops.rearrange(x, "b t heads d -> b t (heads d)"))
+        """[B, …, heads, head_dim] → [B, …, D], through the output projection."""
+        return self.output(x, axes=2)
 
 
 class Block(nnx.Module):
     """Self-attention, cross-attention and feed-forward, modulated per frame by the timestep."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        linear = _linear(config, rngs)
+        linear = _block_linear(config, rngs)
         self.self_attention = Attention(config, rngs=rngs)
         self.cross_attention = Attention(config, rngs=rngs)
         self.ffn_in = linear(config.dim, config.ffn_dim)
@@ -180,32 +204,26 @@ class Block(nnx.Module):
             x: residual stream [B, F, S, D], S tokens per frame.
             time: projected timestep embedding [B, F, 6, D] float32.
             text: this layer's text keys and values [B, T, heads, head_dim].
-            attend: (query, keys and values) → output, all [B, F·S, heads, head_dim], and what it keeps of the layer.
+            attend: (query, keys and values) → output, all [B, F, S, heads, head_dim], and what it keeps of the layer.
 
         Returns:
             The stream, and what `attend` kept.
         """
-        frames, dtype = x.shape[1], x.dtype
-        modulation = self.modulation[...].astype(jnp.float32) + time
+        dtype = x.dtype
+        modulation = constrain(self.modulation[...].astype(jnp.float32) + time, "batch")
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (modulation[:, :, None, i] for i in range(6))
-
-        def tokens(y):
-            return einops.rearrange(y, "b f s d -> b (f s) d")
 
         def gated(residual, gate, y):
             return (residual.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(dtype)
 
-        def framed(y):
-            return einops.rearrange(y, "b (f s) d -> b f s d", f=frames)
-
-        y = tokens((_layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype))
+        y = (_layer_norm(x, self.eps) * (1 + scale) + shift).astype(dtype)
         fresh = self.self_attention.keys_values(y)
         y, kept = attend(self.self_attention.queries(y), fresh)
-        x = gated(x, gate, framed(self.self_attention.merge(checkpoint_name(y, "attention_output"))))
+        x = gated(x, gate, self.self_attention.merge(checkpoint_name(y, "attention_output")))
 
-        y = tokens(self.norm_cross(x).astype(dtype) if self.normalize_cross else x)
-        y = attention_lib.attention(self.cross_attention.queries(y), text.key, text.value, self.backend)
-        x = x + framed(self.cross_attention.merge(checkpoint_name(y, "attention_output")))
+        y = self.norm_cross(x).astype(dtype) if self.normalize_cross else x
+        y = cross_attention(self.cross_attention.queries(y), text, self.backend)
+        x = x + self.cross_attention.merge(checkpoint_name(y, "attention_output"))
 
         y = (_layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
         x = gated(x, ffn_gate, self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)))
@@ -241,7 +259,17 @@ class DiT(nnx.Module):
         """
         text = self.text_in(embeddings.astype(self.config.dtype))
         text = self.text_out(jax.nn.gelu(text, approximate=True))
-        return jax.lax.map(lambda block: block.cross_attention.keys_values(text), self.blocks)
+        return jax.lax.map(lambda block: constrain_kept(block.cross_attention.keys_values(text)), self.blocks)
+
+    def lay_out(self, context: Context | None, latents: jax.Array) -> Context | None:
+        """A context as the passes over live `latents` [B, F, H, W, C] read it fastest: see `attention.lay_out`.
+
+        Every pass does this for itself; several passes with one context need it only once.
+        """
+        if not isinstance(context, KeyValues):
+            return context
+        tokens = latents.shape[1] * self.config.frame_tokens(*latents.shape[2:4])
+        return attention_lib.lay_out(context, tokens, self.config.attention, self.config.dtype)
 
     def __call__(
         self,
@@ -250,7 +278,7 @@ class DiT(nnx.Module):
         text: KeyValues,
         positions,
         attend: Attend | None = None,
-        context: KeyValues | None = None,
+        context: Context | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """One pass over the live frames.
 
@@ -260,15 +288,18 @@ class DiT(nnx.Module):
             text: `text_keys_values` of the prompts, [layers, B, T, heads, head_dim].
             positions: temporal position of each frame, [F].
             attend: who sees whom; the default lets all frames see each other and the context.
-            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim].
+            context: cached keys, rotated to their positions, and values, [layers, B, S, heads, head_dim], or what
+                `lay_out` made of them.
 
         Returns:
             The flow [B, F, H, W, C] in float32, and what `attend` kept of the layers: the frames' own keys (un-rotated)
             and values [layers, B, F·H·W / patch, heads, head_dim].
         """
         config = self.config
-        attend = attention_lib.attend_all(config.attention) if attend is None else attend
         _, patch_height, patch_width = config.patch_size
+        if attend is None:
+            attend = attention_lib.attend_all(config.attention)
+            context = self.lay_out(context, latents)
         config.frame_tokens(*latents.shape[2:4])
         height, width = latents.shape[2] // patch_height, latents.shape[3] // patch_width
         turn = rotation(positions, height, width, config.head_dim)
@@ -276,25 +307,25 @@ class DiT(nnx.Module):
         patches = einops.rearrange(
             latents, "b f (h ph) (w pw) c -> b f (h w) (ph pw c)", ph=patch_height, pw=patch_width
         )
-        x = constrain(self.patch_embedding(patches.astype(config.dtype)), "batch")
-        embedding = self.time_out(jax.nn.silu(self.time_in(_sinusoid(timesteps, config.freq_dim))))
-        embedding = constrain(embedding, "batch")  # [B, F, D]
+        x = constrain(self.patch_embedding(patches.astype(config.dtype)), "batch", None, "tokens")
+        hidden = constrain(self.time_in(_sinusoid(timesteps, config.freq_dim)), "batch")
+        embedding = constrain(self.time_out(jax.nn.silu(hidden)), "batch")  # [B, F, D]
         time = einops.rearrange(self.time_projection(jax.nn.silu(embedding)), "b f (n d) -> b f n d", n=6)
         time = constrain(time, "batch")  # gathered once here, not in every layer
 
         def run_block(x, layer):
             block, layer_text, layer_context = layer
             x, fresh = block(
-                x, time, layer_text, lambda query, live: attend(query, live.key, live.value, turn, layer_context)
+                x, time, layer_text, lambda query, live: self_attention(attend, query, live, turn, layer_context)
             )
-            return constrain(x, "batch"), fresh
+            return constrain(x, "batch", None, "tokens"), fresh
 
         x, fresh = jax.lax.scan(_remat(run_block, config.remat), x, (self.blocks, text, context))
 
         shift, scale = (self.head_modulation[i].astype(jnp.float32) + embedding for i in range(2))
         x = _layer_norm(x, config.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
         output = einops.rearrange(
-            self.head(x),
+            constrain(self.head(x), "batch"),
             "b f (h w) (ph pw c) -> b f (h ph) (w pw) c",
             h=height,
             w=width,
@@ -317,5 +348,10 @@ def _sinusoid(timesteps: jax.Array, dim: int) -> jax.Array:
 def _remat(function, policy: str):
     if policy == "none":
         return function
-    kept = jax.checkpoint_policies.save_only_these_names("attention_output") if policy == "attention" else None
+    policies = jax.checkpoint_policies
+    kept = {
+        "block": None,
+        "attention": policies.save_only_these_names("attention_output"),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[policy]
     return jax.checkpoint(function, policy=kept, prevent_cse=False)  # needless in the body of a scan

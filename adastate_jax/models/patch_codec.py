@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adastate_jax.checks import require_at_least_one
+from adastate_jax.models.linear import stated_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PatchCodec:
         patches = einops.rearrange(
             video.astype(jnp.float32), "b n (h p) (w q) c -> b n h w (p q c)", p=self.patch, q=self.patch
         )
-        return (patches - self.mean) @ self.basis / self.scale
+        return _product(patches - self.mean, self.basis) / self.scale
 
     def decode_start(self, batch: int, height: int, width: int) -> tuple[()]:
         """The feature cache before the first latents: there is none."""
@@ -68,9 +69,13 @@ class PatchCodec:
 
     def decode(self, latents: jax.Array, cache: tuple[()], first: bool) -> tuple[jax.Array, tuple[()]]:
         """Latents [B, N, H, W, C] → video [B, N, H · patch, W · patch, 3], not clipped to −1..1, and the cache."""
-        patches = (latents * self.scale) @ self.basis.T + self.mean
+        patches = _product(latents * self.scale, self.basis.T) + self.mean
         video = einops.rearrange(patches, "b n h w (p q c) -> b n (h p) (w q) c", p=self.patch, q=self.patch)
         return video, cache
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=stated_precision("float32"))
 
 
 def fit_patch_codec(config: PatchCodecConfig, videos: np.ndarray) -> PatchCodec:

@@ -17,7 +17,10 @@ THETA = 10000.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Angles of T tokens as tables `cos`, `sin`, each [T, head_dim / 2] float32."""
+    """Angles of T tokens as tables `cos`, `sin`, each [T, head_dim] float32.
+
+    Of a pair's two channels both have the cosine; the first has minus the sine, the second the sine.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -57,10 +60,13 @@ def rotation(positions, height: int, width: int, head_dim: int) -> Rotation:
         [np.repeat(row[:height], width, axis=0), np.tile(column[:width], (height, 1))], axis=-1
     )  # [height * width, row and column pairs]
 
-    def table(function):
-        temporal = function(frame).astype(np.float32)
+    def table(function, signs):
+        def paired(angles):  # [..., pairs] -> [..., 2 pairs]
+            return (function(angles)[..., None] * signs).reshape(*angles.shape[:-1], -1).astype(np.float32)
+
+        temporal = paired(frame)
         temporal = temporal[positions] if isinstance(positions, np.ndarray) else jnp.asarray(temporal)[positions]
-        fixed = function(spatial).astype(np.float32)
+        fixed = paired(spatial)
         frames, tokens = temporal.shape[0], fixed.shape[0]
         joined = jnp.concatenate(
             [
@@ -69,15 +75,22 @@ def rotation(positions, height: int, width: int, head_dim: int) -> Rotation:
             ],
             axis=-1,
         )
-        return joined.reshape(frames * tokens, head_dim // 2)
+        return joined.reshape(frames * tokens, head_dim)
 
-    return Rotation(table(np.cos), table(np.sin))
+    return Rotation(table(np.cos, np.ones(2)), table(np.sin, np.array([-1.0, 1.0])))
 
 
 def rotate(tokens: jax.Array, by: Rotation) -> jax.Array:
-    """Rotates the channel pairs (2i, 2i + 1) of queries or keys in float32.  tokens [..., T, heads, head_dim]."""
-    pairs = tokens.astype(jnp.float32).reshape(*tokens.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = by.cos[:, None], by.sin[:, None]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(tokens.shape).astype(tokens.dtype)
+    """Rotates the channel pairs (2i, 2i + 1) of queries or keys in float32.  tokens [..., T, heads, head_dim].
+
+    The other channel of each pair comes by a product with a permutation, which is exact: pairs as an axis of two would
+    lie across a TPU's lanes, and turn every array around them into another layout.
+    """
+    other = jnp.matmul(tokens, _other_of_pair(tokens.shape[-1], tokens.dtype), precision=jax.lax.Precision.HIGHEST)
+    turned = tokens.astype(jnp.float32) * by.cos[:, None] + other.astype(jnp.float32) * by.sin[:, None]
+    return turned.astype(tokens.dtype)
+
+
+def _other_of_pair(head_dim: int, dtype) -> np.ndarray:
+    """The permutation that swaps the two channels of each pair, [head_dim, head_dim]."""
+    return np.eye(head_dim, dtype=dtype).reshape(-1, 2, head_dim)[:, ::-1].reshape(head_dim, head_dim)

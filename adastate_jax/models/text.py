@@ -23,6 +23,7 @@ from flax import nnx
 from adastate_jax.checks import require_at_least_one, require_dtypes, require_positive
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError
+from adastate_jax.models.linear import stated_precision
 from adastate_jax.sharding import constrain
 
 
@@ -115,6 +116,7 @@ class Block(nnx.Module):
                 kernel_init=lambda key, shape, dtype: (scale * draw_normal(key, shape)).astype(dtype),
                 dtype=config.dtype,
                 param_dtype=config.param_dtype,
+                precision=stated_precision(config.dtype),
                 rngs=rngs,
             )
 
@@ -147,17 +149,18 @@ class Block(nnx.Module):
             The stream.
         """
         dtype = x.dtype
+        product = functools.partial(jnp.einsum, precision=stated_precision(dtype))
         y = self.norm_attention(x).astype(dtype)
         query, key, value = (
             einops.rearrange(project(y), "b t (heads d) -> b t heads d", heads=self.num_heads)
             for project in (self.query, self.key, self.value)
         )
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        logits = product("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         bias = einops.rearrange(self.position_bias[...].astype(jnp.float32)[buckets], "q k heads -> heads q k")
         # A finite lowest value, so that a row without any visible key gives numbers and not NaN.
         logits = jnp.where(visible[:, None, None], logits + bias, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        y = einops.rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights, value), "b t heads d -> b t (heads d)")
+        y = einops.rearrange(product("bhqk,bkhd->bqhd", weights, value), "b t heads d -> b t (heads d)")
         x = x + self.output(y)
 
         y = self.norm_ffn(x).astype(dtype)

@@ -32,7 +32,7 @@ class TinyVAEConfig:
         temporal_upsample, temporal_downsample: which of the decoder's and the encoder's three steps, each a factor
             two in space, also change the frame rate by two.
         param_dtype, dtype: of the weights, and of convolutions and the features between them.
-        tile: as of `VAEConfig`.
+        tile, latents_per_call: as of `VAEConfig`.
     """
 
     latent_channels: int = 16
@@ -42,9 +42,10 @@ class TinyVAEConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"
     tile: int = 0
+    latents_per_call: int = 1
 
     def __post_init__(self):
-        require_at_least_one(self, "latent_channels", "widths")
+        require_at_least_one(self, "latent_channels", "widths", "latents_per_call")
         require_dtypes(self)
         check_tile(self.tile)
         if not len(self.widths) == len(self.temporal_upsample) == len(self.temporal_downsample) == 3:
@@ -178,7 +179,7 @@ class TinyVAE(nnx.Module):
     def decode_step(
         self, latents: jax.Array, cache: FeatureCache | None, first: bool
     ) -> tuple[jax.Array, FeatureCache]:
-        """One pass of the decoder: `vae.decode` of a single latent frame."""
+        """One pass of the decoder: `video_coding.decode` of a single latent frame, or of several at once."""
         config, memory = self.config, Memory(cache)
         video = self.decoder(constrain(latents.astype(config.dtype), "batch"), memory)
         if first:

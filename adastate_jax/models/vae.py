@@ -17,6 +17,7 @@ from flax import nnx
 
 from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.attention import attention
+from adastate_jax.models.linear import stated_precision
 from adastate_jax.models.video_layers import (
     PARTS,
     Blocks,
@@ -46,6 +47,8 @@ class VAEConfig:
             convolution and the latents' scaling run in float32 whatever `dtype` is.
         tile: streams are decoded in square tiles of so many latents a side, which share a quarter of it with their
             neighbours, for less memory; 0 decodes whole frames. See `tiled_decode`.
+        latents_per_call: how many latent frames go through the decoder at once. The video is the same; more of them
+            take more memory, and a TPU about half the time (docs/performance.md).
     """
 
     dim: int = 96
@@ -64,9 +67,10 @@ class VAEConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"
     tile: int = 0
+    latents_per_call: int = 1
 
     def __post_init__(self):
-        require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks")
+        require_at_least_one(self, "dim", "latent_channels", "dim_multipliers", "num_res_blocks", "latents_per_call")
         require_dtypes(self)
         check_tile(self.tile)
         # Levels and blocks are layers of their own, not stacked: a number from a file must not make billions of them.
@@ -124,6 +128,7 @@ class CausalConv(nnx.Module):
                 window_strides=(1, 1),
                 padding="SAME",
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=stated_precision(self.dtype),
             ).astype(jnp.float32)
         return einops.rearrange(y.astype(self.dtype), "(b f) h w c -> b f h w c", b=batch)
 
@@ -332,7 +337,7 @@ class VAE(nnx.Module):
     def decode_step(
         self, latents: jax.Array, cache: FeatureCache | None, first: bool
     ) -> tuple[jax.Array, FeatureCache]:
-        """One pass of the decoder: `decode` of a single latent frame."""
+        """One pass of the decoder: `decode` of a single latent frame, or, if not the first, of several at once."""
         config, memory = self.config, Memory(cache)
         mean, std = (np.asarray(x, np.float32) for x in (config.latents_mean, config.latents_std))
         raw = (latents.astype(jnp.float32) * std + mean).astype(config.dtype)

@@ -19,7 +19,7 @@ from adastate_jax.models.video_layers import FeatureCache
 
 
 def _run(step: Callable, x: jax.Array, cache: FeatureCache, first: bool, group: int) -> tuple[Any, FeatureCache]:
-    """Runs `step` over a clip: on the first frame if it is the first call, then on every `group` frames.
+    """Runs `step` over a clip: on the first frame if it is the first call, then on every `group` frames and the rest.
 
     Memory use is that of one step, however long the clip.
 
@@ -31,8 +31,9 @@ def _run(step: Callable, x: jax.Array, cache: FeatureCache, first: bool, group: 
         y, cache = step(x[:, :1], cache, True)
         outputs.append(y)
         x = x[:, 1:]
-    if x.shape[1]:
-        groups = einops.rearrange(x, "b (n group) h w c -> n b group h w c", group=group)
+    whole = x.shape[1] - x.shape[1] % group
+    if whole:
+        groups = einops.rearrange(x[:, :whole], "b (n group) h w c -> n b group h w c", group=group)
 
         def scan_step(cache, frames):
             y, cache = step(frames, cache, False)
@@ -40,6 +41,9 @@ def _run(step: Callable, x: jax.Array, cache: FeatureCache, first: bool, group: 
 
         cache, y = jax.lax.scan(scan_step, cache, groups)
         outputs.append(jax.tree.map(lambda z: einops.rearrange(z, "n b f h w c -> b (n f) h w c"), y))
+    if whole < x.shape[1]:
+        y, cache = step(x[:, whole:], cache, False)
+        outputs.append(y)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outputs), cache
 
 
@@ -66,7 +70,7 @@ def decode(model: Any, latents: jax.Array, cache: FeatureCache, first: bool) -> 
             f"latents must be [batch, frames, height, width, {model.config.latent_channels}] with at least one frame, "
             f"got {list(latents.shape)}"
         )
-    return _run(model.decode_step, latents, cache, first, group=1)
+    return _run(model.decode_step, latents, cache, first, group=model.config.latents_per_call)
 
 
 def encode_moments(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adastate_jax.models.linear import stated_precision
+
 PARTS = ("encoder", "decoder")
 
 
@@ -90,6 +92,7 @@ def spatial_conv(inputs: int, outputs: int, config: Any, *, rngs: nnx.Rngs, **op
         kernel_init=kernel_init,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
+        precision=stated_precision(config.dtype),
         rngs=rngs,
         **options,
     )
@@ -103,6 +106,7 @@ def pointwise(inputs: int, outputs: int, config: Any, *, rngs: nnx.Rngs, dtype=N
         kernel_init=kernel_init,
         dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
+        precision=stated_precision(dtype or config.dtype),
         rngs=rngs,
         **options,
     )

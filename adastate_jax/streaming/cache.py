@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adastate_jax.models.attention import KeyValues, concatenate
+from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.streaming.layout import Layout
@@ -37,7 +38,7 @@ def empty(model: DiTConfig, anchor: NoAnchor, past_frames: int, batch: int, fram
 
     def zeros(frames: int) -> KeyValues:
         shape = (model.num_layers, batch, frames * frame_tokens, model.num_heads, model.head_dim)
-        return KeyValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+        return constrain_kept(KeyValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)))
 
     return Cache(anchor.initial(zeros, past_frames), zeros(past_frames))
 

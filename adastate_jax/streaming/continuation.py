@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from adastate_jax.diffusion import add_noise
 from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiT
-from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.carry import Chunk, ChunkNoise, RolloutCarry, draw_noise
 from adastate_jax.streaming.denoising import denoise, read_context
@@ -65,8 +65,9 @@ def given_chunk(
     live = noise[0].at[:, :num_given].set(given)
     tokens = config.chunk_frames * model.config.frame_tokens(*given.shape[2:4])
     shape = (model.config.num_layers, given.shape[0], tokens, model.config.num_heads, model.config.head_dim)
-    unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch", None, "heads")
-    clean, fresh = jax.lax.fori_loop(0, steps, turn, (live, KeyValues(unwritten, unwritten)))
+    zeros = jnp.zeros(shape, model.config.dtype)
+    unwritten = constrain_kept(KeyValues(zeros, zeros))
+    clean, fresh = jax.lax.fori_loop(0, steps, turn, (live, unwritten))
     cache = cache_lib.advance(carry.cache, config.anchor, layout, fresh, phase.first_frame)
     return dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1), Chunk(clean, None)
 

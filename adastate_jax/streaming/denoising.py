@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, flow_to_clean
-from adastate_jax.models.attention import Attend, KeyValues
+from adastate_jax.models.attention import Attend, Context, KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
-from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import Chunk, ChunkNoise
@@ -41,7 +40,7 @@ def denoise(
     sigma,
     text: KeyValues,
     layout: Layout,
-    context: KeyValues | None,
+    context: Context | None,
     attend: Attend | None = None,
     timestep=None,
 ) -> tuple[jax.Array, Any]:
@@ -78,7 +77,8 @@ def generate_chunk(
 ) -> GeneratedChunk:
     """Denoises one chunk against the frozen cache up to and with step `last_step`, then passes over it clean.
 
-    All passes, the clean one among them, are turns of one loop, so that the network is compiled once.
+    The denoising passes are turns of one loop. The clean pass, the only one whose keys and values are kept, stands
+    behind it: as a turn it would have every pass write them, and every turn copy them.
 
     Args:
         last_step: an int, or a traced scalar, in 0 … T − 1.
@@ -89,24 +89,19 @@ def generate_chunk(
     if config.anchor.joint:
         raise ValueError(f"{type(config.anchor).__name__} denoises chunks jointly; it generates none by itself")
     layout = layout_of(phase, config)
-    context = read_context(model.config, cache, config, layout, noise.content[0])
     noises = live_noise(noise, layout)
-    steps = sigmas_of(phase, config)
-    sigmas = jnp.asarray([*steps, 0.0], jnp.float32)
-    timesteps = jnp.asarray([*timesteps_of(phase, config), 0.0], jnp.float32)
-    tokens = len(layout.live) * model.config.frame_tokens(*noises.shape[3:5])
-    shape = (model.config.num_layers, noises.shape[1], tokens, model.config.num_heads, model.config.head_dim)
-    unwritten = constrain(jnp.zeros(shape, model.config.dtype), None, "batch", None, "heads")
+    context = model.lay_out(read_context(model.config, cache, config, layout, noises[0]), noises[0])
+    sigmas = jnp.asarray(sigmas_of(phase, config), jnp.float32)
+    timesteps = jnp.asarray(timesteps_of(phase, config), jnp.float32)
+    last = len(sigmas) - 1
 
     def turn(step, carry):
-        live, noisy, _ = carry
-        level = jnp.where(step <= last_step, step, len(steps))
-        clean, fresh = denoise(model, live, sigmas[level], text, layout, context, timestep=timesteps[level])
-        # After the last step the next level is zero: nothing is added, and `live` is the clean estimate itself.
-        next_sigma = jnp.where(step < last_step, sigmas[step + 1], 0.0)
-        next_noise = noises[jnp.minimum(step + 1, len(steps) - 1)]
-        return add_noise(clean, next_noise, next_sigma), jnp.where(step <= last_step, live, noisy), fresh
+        live, _ = carry
+        clean, _ = denoise(model, live, sigmas[step], text, layout, context, timestep=timesteps[step])
+        # After the last step the next level is zero: nothing is added, `live` is the clean estimate itself.
+        next_sigma = jnp.where(step < last_step, sigmas[jnp.minimum(step + 1, last)], 0.0)
+        return add_noise(clean, noises[jnp.minimum(step + 1, last)], next_sigma), live
 
-    start = (noises[0], noises[0], KeyValues(unwritten, unwritten))
-    clean, noisy, fresh = jax.lax.fori_loop(0, last_step + 2, turn, start)
+    clean, noisy = jax.lax.fori_loop(0, last_step + 1, turn, (noises[0], noises[0]))
+    _, fresh = denoise(model, clean, 0.0, text, layout, context)
     return GeneratedChunk(noisy, clean, fresh)

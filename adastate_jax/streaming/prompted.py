@@ -132,6 +132,26 @@ def _compile(function: Callable, *arguments) -> Any:
     return jax.tree.map(shape, function.lower(*arguments).compile().out_info)
 
 
+def chunks_to_compile(
+    schedule: Schedule, config: StreamConfig, first_chunk: int, last_chunk: int | None, given_chunks: int = 0
+) -> list[int]:
+    """Chunks among which are all programs that a stream runs: behind its beginning and each cue, and before its end.
+
+    In between, the phases of a cycle repeat, for however long.
+
+    Args:
+        first_chunk: the number of the stream's next chunk.
+        last_chunk: the number behind the last one; None is a stream without end.
+        given_chunks: how many of the stream's first chunks are given, if only in part.
+    """
+    settling = config.num_fill_chunks + len(config.cycle) + given_chunks
+    parts = [range(start, start + settling) for start in (first_chunk, *schedule.starts)]
+    if last_chunk is not None:
+        parts.append(range(last_chunk - config.live_chunks, last_chunk))
+    found = {chunk for part in parts for chunk in part if chunk >= first_chunk}
+    return sorted(chunk for chunk in found if last_chunk is None or chunk < last_chunk)
+
+
 def prompted_stream(
     model: DiT,
     carry: PromptedCarry,
@@ -187,9 +207,7 @@ def prompted_stream(
             state, generated = run(stream_step, model, state, text, config, latent_shape, plan.phase, reencode)
         return PromptedCarry(state, run(_remember, carry.recent, generated.content)), generated
 
-    settled = max(first_chunk, schedule.starts[-1]) + config.num_fill_chunks + len(config.cycle)
-    end = settled if last_chunk is None else last_chunk
-    ahead = [*range(first_chunk, min(settled, end)), *range(max(first_chunk, end - config.live_chunks), end)]
+    ahead = chunks_to_compile(schedule, config, first_chunk, last_chunk, len(parts))
     text, shapes, compiled = text_of(plan_of(first_chunk)), carry, set()
     for chunk in ahead:
         plan = plan_of(chunk)

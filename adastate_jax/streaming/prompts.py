@@ -29,6 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from adastate_jax.checks import MOST_SECONDS, is_number, is_whole
 from adastate_jax.errors import UserError, shown
 from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
@@ -36,7 +39,6 @@ from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phas
 from adastate_jax.texts import is_text, parse_json, read_text
 
 _FLUSH_KEEPS = 2  # frames
-_MOST_SECONDS = 10**9
 _MOST_CHUNKS = 10**6
 
 
@@ -55,6 +57,12 @@ class Cue:
     prompt: str
     transition: str = "switch"
     chunks: int = 4
+
+    def __post_init__(self):
+        for field in ("second", "chunks"):
+            value = getattr(self, field)
+            if isinstance(value, np.number):  # as Python's, which JSON can hold
+                object.__setattr__(self, field, value.item())
 
 
 def parse_schedule(text: str, name: str) -> tuple[Cue, ...]:
@@ -128,8 +136,8 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
         entry = f"{name}: entry {number}"
         if not isinstance(cue, Cue):
             raise UserError(f"{entry} must be a Cue, got {shown(cue)}")
-        if not _is_number(cue.second) or not abs(cue.second) < _MOST_SECONDS:  # neither NaN nor infinity is less
-            raise UserError(f"{entry} has second {shown(cue.second)}; give a number below {_MOST_SECONDS:,}")
+        if not is_number(cue.second) or not abs(cue.second) < MOST_SECONDS:  # neither NaN nor infinity is less
+            raise UserError(f"{entry} has second {shown(cue.second)}; give a number below {MOST_SECONDS:,}")
         if number == 1 and cue.second != 0:
             raise UserError(f"{entry} is at second {cue.second:g}; the first one must be at second 0")
         if number > 1 and cue.second <= cues[number - 2].second:
@@ -140,12 +148,8 @@ def check_schedule(cues: Sequence[Cue], name: str = "prompts") -> None:
             raise UserError(f"{entry} has a prompt with half a character in it: {shown(cue.prompt)}")
         if not isinstance(cue.transition, str) or cue.transition not in TRANSITIONS:
             raise UserError(f"{entry} has transition {shown(cue.transition)}; use one of {', '.join(TRANSITIONS)}")
-        if type(cue.chunks) is not int or not 1 <= cue.chunks <= _MOST_CHUNKS:  # True is an int, too
+        if not is_whole(cue.chunks) or not 1 <= cue.chunks <= _MOST_CHUNKS:
             raise UserError(f"{entry} blends over {shown(cue.chunks)} chunks; give 1 to {_MOST_CHUNKS:,}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def chunk_of(second: float, config: StreamConfig, time_factor: int, fps: int) -> int:
@@ -252,7 +256,7 @@ def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: i
     """
     check_schedule(cues, name)
     for number, cue in enumerate(cues[1:], 2):
-        if reason := _obstacle(cue.transition, config):
+        if reason := obstacle(cue.transition, config):
             raise UserError(f"{name}: entry {number}: {cue.transition} {reason}")
     starts = tuple(chunk_of(cue.second, config, time_factor, fps) for cue in cues)
     for number, (one, other) in enumerate(itertools.pairwise(starts), 2):
@@ -261,7 +265,7 @@ def schedule(cues: Sequence[Cue], config: StreamConfig, time_factor: int, fps: i
     return Schedule(tuple(cues), starts)
 
 
-def _obstacle(transition: str, config: StreamConfig) -> str | None:
+def obstacle(transition: str, config: StreamConfig) -> str | None:
     """Why a stream cannot do a transition."""
     anchor = config.anchor
     if transition in ("keep_state", "reset_state") and not isinstance(anchor, AdaptiveAnchor):

@@ -5,6 +5,7 @@ Source: arXiv 2605.30349; the losses are Self-Forcing's (guandeh17/Self-Forcing 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming.carry import ChunkNoise
 from adastate_jax.streaming.schedule import StreamConfig
+from adastate_jax.training.accumulation import accumulate, micro_batches
+from adastate_jax.training.guidance import guided_pass
 from adastate_jax.training.pretrain import flow_loss
 from adastate_jax.training.self_rollout import (
     Rollout,
@@ -35,19 +38,18 @@ def horizon_weights(frames: int, alpha: float, normalize: bool = False) -> np.nd
     return (weights / weights.mean() if normalize else weights).astype(np.float32)
 
 
-def guided(conditional: jax.Array, unconditional: jax.Array, scale: float) -> jax.Array:
-    """cond + w (cond − uncond); w is the conventional guidance scale minus one."""
-    return conditional + scale * (conditional - unconditional)
-
-
 def dmd_gradient(latents: jax.Array, clean_fake: jax.Array, clean_real: jax.Array) -> jax.Array:
     """g = (x̂_fake − x̂_real) / mean|x̂ − x̂_real|, the mean over each whole sample.
 
-    NaN becomes 0 and ±∞ the largest finite numbers, as torch.nan_to_num makes them in the released trainer.
+    NaN becomes 0: a sample that is the teacher's already has nowhere to go. ±∞ stay, and the loss with them, so that
+    the run stops at its last checkpoint: critic or teacher have left the range of their numbers. The released trainer
+    puts the largest finite numbers in their place (torch.nan_to_num), whose squares are infinite too: clipped to a
+    norm, such a gradient would be that of a single latent, or none.
     latents, clean_fake, clean_real [B, N, H, W, C].
     """
     scale = jnp.abs(latents - clean_real).mean(axis=(1, 2, 3, 4), keepdims=True)
-    return jnp.nan_to_num((clean_fake - clean_real) / scale)
+    gradient = (clean_fake - clean_real) / scale
+    return jnp.where(jnp.isnan(gradient), 0.0, gradient)
 
 
 def dmd_loss(latents: jax.Array, gradient: jax.Array, weights: jax.Array) -> jax.Array:
@@ -67,8 +69,13 @@ def score_sigma(uniform: jax.Array, config: DistillConfig) -> jax.Array:
 
 def clean_estimate(model: DiT, noisy: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
     """x̂_0 of a bidirectional network.  noisy [B, N, H, W, C]; sigma [B]; text embeddings [B, T, text_dim]."""
+    return _estimate(model, noisy, sigma, model.text_keys_values(text))
+
+
+def _estimate(model: DiT, noisy: jax.Array, sigma: jax.Array, text: Any) -> jax.Array:
+    """`clean_estimate` with the prompts' keys and values."""
     sigma = jnp.broadcast_to(sigma[:, None], noisy.shape[:2])
-    flow, _ = model(noisy, MAX_TIMESTEP * sigma, model.text_keys_values(text), np.arange(noisy.shape[1]))
+    flow, _ = model(noisy, MAX_TIMESTEP * sigma, text, np.arange(noisy.shape[1]))
     return flow_to_clean(flow, noisy, sigma)
 
 
@@ -150,9 +157,22 @@ def critic_step(
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
-    gradients, _, scalars = critic_gradients(state.params, student, text, draws, stream)
+
+    def of_part(part: tuple[jax.Array, Draws]):
+        gradients, _, scalars = critic_gradients(state.params, student, *part, stream)
+        return gradients, scalars
+
+    gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)
     state, metrics = apply_gradients(state, gradients, config.critic)
     return state, {**scalars, **metrics}
+
+
+def _micro_updates(batch: tuple[jax.Array, Draws], count: int) -> tuple[jax.Array, Draws]:
+    """Prompts and draws of micro-batches, stacked: one exit step for all."""
+    text, draws = batch
+    of_each = micro_batches((draws.score_noise, draws.sigma), count)
+    exit_steps = jnp.broadcast_to(draws.exit_step, (count,))
+    return micro_batches(text, count), Draws(micro_batches(draws.noise, count, axis=2), exit_steps, *of_each)
 
 
 def student_gradients(
@@ -174,13 +194,31 @@ def student_gradients(
     Returns:
         The gradients, the rollout's content latents [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|).
     """
+    null = teacher.text_keys_values(null_text)
+    return _student_gradients(student, critic, teacher, text, null, draws, config, stream)
+
+
+def _student_gradients(
+    student: DiT,
+    critic: DiT,
+    teacher: DiT,
+    text: jax.Array,
+    null_text: Any,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
+    """`student_gradients` with the teacher's keys and values of the negative prompt."""
     record = _rollout_for(student, text, draws, stream)
     latents, sigma = rollout_latents(record, stream), draws.sigma
     noisy = add_noise(latents, draws.score_noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)
-    both_texts = jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
-    both = clean_estimate(teacher, jnp.concatenate([noisy, noisy]), jnp.concatenate([sigma, sigma]), both_texts)
-    clean_real = guided(*jnp.split(both, 2), config.guidance_scale)
+    clean_real = guided_pass(
+        lambda text: _estimate(teacher, noisy, sigma, text),
+        teacher.text_keys_values(text),
+        null_text,
+        config.guidance_scale,
+    )
     gradient = dmd_gradient(latents, clean_fake, clean_real)
     weights = horizon_weights(config.rollout_frames, config.horizon_alpha, config.horizon_normalize)
 
@@ -215,7 +253,14 @@ def student_step(
     Returns:
         The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
     """
-    gradients, _, scalars = student_gradients(state.params, critic, teacher, text, null_text, draws, config, stream)
+    null = teacher.text_keys_values(null_text)
+
+    def of_part(part: tuple[jax.Array, Draws]):
+        text, draws = part
+        gradients, _, scalars = _student_gradients(state.params, critic, teacher, text, null, draws, config, stream)
+        return gradients, scalars
+
+    gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)
     state, metrics = apply_student_gradients(state, gradients, iteration, config)
     return state, {**scalars, **metrics}
 

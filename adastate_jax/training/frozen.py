@@ -1,14 +1,14 @@
 """What no stage trains, and the shapes of what a run leaves behind."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from adastate_jax.config.run import Config
-from adastate_jax.models.dit import DiT
+from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
 from adastate_jax.models.text import ByteTokenizer, TextEncoder, encode_tokens
 from adastate_jax.sharding import tree_shardings
@@ -17,19 +17,29 @@ from adastate_jax.sharding import tree_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What no stage trains: the codec between video and latents, and the text encoder."""
+    """What no stage trains: the codec between video and latents, and the text encoder.
 
-    codec: PatchCodec
-    text_encoder: TextEncoder
+    None of a run whose texts and clips were encoded beforehand: nothing of them takes memory in a training step.
+    """
+
+    codec: PatchCodec | None
+    text_encoder: TextEncoder | None
+
+
+def abstract_network(network: DiTConfig) -> DiT:
+    """A transformer's shapes, without weights."""
+    return jax.eval_shape(lambda: DiT(network, rngs=nnx.Rngs(0)))
 
 
 def abstract_dit(config: Config) -> DiT:
-    """The transformer's shapes, without weights."""
-    return jax.eval_shape(lambda: DiT(config.model, rngs=nnx.Rngs(0)))
+    """The student's shapes, without weights."""
+    return abstract_network(config.network("student"))
 
 
 def abstract_frozen(config: Config) -> Frozen:
     """The frozen parts' shapes, without weights."""
+    if config.data.encoded:
+        return Frozen(None, None)
     size, channels = 3 * config.codec.patch**2, config.codec.channels
     codec = PatchCodec(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((size,), (size, channels), (channels,)))
@@ -44,6 +54,20 @@ def with_shardings(abstract, mesh):
         abstract,
         tree_shardings(abstract, mesh),
     )
+
+
+def batch_latents(frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Latents [B, N, H, W, C] of a batch: those that it carries, or of its video."""
+    if "latents" in batch:
+        return batch["latents"]
+    return frozen.codec.encode(batch["video"].astype(jnp.float32) / 127.5 - 1)
+
+
+def batch_text(frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Embeddings [B, T, text_dim] of a batch, zero past each text: those that it carries, or of its token ids."""
+    if "text" in batch:
+        return batch["text"]
+    return frozen.text_encoder.encode(batch["token_ids"], batch["mask"])
 
 
 def embed_prompts(frozen: Frozen, prompts: Sequence[str]) -> jax.Array:

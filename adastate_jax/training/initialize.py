@@ -17,6 +17,8 @@ from adastate_jax.sharding import constrain
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.denoising import denoise, read_context
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
+from adastate_jax.training.accumulation import accumulate, micro_batches
+from adastate_jax.training.guidance import guided_pass
 from adastate_jax.training.state import TrainState, apply_gradients
 
 
@@ -41,16 +43,16 @@ def sample_trajectory(
         Kept states, noise first, clean latents last, [B, kept, N, H, W, C].
     """
     batch, frames = noise.shape[:2]
-    null_text = jnp.broadcast_to(null_text, (batch, *null_text.shape[1:]))
-    both = teacher.text_keys_values(jnp.concatenate([text, null_text]))
+    said, unsaid = teacher.text_keys_values(text), teacher.text_keys_values(null_text)
     levels = jnp.asarray(sigmas, jnp.float32).reshape(-1)
 
     def euler(latents, index):
-        timesteps = jnp.full((2 * batch, frames), MAX_TIMESTEP) * levels[index]
-        flow, _ = teacher(jnp.concatenate([latents, latents]), timesteps, both, np.arange(frames))
-        conditional, unconditional = flow[:batch], flow[batch:]
-        flow = conditional + guidance_scale * (conditional - unconditional)
-        return latents + (levels[index + 1] - levels[index]) * flow, None
+        timesteps = jnp.full((batch, frames), MAX_TIMESTEP) * levels[index]
+
+        def flow(text):
+            return teacher(latents, timesteps, text, np.arange(frames))[0]
+
+        return latents + (levels[index + 1] - levels[index]) * guided_pass(flow, said, unsaid, guidance_scale), None
 
     def interval(latents, start):
         after, _ = jax.lax.scan(euler, latents, start + jnp.arange(keep_every))
@@ -229,25 +231,49 @@ def initialize_step(
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
-    predict = _predict_at_each_level if config.context == "state" else _predict_at_one_level
+    draw, predict, axis = (
+        (_draw_state_noise, _predict_at_each_level, 2)
+        if config.context == "state"
+        else (_draw_levels, _predict_at_one_level, 0)
+    )
 
-    def loss_function(params):
-        estimate, clean = predict(params, trajectory, text, key, config, stream)
-        return jnp.square(estimate - clean).mean()
+    def gradients_of(part: tuple[jax.Array, jax.Array, jax.Array]):
+        def loss_function(params):
+            estimate, clean = predict(params, *part, config, stream)
+            return jnp.square(estimate - clean).mean()
 
-    loss, gradients = jax.value_and_grad(loss_function)(state.params)
+        return jax.value_and_grad(loss_function)(state.params)
+
+    def split(batch: tuple[jax.Array, jax.Array, jax.Array], count: int):
+        *of_each, drawn = batch
+        return *micro_batches(tuple(of_each), count), micro_batches(drawn, count, axis)
+
+    loss, gradients = accumulate(
+        gradients_of, (trajectory, text, draw(key, trajectory, stream)), config.accumulate, split
+    )
     state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
     return state, {"loss": loss, **metrics}
 
 
+def _draw_levels(key: jax.Array, trajectory: jax.Array, stream: StreamConfig) -> jax.Array:
+    """The step of each chunk, for each of its frames, int32 [B, N]."""
+    batch, _, frames = trajectory.shape[:3]
+    step = jax.random.randint(key, (batch, frames // stream.chunk_frames), 0, len(stream.sigmas))
+    return constrain(jnp.repeat(step, stream.chunk_frames, axis=1), "batch")
+
+
+def _draw_state_noise(key: jax.Array, trajectory: jax.Array, stream: StreamConfig) -> jax.Array:
+    """Noise of the hidden state, of each chunk and level [K, T, B, F_s, H, W, C]."""
+    batch, kept, frames, *latent_shape = trajectory.shape
+    chunks = frames // stream.chunk_frames
+    noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
+    return constrain(noise, None, None, "batch")
+
+
 def _predict_at_one_level(
-    model: DiT, trajectory: jax.Array, text: jax.Array, key: jax.Array, config: InitializeConfig, stream: StreamConfig
+    model: DiT, trajectory: jax.Array, text: jax.Array, step: jax.Array, config: InitializeConfig, stream: StreamConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates of each chunk at a level of its own, and the clip that they should be, both [B, N, H, W, C]."""
-    batch, _, frames = trajectory.shape[:3]
-    chunks = frames // stream.chunk_frames
-    step = jax.random.randint(key, (batch, chunks), 0, len(stream.sigmas))
-    step = constrain(jnp.repeat(step, stream.chunk_frames, axis=1), "batch")  # [B, N]
     clean = trajectory[:, -1]
     noisy = jnp.take_along_axis(trajectory, step[:, None, :, None, None, None], axis=1)[:, 0]
     sigma = jnp.asarray(stream.sigmas, jnp.float32)[step]
@@ -259,12 +285,8 @@ def _predict_at_one_level(
 
 
 def _predict_at_each_level(
-    model: DiT, trajectory: jax.Array, text: jax.Array, key: jax.Array, config: InitializeConfig, stream: StreamConfig
+    model: DiT, trajectory: jax.Array, text: jax.Array, noise: jax.Array, config: InitializeConfig, stream: StreamConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates of each chunk at every level [B, T, N, H, W, C], and what they should be [B, 1, N, H, W, C]."""
-    batch, kept, frames, *latent_shape = trajectory.shape
-    chunks = frames // stream.chunk_frames
-    noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
-    noise = constrain(noise, None, None, "batch")
     estimates = recurrent_pass(model, trajectory[:, :-1], text, stream, trajectory[:, -1], noise)
     return estimates, trajectory[:, -1:]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from adastate_jax import interrupts
+from adastate_jax import distributed, interrupts, lockstep
 from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
@@ -50,7 +50,7 @@ def run_stage(
             signal raises at once.
         UserError: a loss or gradient norm is not finite; the last good checkpoint stays.
     """
-    first = checkpoints.latest or 0
+    first = distributed.from_first(lambda: checkpoints.latest) or 0
     state = checkpoints.load(like) if first else create()
     metrics.rewind(name, first)
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
@@ -80,6 +80,7 @@ def run_stage(
         for step, batch in stream:
             if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
+                lockstep.untimed()
             state, scalars = step_function(state, batch, step)
             pending.append((step, scalars))
             if compiles:
@@ -88,14 +89,16 @@ def run_stage(
             bar.update(1)
             stop = stop or unsaved.enter_context(interrupts.deferred("stopping as soon as all is saved"))
             done = step + 1
+            stops = lockstep.pass_step(stop.requested)
             if done % log_every == 0 or done == steps:
                 latest = flush()
                 bar.set_postfix({key: f"{value:.3g}" for key, value in latest.items()}, refresh=False)
-            if done % save_every == 0 or done == steps or stop.requested:
+            if done % save_every == 0 or done == steps or stops:
+                lockstep.untimed()
                 if pending:
                     flush()  # a state is saved only after every loss before it was seen to be finite
                 checkpoints.save(done, state)
-            if done == steps or stop.requested:
+            if done == steps or stops:
                 checkpoints.wait()
                 break  # leaving `unsaved` raises `Stopped` if that was asked for
     checkpoints.wait()

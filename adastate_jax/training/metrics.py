@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from adastate_jax import distributed
 from adastate_jax.errors import UserError, reading, writing
 from adastate_jax.files import write_text
 
@@ -24,7 +24,7 @@ class Metrics:
     """
 
     def __init__(self, workdir: Path):
-        self._active = jax.process_index() == 0
+        self._active = distributed.is_first()
         self._path = workdir / "metrics.jsonl"
         self._board_folder = workdir / "tensorboard"
         self._boards: dict[str, EventsWriter] = {}

@@ -8,6 +8,7 @@ from adastate_jax.config.stages import PretrainConfig
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, training_weight, warp
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
+from adastate_jax.training.accumulation import accumulate
 from adastate_jax.training.state import TrainState, apply_gradients
 
 
@@ -53,10 +54,11 @@ def pretrain_step(
     dropped = jax.random.bernoulli(drop_key, config.caption_dropout, (batch,))
     text = jnp.where(dropped[:, None, None], null_text, text)
 
-    def loss_function(params):
-        return flow_loss(params, latents, noise, sigma, text, _level_weight(sigma, config))
+    def gradients_of(part: tuple[jax.Array, ...]):
+        sigma = part[2]
+        return jax.value_and_grad(flow_loss)(state.params, *part, _level_weight(sigma, config))
 
-    loss, gradients = jax.value_and_grad(loss_function)(state.params)
+    loss, gradients = accumulate(gradients_of, (latents, noise, sigma, text), config.accumulate)
     state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
     return state, {"loss": loss, **metrics}
 

@@ -1,45 +1,45 @@
 """The student's rollout on its own output, and the same again with gradient.
 
-The rollout runs without gradient first and records what each chunk's last pass saw; the gradient pass then repeats just
-those passes. Noise and exit step are given, so that training, which draws them, and `verify`, which reads them from a
-file, run the same functions. Source: arXiv 2605.30349, after Self-Forcing (guandeh17/Self-Forcing).
+The rollout runs without gradient first and records each chunk: what its last pass was given, what that made of it, and
+the clean keys and values. The gradient pass repeats just the last passes, chunk after chunk, against the cache that it
+fills from the record again. Noise and exit step are given, so that training, which draws them, and `verify`, which
+reads them from a file, run the same functions. Source: arXiv 2605.30349, after Self-Forcing (guandeh17/Self-Forcing).
 """
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from adastate_jax.models.attention import KeyValues, concatenate
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiT
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import ChunkNoise, RolloutCarry, draw_noise
 from adastate_jax.streaming.denoising import GeneratedChunk, denoise, generate_chunk, read_context, split_live
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
+from adastate_jax.training.accumulation import add_in_float32, zeros_in_float32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What a rollout without gradient leaves behind for the gradient pass.
+    """What a rollout without gradient leaves behind for the gradient pass: every frame's keys and values once.
 
     The fill chunks are a tuple, each with shapes of its own; the K steady chunks are stacked along a leading axis (None
     if there are none).
 
     Attributes:
         fill, steady: the chunks.
-        fill_anchors: the anchor memory that each fill chunk read.
-        anchors: the anchor memory that each steady chunk read, stacked; None without steady chunks.
         exit_step: the step whose output is each chunk's, int32 [].
     """
 
-    # Of every chunk its own: what was generated, and the memory that it read.
+    # Of every chunk its own. What it read of the cache follows from the chunks before.
     fill: tuple[GeneratedChunk, ...]
-    fill_anchors: tuple[Any, ...]
     steady: GeneratedChunk | None
-    anchors: Any
 
     # The same for all chunks and samples.
     exit_step: jax.Array
@@ -75,27 +75,33 @@ def self_rollout(
 
     def step(cache: Cache, noise: ChunkNoise, phase: Phase):
         chunk = generate_chunk(student, cache, text, noise, stream, phase, exit_step)
-        after = cache_lib.advance(cache, stream.anchor, layout_of(phase, stream), chunk.fresh, phase.first_frame)
-        return after, (chunk, cache.anchor)
+        return _advance(cache, chunk, stream, phase), chunk
 
     cache = _empty_cache(student, stream, batch, height, width)
-    fill, fill_anchors = [], []
+    fill = []
     for index in range(min(chunks, stream.num_fill_chunks)):
         given = jax.tree.map(lambda x, index=index: x[index], noise)
-        cache, (chunk, anchor) = step(cache, given, phase_of(index, stream))
+        cache, chunk = step(cache, given, phase_of(index, stream))
         fill.append(chunk)
-        fill_anchors.append(anchor)
-    steady = anchors = None
+    steady = None
     if chunks > len(fill):
         phase = phase_of(stream.num_fill_chunks, stream)
         given = jax.tree.map(lambda x: x[len(fill) :], noise)
-        _, (steady, anchors) = jax.lax.scan(lambda cache, noise: step(cache, noise, phase), cache, given)
-    return jax.lax.stop_gradient(Rollout(tuple(fill), tuple(fill_anchors), steady, anchors, exit_step))
+        _, steady = jax.lax.scan(lambda cache, noise: step(cache, noise, phase), cache, given)
+    return jax.lax.stop_gradient(Rollout(tuple(fill), steady, exit_step))
 
 
 def _empty_cache(student: DiT, stream: StreamConfig, batch: int, height: int, width: int) -> Cache:
     frame_tokens = student.config.frame_tokens(height, width)
     return cache_lib.empty(student.config, stream.anchor, stream.past_frames, batch, frame_tokens)
+
+
+def _advance(cache: Cache, chunk: GeneratedChunk, stream: StreamConfig, phase: Phase) -> Cache:
+    return cache_lib.advance(cache, stream.anchor, layout_of(phase, stream), chunk.fresh, phase.first_frame)
+
+
+def _exit_sigma(record: Rollout, stream: StreamConfig) -> jax.Array:
+    return jnp.asarray(stream.sigmas, jnp.float32)[record.exit_step]
 
 
 def rollout_latents(record: Rollout, stream: StreamConfig) -> jax.Array:
@@ -131,47 +137,66 @@ def gradient_pass(
     """
     if cache_gradient != "stop":
         return _straight_through_pass(student, text, record, stream, through_anchor=cache_gradient != "window")
-    sigma = jnp.asarray(stream.sigmas, jnp.float32)[record.exit_step]
-    frame_tokens = student.config.frame_tokens(*record.fill[0].clean.shape[2:4])
+    return _exit_passes(student, text, record, stream)
 
-    def exit_pass(noisy: jax.Array, cache: Cache, phase: Phase) -> jax.Array:
-        layout = layout_of(phase, stream)
-        context = read_context(student.config, cache, stream, layout, noisy)
-        clean, _ = denoise(student, noisy, sigma, text, layout, context)
-        return split_live(clean, layout).content
 
-    contents = []
-    content_cache = None  # all content committed so far, the window of a chunk is a slice of it
-    for index, (chunk, anchor) in enumerate(zip(record.fill, record.fill_anchors, strict=True)):
-        contents.append(exit_pass(chunk.noisy, Cache(anchor, content_cache), phase_of(index, stream)))
-        content_cache = chunk.fresh if content_cache is None else concatenate(content_cache, chunk.fresh)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exit_passes(student: DiT, text: KeyValues, record: Rollout, stream: StreamConfig) -> jax.Array:
+    """`gradient_pass` with a constant cache: what the exit passes made is in the record, the gradient is theirs.
+
+    It is taken of one chunk's pass at a time, and summed in float32, so that no more than one chunk's context and
+    intermediate results are there at once.
+    """
+    return rollout_latents(record, stream)
+
+
+def _exit_passes_forward(student, text, record, stream):
+    return _exit_passes(student, text, record, stream), (student, text, record)
+
+
+def _exit_passes_backward(stream: StreamConfig, saved, gradient: jax.Array):
+    student, text, record = saved
+    sigma = _exit_sigma(record, stream)
+    noisy = record.fill[0].noisy
+    chunks = jnp.stack(jnp.split(gradient, gradient.shape[1] // stream.chunk_frames, axis=1))  # [K, B, F, H, W, C]
+
+    def step(carry, inputs: tuple[GeneratedChunk, jax.Array], phase: Phase):
+        cache, to_student, to_text = carry
+        (chunk, to_content), layout = inputs, layout_of(phase, stream)
+        context = read_context(student.config, cache, stream, layout, chunk.noisy)
+
+        def exit_pass(student, text, noisy):
+            clean, _ = denoise(student, noisy, sigma, text, layout, context)
+            return split_live(clean, layout).content
+
+        _, pull_back = jax.vjp(exit_pass, student, text, chunk.noisy)
+        of_student, of_text, to_noisy = pull_back(to_content)
+        sums = add_in_float32(to_student, of_student), jax.tree.map(jnp.add, to_text, of_text)
+        return (_advance(cache, chunk, stream, phase), *sums), to_noisy
+
+    exact_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), text)
+    cache = _empty_cache(student, stream, noisy.shape[0], *noisy.shape[2:4])
+    carry = cache, zeros_in_float32(student), constrain_kept(exact_zeros)
+    to_fill = []
+    for index, chunk in enumerate(record.fill):
+        carry, to_noisy = step(carry, (chunk, chunks[index]), phase_of(index, stream))
+        to_fill.append(dataclasses.replace(_zeros(chunk), noisy=to_noisy))
+    to_steady = None
     if record.steady is not None:
         phase = phase_of(stream.num_fill_chunks, stream)
-        state_tokens = stream.anchor.state_frames * frame_tokens
-        chunk_tokens = stream.chunk_frames * frame_tokens
-        steady = jax.tree.map(_join_steady_tokens(state_tokens), record.steady.fresh)
-        content_cache = concatenate(content_cache, steady)
-        first = len(record.fill) * stream.chunk_frames - stream.past_frames
-
-        def steady_pass(_, inputs):
-            index, noisy, anchor = inputs
-            start = first * frame_tokens + index * chunk_tokens
-            window = content_cache.tokens(start, stream.past_frames * frame_tokens)
-            return None, exit_pass(noisy, Cache(anchor, window), phase)
-
-        indices = jnp.arange(record.steady.noisy.shape[0])
-        inputs = (indices, record.steady.noisy, record.anchors)
-        _, scanned = jax.lax.scan(steady_pass, None, inputs)
-        contents.append(_join_chunks(scanned))
-    return jnp.concatenate(contents, axis=1)
+        steady = (record.steady, chunks[len(to_fill) :])
+        carry, to_noisy = jax.lax.scan(functools.partial(step, phase=phase), carry, steady)
+        to_steady = dataclasses.replace(_zeros(record.steady), noisy=to_noisy)
+    to_weights = jax.tree.map(lambda x, like: x.astype(like.dtype), carry[1:], (student, text))
+    no_gradient = np.zeros(record.exit_step.shape, jax.dtypes.float0)
+    return (*to_weights, Rollout(tuple(to_fill), to_steady, no_gradient))
 
 
-def _join_steady_tokens(state_tokens: int):
-    def join(x: jax.Array) -> jax.Array:  # [K, L, B, tokens, heads, head_dim] -> [L, B, K · content tokens, …]
-        x = jnp.moveaxis(x[..., state_tokens:, :, :], 0, 2)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+_exit_passes.defvjp(_exit_passes_forward, _exit_passes_backward)
 
-    return join
+
+def _zeros(chunk: GeneratedChunk) -> GeneratedChunk:
+    return jax.tree.map(jnp.zeros_like, chunk)
 
 
 def _straight_through_pass(
@@ -181,7 +206,7 @@ def _straight_through_pass(
 
     through_anchor: whether that gradient also goes through the anchor's memory, or through the window alone.
     """
-    sigma = jnp.asarray(stream.sigmas, jnp.float32)[record.exit_step]
+    sigma = _exit_sigma(record, stream)
     first = record.fill[0].clean
     cache = _empty_cache(student, stream, first.shape[0], *first.shape[2:4])
 

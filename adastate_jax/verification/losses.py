@@ -22,7 +22,8 @@ from adastate_jax.diffusion import (
     training_weight,
     warp,
 )
-from adastate_jax.training.dmd import clean_estimate, dmd_gradient, dmd_loss, guided, horizon_weights, score_sigma
+from adastate_jax.training.dmd import clean_estimate, dmd_gradient, dmd_loss, horizon_weights, score_sigma
+from adastate_jax.training.guidance import guided
 from adastate_jax.training.initialize import sample_trajectory
 from adastate_jax.training.pretrain import flow_loss
 from adastate_jax.verification.record import Fixture, NotChecked, Records, channels_first, channels_last

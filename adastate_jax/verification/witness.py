@@ -54,6 +54,10 @@ class Witness:
     def __init__(self, model: DiT):
         self.model, self.config = model, model.config
 
+    def lay_out(self, context, latents):
+        """Contexts are written down as they are."""
+        return context
+
     def __call__(self, latents, timesteps, text, positions, attend=None, context=None):
         flow, fresh = self.model(latents, timesteps, text, positions, attend, context)
         jax.debug.callback(self._write_down, latents, timesteps, context, flow, fresh, ordered=True)

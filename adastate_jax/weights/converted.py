@@ -19,6 +19,7 @@ import numpy as np
 from adastate_jax.errors import UserError, shown
 from adastate_jax.fields import build, to_dict
 from adastate_jax.files import is_file
+from adastate_jax.models.quantized import quantize_network
 from adastate_jax.sharding import make_mesh, tree_shardings
 from adastate_jax.texts import read_json
 from adastate_jax.weights.identify import Network
@@ -82,30 +83,59 @@ def load_converted(
 ) -> Any:
     """The network of a folder that `convert` wrote: a `DiT`, `TextEncoder`, `VAE` or `TinyVAE`.
 
+    Each leaf is mapped from the file, and what a device gets of it is copied to there, cast on the way: of the host's
+    memory it takes one device's part of one leaf at a time.
+
     Args:
         path: the folder.
         kind: what it must hold: transformer, text_encoder, vae or tiny_vae.
         mesh: devices that the weights are split over by `sharding.py`; None is one device.
         dtype: of weights and computation, bfloat16 or float32; None keeps what is stored.
         fields: other fields of the network's configuration, which change no weight, such as `attention` or `remat`;
-            `param_dtype` here is of the weights alone.
+            `param_dtype` here is of the weights alone. With `quantization` (of a `DiT`), they are quantised on the
+            devices.
 
     Raises:
         UserError: the folder is not one of ours, holds another kind of network, or is damaged.
     """
-    found, config, stored = _open(Path(path))
-    if found != kind:
-        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    config, stored = _open_kind(Path(path), kind)
     if dtype is not None:
         fields = {"param_dtype": dtype, "dtype": dtype} | fields
+    quantization = fields.pop("quantization", "")
     abstract = KINDS[kind].abstract(dataclasses.replace(config, **fields))
-    shardings = tree_shardings(abstract, make_mesh() if mesh is None else mesh)
+    mesh = make_mesh() if mesh is None else mesh
 
     def place(path, leaf, sharding):
-        whole = stored[leaf_name(path)].read()
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _copied(whole[index], leaf.dtype))
+        return _placed(stored[leaf_name(path)].read(), leaf.dtype, sharding)
 
-    return jax.tree_util.tree_map_with_path(place, abstract, shardings)
+    network = jax.tree_util.tree_map_with_path(place, abstract, tree_shardings(abstract, mesh))
+    return quantize_network(network, quantization, mesh) if quantization else network
+
+
+def converted_config(path: str | Path, kind: str) -> Any:
+    """The configuration of a folder's network; its weights are not read, but for the list of them.
+
+    Raises:
+        UserError: as `load_converted` does, but for damage to the weights.
+    """
+    return _open_kind(Path(path), kind)[0]
+
+
+def _open_kind(path: Path, kind: str) -> tuple[Any, dict[str, "_Leaf"]]:
+    """Configuration and unread leaves of a folder of one kind."""
+    found, config, stored = _open(path)
+    if found != kind:
+        raise UserError(f"{path}: holds a {KINDS[found].title}, not a {KINDS[kind].title}; name another folder")
+    return config, stored
+
+
+def _placed(whole: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A mapped array on the devices of a sharding, in another dtype; device after device."""
+    parts = []
+    for device, index in sharding.addressable_devices_indices_map(whole.shape).items():
+        parts.append(jax.device_put(_copied(whole[index], dtype), device))
+        parts[-1].block_until_ready()  # the host's copy may go before the next one is made
+    return jax.make_array_from_single_device_arrays(whole.shape, sharding, parts)
 
 
 def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

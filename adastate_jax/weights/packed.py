@@ -24,7 +24,8 @@ _PARTS = {
 }
 # A tokenizer beside the weights, a mark that a file's float8 weights have scales, and scales of activations, which are
 # of no use to weights that are multiplied out.
-_IDLE = re.compile(r"(?:.*\.)?(?:spiece_model|scaled_fp8)|.+\.(?:scale_input|input_scale)")
+_TOKENIZER = r"(?:.*\.)?spiece_model"
+_IDLE = re.compile(rf"{_TOKENIZER}|(?:.*\.)?scaled_fp8|.+\.(?:scale_input|input_scale)")
 _SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale)")
 _FORMAT = re.compile(r"(?P<module>.+)\.comfy_quant")
 
@@ -56,6 +57,12 @@ class ScaledTensor:
         """Part [stop − start, ...] of the product, float32."""
         part = self[start:stop]
         return part.base.read().astype(np.float32) * part.scale.reshape(-1, *[1] * (len(self.shape) - 1))
+
+
+def tokenizer_of(tensors: Mapping[str, StoredTensor]) -> str:
+    """The name under which a file holds a tokenizer beside its weights, or nothing; `unpacked` leaves it out."""
+    found = (name for name, tensor in tensors.items() if re.fullmatch(_TOKENIZER, name) and tensor.dtype == np.uint8)
+    return next(found, "")
 
 
 def unpacked(

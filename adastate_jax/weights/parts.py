@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from adastate_jax.errors import UserError
-from adastate_jax.weights.converted import is_converted, load_converted
+from adastate_jax.weights.converted import converted_config, is_converted, load_converted
 
 # Kind of network → its field of the configuration, and the published file that it comes from.
 _PARTS = {
@@ -20,7 +20,16 @@ _PARTS = {
     "tiny_vae": ("tiny_vae", "taew2_1.pth"),
 }
 # Fields that a configuration sets freely, whatever the weights are.
-_FREE_FIELDS = ("param_dtype", "dtype", "text_length", "attention", "remat", "tile")
+_FREE_FIELDS = (
+    "param_dtype",
+    "dtype",
+    "text_length",
+    "attention",
+    "remat",
+    "quantization",
+    "tile",
+    "latents_per_call",
+)
 
 
 def has_part(folder: Path, kind: str) -> bool:
@@ -44,11 +53,31 @@ def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | No
     path = _part_folder(folder, kind)
     settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
     network = load_converted(path, kind, mesh, **settings)
-    for own in dataclasses.fields(config) if sizes else ():
-        wanted, found = getattr(config, own.name), getattr(network.config, own.name)
-        if wanted != found:
-            raise UserError(f"{path}: its {own.name} is {found!r}, config.{_PARTS[kind][0]}.{own.name} is {wanted!r}")
+    if sizes:
+        _refuse_unlike(path, kind, network.config, config)
     return network
+
+
+def part_config(folder: Path, kind: str) -> Any:
+    """The configuration of a network of the folder, whose weights stay unread; raises UserError if it is missing."""
+    return converted_config(_part_folder(folder, kind), kind)
+
+
+def refuse_other_sizes(folder: Path, kind: str, config: Any) -> None:
+    """Raises UserError if a network of the folder is missing or has other sizes than a configuration."""
+    _refuse_unlike(folder / kind, kind, part_config(folder, kind), config)
+
+
+def _refuse_unlike(path: Path, kind: str, config: Any, asked: Any) -> None:
+    for name in differing_fields(config, asked):
+        found, wanted = getattr(config, name), getattr(asked, name)
+        raise UserError(f"{path}: its {name} is {found!r}, config.{_PARTS[kind][0]}.{name} is {wanted!r}")
+
+
+def differing_fields(found: Any, wanted: Any) -> list[str]:
+    """The fields, but for the free ones, in which two configurations of a network differ."""
+    names = [field.name for field in dataclasses.fields(wanted) if field.name not in _FREE_FIELDS]
+    return [name for name in names if getattr(found, name) != getattr(wanted, name)]
 
 
 def fingerprint(folder: Path, kind: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from adastate_jax.errors import UserError, shortlist
 from adastate_jax.files import is_file
 from adastate_jax.texts import parse_json, read_json
-from adastate_jax.weights.packed import ScaledTensor, unpacked
+from adastate_jax.weights.packed import ScaledTensor, tokenizer_of, unpacked
 from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.tensors import StoredTensor
 from adastate_jax.weights.torch_file import load_torch_file
@@ -38,6 +38,7 @@ class Source:
         header: our configuration, {} unless this package wrote the file.
         part: the part of a file with several networks that was taken, or "".
         metadata: of a `.safetensors` file's header.
+        tokenizer: the name of a tokenizer in the file, which is not among the tensors, or "".
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Source:
     header: Mapping[str, Any]
     part: str = ""
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokenizer: str = ""
 
 
 def open_source(path: str | Path, part: str = "", config_name: str = "config.json") -> Source:
@@ -78,6 +80,7 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
     else:
         endings = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UserError(f"{path}: unknown kind of file; known are folders and files that end in {endings}")
+    tokenizer = tokenizer_of(tensors)
     tensors, packed = unpacked(tensors, "" if taken else part, path)
     taken = taken or packed
     if part and not taken:
@@ -85,7 +88,7 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     settings = _read_settings(file.parent / config_name)
-    return Source(path, _unwrapped(tensors, path), settings, header, taken, metadata)
+    return Source(path, _unwrapped(tensors, path), settings, header, taken, metadata, tokenizer)
 
 
 def _single_checkpoint(folder: Path) -> Path:

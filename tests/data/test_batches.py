@@ -26,9 +26,9 @@ TINY = WorldConfig(height=8, width=8, num_frames=2)
 def test_every_epoch_covers_each_example_once(num_examples, batch_size, process_count):
     epochs = 4 * batch_size  # then a whole number of batches makes a whole number of epochs
     sequence = [
-        example_indices(step, batch_size, num_examples, 5, process, process_count)
+        example_indices(step, batch_size, num_examples, 5, rows)
         for step in range(epochs * num_examples // batch_size)
-        for process in range(process_count)
+        for rows in np.split(np.arange(batch_size), process_count)
     ]
     assert all(part.shape == (batch_size // process_count,) and part.dtype == np.int64 for part in sequence)
     by_epoch = np.concatenate(sequence).reshape(epochs, num_examples)
@@ -39,15 +39,17 @@ def test_every_epoch_covers_each_example_once(num_examples, batch_size, process_
 def test_the_global_batch_does_not_depend_on_the_number_of_processes():
     for step in (0, 3, 1000):
         whole = example_indices(step, 12, 17, 0)
-        parts = [example_indices(step, 12, 17, 0, process, 4) for process in range(4)]
+        parts = [example_indices(step, 12, 17, 0, rows) for rows in np.split(np.arange(12), 4)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
         np.testing.assert_array_equal(example_indices(step, 12, 17, 0), whole)
     assert not np.array_equal(example_indices(0, 12, 17, 1), example_indices(0, 12, 17, 0))
 
 
 def test_a_batch_that_cannot_be_is_named():
-    with pytest.raises(UserError, match="batch_size 6 does not divide among 4"):
-        example_indices(0, 6, 10, 0, 0, 4)
+    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+        example_indices(0, 0, 10, 0)
+    with pytest.raises(ValueError, match="out of range"):
+        example_indices(0, 6, 10, 0, np.array([6]))
     with pytest.raises(UserError, match="no examples"):
         example_indices(0, 6, 0, 0)
 

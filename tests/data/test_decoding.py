@@ -1,5 +1,6 @@
 """Videos as players show them: upright, without what is hidden, in their own colours; and what is refused."""
 
+import itertools
 import struct
 from fractions import Fraction
 
@@ -7,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
 
 from adastate_jax.data import decoding
 from adastate_jax.data.decoding import Unusable, decode_frames, frame_pixels, read_header, upright_size
@@ -151,19 +153,69 @@ def test_a_recording_that_begins_between_key_frames_starts_at_the_next(tmp_path,
     assert measure_video(tmp_path / f"cut.{ending}").num_frames == len(numbers)
 
 
-def test_a_gap_that_no_clip_can_have_is_damage(tmp_path):
-    path = encode(tmp_path / "whole.mkv", brightening(8), bf="0")
-    with av.open(str(path)) as read, av.open(str(tmp_path / "gap.mkv"), "w") as written:
+def moved_apart(path, target, late):
+    """A copy in which packet k begins `late[k]` seconds later, and lasts until the next one begins."""
+    with av.open(str(path)) as read, av.open(str(target), "w") as written:
         stream = read.streams.video[0]
         copied = written.add_stream_from_template(stream)
         packets = [packet for packet in read.demux(stream) if packet.dts is not None]
+        for packet, seconds in zip(packets, late, strict=True):
+            packet.pts = packet.dts = packet.dts + round(seconds / stream.time_base)
+            packet.stream = copied
+        for packet, following in itertools.pairwise(packets):
+            packet.duration = following.dts - packet.dts
         for packet in packets:
-            if packet is packets[-1]:
-                packet.pts, packet.dts = packet.pts + 10**6, packet.dts + 10**6
+            written.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "mov", "webm"])
+@pytest.mark.parametrize("slides", [[0, 0, 0, 0, 300, 600, 900, 7200], [150 * k for k in range(8)]])
+def test_a_slide_is_shown_for_minutes(tmp_path, ending, slides):
+    """Frames that last for minutes, or for two hours, beside ones that do not."""
+    codec = {"webm": "libvpx-vp9"}.get(ending, "libx264")
+    options = {"bf": "0"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
+    path = encode(tmp_path / f"whole.{ending}", brightening(8), codec, **options)
+    moved = moved_apart(path, tmp_path / f"slides.{ending}", slides)
+    seconds, numbers = shown(moved)
+    assert numbers == list(range(8))
+    np.testing.assert_allclose(seconds, np.arange(8) / 16 + slides, atol=2e-3)
+    assert len(scan_footage(moved).timestamps) == 8
+
+
+@pytest.mark.parametrize("seconds", [120, 3600])
+def test_a_last_slide_may_be_the_longest(tmp_path, seconds):
+    path = encode(tmp_path / "whole.mp4", brightening(), bf="0")
+    with av.open(str(path)) as read, av.open(str(tmp_path / "slide.mp4"), "w") as written:
+        stream = read.streams.video[0]
+        copied = written.add_stream_from_template(stream)
+        packets = [packet for packet in read.demux(stream) if packet.dts is not None]
+        packets[-1].duration = round(seconds / stream.time_base)
+        for packet in packets:
             packet.stream = copied
             written.mux(packet)
-    with pytest.raises(ValueError, match=r"shows nothing new from .* so it is damaged"):
-        scan_footage(tmp_path / "gap.mkv")
+    assert shown(tmp_path / "slide.mp4")[1] == list(range(32))
+
+
+def test_a_slide_show_of_an_animation(tmp_path):
+    frames = [Image.fromarray(frame) for frame in brightening(3)]
+    for name in ("a.webp", "a.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=[250_000] * 3)
+        assert shown(tmp_path / name)[0] == [0, 250, 500]
+
+
+def test_a_frame_that_no_clip_can_have_is_damage(tmp_path):
+    """Far behind the end that the file states, or shown for longer than a day."""
+    path = encode(tmp_path / "whole.mkv", brightening(8), bf="0")
+    gap = moved_apart(path, tmp_path / "gap.mkv", [0] * 7 + [1000])
+    assert shown(gap)[1] == list(range(8))  # it states as much
+    data = gap.read_bytes()
+    at = data.index(b"\x44\x89\x88") + 3  # the duration, in milliseconds
+    gap.write_bytes(data[:at] + struct.pack(">d", 500.0) + data[at + 8 :])
+    days = moved_apart(path, tmp_path / "days.mkv", [0] * 7 + [100_000])
+    for damaged in (gap, days):
+        with pytest.raises(ValueError, match=r"shows nothing new from .* so it is damaged"):
+            scan_footage(damaged)
 
 
 @pytest.mark.parametrize(

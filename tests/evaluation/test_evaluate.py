@@ -63,6 +63,20 @@ def test_processes_measure_the_same(videos):
         assert str(getattr(one, "metrics", one)) == str(getattr(other, "metrics", other))
 
 
+def test_the_bar_is_there_before_the_headers_are_read(videos, monkeypatch, capsys):
+    said, read_header = [], evaluate.read_header
+
+    def read(file):
+        said.append(capsys.readouterr().err)
+        return read_header(file)
+
+    monkeypatch.setattr(evaluate, "read_header", read)
+    evaluate.measure_files(sorted(videos.rglob("*.mp4")), Settings(), 1)
+    assert said[0].startswith("measure (starting): 0")
+    assert len(said) == 3
+    assert "12/12 " in capsys.readouterr().err
+
+
 def test_a_report_is_lost_to_no_other(videos, tmp_path, monkeypatch, capsys):
     """A default name is numbered, a given one is refused before any work, and only a report is ever replaced."""
     monkeypatch.chdir(tmp_path)

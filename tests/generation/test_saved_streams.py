@@ -91,10 +91,34 @@ def test_a_description_that_was_sealed_by_a_stranger_is_checked_all_the_same(mod
 
 
 def test_a_stream_of_an_earlier_version_is_read_and_said(model, whole, tmp_path, capsys):
+    """It states no format; with a seal or, of the earliest, without."""
     folder = shutil.copytree(whole, tmp_path / "saved")
+    description = json.loads((folder / "stream.json").read_text())
+    assert description.pop("format") == 1
+    (folder / "stream.json").write_text(json.dumps(description))
     (folder / "seal.json").unlink()
     assert contents(ada.load_stream(model, folder)) == contents(ada.load_stream(model, whole))
     assert capsys.readouterr().err.count("is not checked against a seal") == 1
+    seal(folder)
+    assert contents(ada.load_stream(model, folder)) == contents(ada.load_stream(model, whole))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stream_of_this_version_is_not_read_without_its_seal(model, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "saved")
+    (folder / "seal.json").unlink()
+    with pytest.raises(ada.UserError, match=r"seal\.json: cannot be read \(No such file .*\); save the stream"):
+        ada.load_stream(model, folder)
+
+
+@pytest.mark.parametrize("number", [2, 0, "1", None, [1]])
+def test_a_stream_of_a_later_version_is_refused(model, whole, tmp_path, number):
+    folder = shutil.copytree(whole, tmp_path / "saved")
+    description = json.loads((folder / "stream.json").read_text())
+    (folder / "stream.json").write_text(json.dumps(description | {"format": number}))
+    seal(folder)
+    with pytest.raises(ada.UserError, match=r"saved: is of format .*, this version reads 1; save the stream again"):
+        ada.load_stream(model, folder)
 
 
 def test_of_two_that_save_under_one_name_one_does(model, whole, tmp_path, monkeypatch):

@@ -21,11 +21,13 @@ def model():
     return ada.load(config=small_config(), random_weights=True)
 
 
-def refused(call, message: str):
-    with pytest.raises(ada.UserError, match=message) as error:
+def refusal(call) -> str:
+    """The one short line by which a call is refused."""
+    with pytest.raises(ada.UserError) as error:
         call()
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 400
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def refused(call, message: str):
     ],
 )
 def test_a_wrong_call_of_stream(model, arguments, message):
-    refused(lambda: ada.stream(model, **arguments), message)
+    assert re.search(message, refusal(lambda: ada.stream(model, **arguments)))
 
 
 @pytest.mark.parametrize(
@@ -96,37 +98,51 @@ def test_a_wrong_call_of_stream(model, arguments, message):
     ],
 )
 def test_a_wrong_call_of_stream_batch(model, prompts, num_frames, message):
-    refused(lambda: stream_batch(model, prompts, 0, num_frames), message)
+    assert re.search(message, refusal(lambda: stream_batch(model, prompts, 0, num_frames)))
 
 
 def test_other_wrong_calls(model, tmp_path):
     video = ada.stream(model, "a", seconds=1)
-    refused(lambda: ada.stream("tiny", "a"), "model must be what load returns, got 'tiny'")
-    refused(lambda: stream_batch(None, ["a"], 0, 9), "model must be what load returns")
-    refused(lambda: ada.load_stream(model.config, tmp_path), "model must be what load returns")
-    refused(lambda: ada.make_sampler(model), "config must be a configuration")
-    refused(lambda: ada.save_stream([1], tmp_path / "a"), "video must be what stream or load_stream returns")
+    file = tmp_path / "file"
+    file.write_text("")
+    calls = [
+        (lambda: ada.stream("tiny", "a"), "model must be what load returns, got 'tiny'"),
+        (lambda: stream_batch(None, ["a"], 0, 9), "model must be what load returns"),
+        (lambda: ada.load_stream(model.config, tmp_path), "model must be what load returns"),
+        (lambda: ada.make_sampler(model), "config must be a configuration"),
+        (lambda: ada.save_stream([1], tmp_path / "a"), "video must be what stream or load_stream returns"),
+        (lambda: ada.save_stream(video, file), "file: exists; name a new folder"),
+        (lambda: ada.save_stream(video, file / "a"), "a: cannot be written (Not a directory)"),
+        (lambda: ada.load_stream(model, file), "stream.json: cannot be read (Not a directory)"),
+        (lambda: ada.load_stream(model, tmp_path / "none"), "stream.json: cannot be read (No such file"),
+    ]
     for path in (None, 5, b"a", ""):
-        refused(lambda path=path: ada.save_stream(video, path), "path must name a folder")
-        refused(lambda path=path: ada.load_stream(model, path), "path must name a folder")
-    (tmp_path / "file").write_text("")
-    refused(lambda: ada.save_stream(video, tmp_path / "file"), "file: exists; name a new folder")
-    refused(lambda: ada.save_stream(video, tmp_path / "file" / "a"), r"a: cannot be written \(Not a directory\)")
-    refused(lambda: ada.load_stream(model, tmp_path / "file"), r"stream\.json: cannot be read \(Not a directory\)")
-    refused(lambda: ada.load_stream(model, tmp_path / "none"), r"stream\.json: cannot be read \(No such file")
+        calls.append((lambda path=path: ada.save_stream(video, path), "path must name a folder"))
+        calls.append((lambda path=path: ada.load_stream(model, path), "path must name a folder"))
+    for call, message in calls:
+        assert message in refusal(call)
 
 
 @pytest.mark.parametrize("num_chunks", [0, -1, 1.0, True, "2"])
 def test_a_wrong_number_of_chunks(model, num_chunks):
     text = model.student.text_keys_values(model.embed(["a"]))
     keys = jax.random.split(jax.random.key(0), 1)
-    refused(lambda: ada.make_sampler(model.config)(model.student, text, keys, num_chunks), "num_chunks must be a whole")
+    assert re.search(
+        "num_chunks must be a whole",
+        refusal(lambda: ada.make_sampler(model.config)(model.student, text, keys, num_chunks)),
+    )
 
 
 def test_numbers_of_numpy_are_numbers(model):
     video = ada.stream(model, "a", seconds=np.float32(0.5), seed=np.int64(3)).video
     assert (video.settings.seed, video.settings.num_frames) == (3, 8)
     assert type(video.settings.seed) is int
+    cues = [ada.Cue(0, "a"), ada.Cue(np.float32(0.25), "b", "blend", np.int64(3))]
+    assert dataclasses.astuple(cues[1]) == (0.25, "b", "blend", 3)
+    assert [type(value) for value in (cues[1].second, cues[1].chunks)] == [float, int]
+    assert re.search(
+        "blends over", refusal(lambda: ada.stream(model, prompts=[cues[0], ada.Cue(1, "b", "blend", np.float32(2))]))
+    )
 
 
 def test_a_cue_behind_the_end_is_said(model, capsys):
@@ -164,7 +180,9 @@ def test_frames_that_are_not_finite_are_not_shown(model, tmp_path):
         {"embed": lambda texts: model.embed(texts) * jnp.nan},
     ):
         video = damaged(**parts)
-        refused(lambda video=video: next(video), "frames are not finite: its weights, its text embeddings")
+        assert re.search(
+            "frames are not finite: its weights, its text embeddings", refusal(lambda video=video: next(video))
+        )
         assert next(video, None) is None
     assert len(list(ada.stream(model, "a", seconds=0.5))) == 3
 
@@ -174,7 +192,7 @@ def test_frames_that_are_not_finite_are_not_shown(model, tmp_path):
     video.video.state = dataclasses.replace(state, carry=jax.tree.map(_not_a_number, state.carry))
     ada.save_stream(video, tmp_path / "saved")
     video = ada.load_stream(model, tmp_path / "saved")
-    refused(lambda: list(video), "the stream that it goes on with")
+    assert re.search("the stream that it goes on with", refusal(lambda: list(video)))
 
 
 def _not_a_number(leaf):

@@ -1,8 +1,11 @@
 """Videos out: every format whole or not at all, in the colours that went in, with the texts that went in."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -14,7 +17,7 @@ from PIL import Image
 
 from adastate_jax.data.decoding import decode_frames, frame_pixels
 from adastate_jax.errors import UserError
-from adastate_jax.media import VideoWriter, open_writer, read_image, read_metadata, write_image
+from adastate_jax.media import VideoWriter, open_writer, read_image, read_metadata, write_image, writers
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +67,40 @@ def test_an_interrupted_video_leaves_nothing(tmp_path):
     with VideoWriter(tmp_path / "b.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_the_last_frames_are_compressed_waits_for_the_thread(tmp_path, monkeypatch):
+    """The container is closed when nobody writes to it any more, and frames that have not begun are left out."""
+    closing, done = threading.Event(), []
+
+    def write(encoder, frame):
+        done.append("frame")
+        assert closing.wait(60)
+        if len(done) == 1:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # the main thread has its exception, and would go on
+            assert done == ["frame"]
+        original(encoder, frame)
+        done.append("written")
+
+    def abandon(encoder):
+        done.append("abandoned")
+        closed(encoder)
+
+    original, closed = writers.Mp4.write, writers.Mp4.abandon
+    monkeypatch.setattr(writers.Mp4, "write", write)
+    monkeypatch.setattr(writers.Mp4, "abandon", abandon)
+
+    def interrupted():
+        with VideoWriter(tmp_path / "a.mp4") as writer:
+            writer.write(ramp(64))
+            closing.set()  # what follows is the writer's own waiting
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert done == ["frame", "written", "abandoned"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -213,6 +250,26 @@ def test_a_folder_of_pictures_replaces_its_like_and_nothing_else(tmp_path):
         open_writer(folder)
     assert len(os.listdir(folder)) == 4
     assert os.listdir(tmp_path) == ["takes.v2"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "pictures"])
+def test_what_appears_while_a_video_is_written_is_kept(tmp_path, name):
+    """Beside a file the video gets the next number; a folder of somebody else's is refused."""
+
+    def write():
+        with open_writer(tmp_path / name, replace=False) as writer:
+            writer.write(colours())
+            with open_writer(tmp_path / name) as other:
+                other.write(colours(2))
+        return writer.path
+
+    if name == "a.mp4":
+        assert write() == tmp_path / "a-2.mp4"
+        assert len(read_back(tmp_path / "a-2.mp4")) == 6
+    else:
+        with pytest.raises(UserError, match=r"pictures: cannot be written \(it holds 'frame_0000"):
+            write()
+    assert len(read_back(tmp_path / name)) == 2
 
 
 def test_a_full_disk_is_one_line_whenever_it_fills(tmp_path):

@@ -13,9 +13,11 @@ from adastate_jax.errors import UserError
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import (
     MOST_SCORE_BYTES,
+    KeyValues,
     attend_all,
     attention,
     attention_in_blocks,
+    concatenate,
     resolve_backend,
     shortcoming,
     splash_attention,
@@ -204,3 +206,34 @@ def test_constant_values_are_kept():
     np.testing.assert_allclose(
         attend_all("xla")(query, query, jnp.ones_like(query), turn, None)[0], jnp.ones_like(query), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(("live", "cached"), [(128, 256), (100, 130), (1200, 60), (40, 30)])
+def test_splash_reads_a_laid_out_context(live, cached, monkeypatch):
+    """The same as of context and live tokens joined, whether or not tiles need filling up; and its gradient."""
+    monkeypatch.setattr(attention_lib, "_serving", lambda *_: "splash")
+    query, key, value = draw(2, live, live)
+    context = KeyValues(*draw(2, 1, cached)[1:])
+    layers = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), context)
+    laid_out = jax.tree.map(lambda x: x[0], attention_lib.lay_out(layers, live, "splash", "float32"))
+    assert laid_out.num_tokens == cached
+    assert laid_out.key.shape[2] + live == -(-(cached + live) // 128) * 128  # zeros fill the last tile
+
+    def splash(*x):
+        return splash_attention(*x, laid_out, interpret=True)
+
+    def joined(query, key, value):
+        seen = concatenate(context, KeyValues(key, value))
+        return attention(query, seen.key, seen.value, "xla")
+
+    monkeypatch.undo()
+    inputs = query, key, value
+    np.testing.assert_allclose(jax.jit(splash)(*inputs), joined(*inputs), atol=5e-6)
+    for mine, exact in zip(gradients(splash, inputs), gradients(joined, inputs), strict=True):
+        np.testing.assert_allclose(mine, exact, atol=2e-5)
+
+
+def test_a_context_is_laid_out_for_splash_alone():
+    context = KeyValues(*draw(1, 1, 30)[1:])
+    assert attention_lib.lay_out(context, 10, "xla", "float32") is context
+    assert attention_lib.lay_out(None, 10, "xla", "float32") is None

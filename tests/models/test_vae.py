@@ -196,6 +196,20 @@ def test_chunks_of_any_size_decode_to_the_clip(tiny, clip):
     np.testing.assert_allclose(at_once, rest, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("latents_per_call", [2, 3])
+def test_several_latents_per_call_are_one_after_the_other(tiny, clip, latents_per_call):
+    """In a whole clip, and in a stream whose calls they do not divide; the caches too, so a stream may change them."""
+    latents, whole, whole_cache = clip
+    several = nnx.clone(tiny)
+    several.config = dataclasses.replace(tiny.config, latents_per_call=latents_per_call)
+    once, _ = decode(several, latents, decoder_cache(several, 2, 3, 2), first=True)
+    start, cache = decode(several, latents[:, :1], decoder_cache(several, 2, 3, 2), first=True)
+    rest, cache = decode(several, latents[:, 1:], cache, first=False)
+    for video in (once, np.concatenate([start, rest], axis=1)):
+        np.testing.assert_allclose(video, whole, rtol=0, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), cache, whole_cache)
+
+
 def test_a_stream_encodes_to_the_clip(tiny):
     video = np.random.default_rng(2).uniform(-1, 1, (1, 7, 4, 6, 3)).astype(np.float32)
     whole, *_ = encode_moments(tiny, video, encoder_cache(tiny, 1, 2, 3), first=True)

@@ -161,6 +161,9 @@ class Spy:
     def __init__(self, chunk_frames: int, passes: list[Seen]):
         self.chunk_frames, self.passes = chunk_frames, passes
 
+    def lay_out(self, context, latents):
+        return context
+
     def __call__(self, latents, timesteps, text, positions, attend=None, context=None):
         frames = latents.shape[1]
         state_frames = frames % self.chunk_frames

@@ -16,6 +16,7 @@ from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompted, prompts
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Cue, Reread, Schedule, chunk_of, parse_schedule, schedule
@@ -363,6 +364,46 @@ def test_a_stream_resumed_before_or_after_a_transition_goes_on_the_same(student,
         second, _ = follow(student, embeddings, plan, 6 - split, carry=carry)
         for ours, theirs in zip(first + second, whole, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+STREAMS = {name: preset.stream for name, preset in PRESETS.items()} | {"adaptive": CONFIG}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_is_compiled_ahead_is_all_that_a_stream_runs(name):
+    """Against looking at every chunk, wherever cues lie; and the further they are apart, the less is looked at."""
+    config, rng = STREAMS[name], np.random.default_rng(len(name))
+
+    def possible(transition):
+        try:
+            schedule([Cue(0, "a"), Cue(1000, "b", transition)], config, 4, 16)
+        except UserError:
+            return False
+        return True
+
+    transitions = list(filter(possible, TRANSITIONS))
+    for _ in range(12):
+        starts = np.sort(rng.choice(np.arange(1, 150), rng.integers(1, 5), replace=False)).tolist()
+        plan = scheduled(*((start, str(rng.choice(transitions))) for start in starts))
+        first, length, given = (int(rng.integers(0, most)) for most in (100, 150, config.num_fill_chunks))
+        last = first + 1 + length
+
+        def programs(chunks, plan=plan, first=first, last=last, given=given):
+            plans = [(chunk, plan.plan(chunk, config, last - chunk, given)) for chunk in chunks]
+            return {(one.phase, one.transition, one.reread, min(chunk, given), chunk == first) for chunk, one in plans}
+
+        ahead = prompted.chunks_to_compile(plan, config, first, last, given)
+        assert programs(ahead) == programs(range(first, last))
+    far = scheduled((10**6, "switch"), (10**12, "switch"))
+    assert len(prompted.chunks_to_compile(far, config, 0, None)) <= 3 * (config.num_fill_chunks + len(config.cycle))
+
+
+def test_a_cue_years_ahead_delays_nothing(student, embeddings, monkeypatch):
+    plan, looked_at = scheduled((10**9, "recache")), []
+    planned = Schedule.plan
+    monkeypatch.setattr(Schedule, "plan", lambda self, *arguments: looked_at.append(0) or planned(self, *arguments))
+    next(prompted_stream(student, start(), embeddings, plan, CONFIG, LATENT_SHAPE))
+    assert len(looked_at) < 20
 
 
 def test_joint_denoising_takes_a_switch(student, embeddings):

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LATENT_SHAPE, SMALL, make_dit
+from conftest import SMALL, make_dit
 from flax import nnx
 
+from adastate_jax.config.mesh import MeshConfig, require_divisible_batches
 from adastate_jax.config.stages import DistillConfig, InitializeConfig, OptimizerConfig, PretrainConfig
+from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.linear import Linear
 from adastate_jax.models.text import TextConfig, TextEncoder
@@ -20,6 +22,7 @@ from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.sharding import (
     PARAMETER_AXES,
     RULES,
+    constrain,
     init_sharded,
     logical_axes,
     make_mesh,
@@ -36,10 +39,14 @@ from adastate_jax.training.pretrain import pretrain_step
 from adastate_jax.training.stages.run import compile_step
 from adastate_jax.training.state import create_state
 
+# Heads that four devices can share, and eight cannot.
+SPLIT = dataclasses.replace(SMALL, num_heads=4)
 STREAM = StreamConfig(denoising_steps=(1000.0, 500.0))
 # Keeps both of Adam's moments, and so shows gradients as they are: the first updates are but their signs.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999))
 BATCH, FRAMES = 8, 9
+SHAPE = (4, 8, 4)  # eight tokens a frame
+WHOLE = f"{FRAMES},8,{SMALL.dim}"  # a clip's tokens on one device, as they are between attentions
 
 
 def place(tree, mesh):
@@ -66,7 +73,30 @@ def split_kernels(tree):
 
 @pytest.fixture(scope="module")
 def meshes():
-    return make_mesh(devices=jax.devices()[:1]), make_mesh(data=2, fsdp=4)
+    """One device, and those that all steps are computed on."""
+    of_every_kind = make_mesh(fsdp=2, model=2, context=2)
+    return make_mesh(devices=jax.devices()[:1]), make_mesh(data=2, fsdp=4), of_every_kind
+
+
+@pytest.fixture(scope="module")
+def more_meshes():
+    """Those that the cheapest step shows too; `benchmarks/meshes.py` computes every step on them."""
+    return make_mesh(fsdp=8), make_mesh(context=8), make_mesh(data=2, context=4)
+
+
+@pytest.fixture(scope="module")
+def student():
+    return make_dit(SPLIT, 0)
+
+
+@pytest.fixture(scope="module")
+def critic():
+    return make_dit(SPLIT, 10)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_dit(SPLIT, 20)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +104,8 @@ def batch():
     rng = np.random.default_rng(0)
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     return {
-        "latents": normal((BATCH, FRAMES, *LATENT_SHAPE)),
-        "trajectory": normal((BATCH, len(STREAM.sigmas) + 1, FRAMES, *LATENT_SHAPE)),
+        "latents": normal((BATCH, FRAMES, *SHAPE)),
+        "trajectory": normal((BATCH, len(STREAM.sigmas) + 1, FRAMES, *SHAPE)),
         "text": normal((BATCH, SMALL.text_length, SMALL.text_dim)),
     }
 
@@ -83,15 +113,31 @@ def batch():
 NULL_TEXT = jnp.ones((1, SMALL.text_length, SMALL.text_dim))
 
 
-def test_pretrain_step(student, batch, meshes):
+def exchanges(program):
+    """How often devices exchange tokens for heads in a compiled program, or heads for tokens."""
+    return len(re.findall(r"all-to-all(?:-start)?\(.*shard_map/all_to_all", program))
+
+
+def gathered(program):
+    """Shapes of what devices gather."""
+    return re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", program)
+
+
+def misplaced(tree, mesh):
+    """Paths of the leaves that lie elsewhere than the rules say."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(tree_shardings(tree, mesh)), strict=True)
+    return [path_name(path) for (path, x), rule in leaves if not x.sharding.is_equivalent_to(rule, x.ndim)]
+
+
+def test_pretrain_step(student, batch, meshes, more_meshes):
     """As the train command compiles it: on all meshes the same, one program, and the state updated in its place."""
     config = PretrainConfig(optimizer=OPTIMIZER)
 
     def function(state, batch):
         return pretrain_step(state, batch["latents"], batch["text"], NULL_TEXT, jax.random.key(1), config)
 
-    results = []
-    for mesh in (*meshes, make_mesh(2, 2, 2)):
+    first = None
+    for mesh in (*meshes, *more_meshes):
         with jax.set_mesh(mesh):
             state, sharded = (
                 place(jax.tree.map(jnp.copy, create_state(student, OPTIMIZER, True)), mesh),
@@ -99,14 +145,19 @@ def test_pretrain_step(student, batch, meshes):
             )
             step = compile_step(types.SimpleNamespace(mesh=mesh), function, state)
             held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-            assert step.lower(state, sharded).compile().memory_analysis().alias_size_in_bytes == held
+            compiled = step.lower(state, sharded).compile()
+            assert compiled.memory_analysis().alias_size_in_bytes == held
             state, scalars = step(state, sharded)
-            results.append(jax.tree.map(np.asarray, (state, scalars)))
-            step(state, sharded)
-            assert step._cache_size() == 1
-    one, eight, of_every_kind = results
-    assert differing(one, eight) == []
-    assert differing(one, of_every_kind) == []
+            assert misplaced(state, mesh) == []
+            found = jax.tree.map(np.asarray, (state, scalars))
+            first = found if first is None else first
+            assert differing(first, found) == [], mesh
+            if mesh is meshes[0]:
+                step(state, sharded)
+                assert step._cache_size() == 1
+        # Queries, keys, values and output, there and back; and no device ever has all of a clip's tokens.
+        assert exchanges(compiled.as_text()) == (8 if mesh.shape["context"] > 1 else 0)
+        assert [shape for shape in gathered(compiled.as_text()) if WHOLE in shape] == []
 
 
 def test_tensor_parallel_layers_gather_nothing(student, batch):
@@ -115,8 +166,8 @@ def test_tensor_parallel_layers_gather_nothing(student, batch):
     text = batch["text"]
 
     def first_chunk(student, text):
-        carry = initial_carry(SMALL, STREAM, seed_keys(0, BATCH), *LATENT_SHAPE[:2])
-        noise, phase = draw_noise(carry, STREAM, LATENT_SHAPE), phase_of(0, STREAM)
+        carry = initial_carry(SPLIT, STREAM, seed_keys(0, BATCH), *SHAPE[:2])
+        noise, phase = draw_noise(carry, STREAM, SHAPE), phase_of(0, STREAM)
         return generate_chunk(student, carry.cache, student.text_keys_values(text), noise, STREAM, phase, 1)
 
     with jax.set_mesh(mesh):
@@ -126,8 +177,7 @@ def test_tensor_parallel_layers_gather_nothing(student, batch):
         for sharding in jax.tree.leaves(compiled.output_shardings.fresh)
     )
     program = compiled.as_text()
-    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", program)
-    assert set(gathered) == {f"{BATCH},{STREAM.chunk_frames},{6 * SMALL.dim}"}
+    assert set(gathered(program)) == {f"{BATCH},{STREAM.chunk_frames},{6 * SMALL.dim}"}
     assert "all-to-all" not in program
     assert "collective-permute" not in program
 
@@ -139,9 +189,11 @@ def test_initialize_step(context, student, batch, meshes):
     def step(state, batch):
         return initialize_step(state, batch["trajectory"], batch["text"], jax.random.key(1), config, STREAM)
 
-    one, eight = (run_on(mesh, step, create_state(student, OPTIMIZER, True), batch) for mesh in meshes)
-    assert split_kernels(eight)
-    assert differing(one, eight) == []
+    where = meshes if context == "clean" else meshes[:2]
+    one, *others = (run_on(mesh, step, create_state(student, OPTIMIZER, True), batch) for mesh in where)
+    for other in others:
+        assert split_kernels(other)
+        assert differing(one, other) == []
 
 
 def test_distill_steps(student, critic, teacher, batch, meshes):
@@ -156,20 +208,21 @@ def test_distill_steps(student, critic, teacher, batch, meshes):
             batch["text"],
             NULL_TEXT,
             jnp.int32(3),
-            draw_update(jax.random.key(1), BATCH, config, STREAM, LATENT_SHAPE),
+            draw_update(jax.random.key(1), BATCH, config, STREAM, SHAPE),
             config,
             STREAM,
         )
-        draws = draw_update(jax.random.key(2), BATCH, config, STREAM, LATENT_SHAPE)
+        draws = draw_update(jax.random.key(2), BATCH, config, STREAM, SHAPE)
         critic_state, critic_scalars = critic_step(
             critic_state, student_state.params, batch["text"], draws, config, STREAM
         )
         return student_state, critic_state, scalars, critic_scalars
 
     states = (create_state(student, OPTIMIZER, True), create_state(critic, OPTIMIZER, False), teacher)
-    one, eight = (run_on(mesh, step, states, batch) for mesh in meshes)
-    assert split_kernels(eight)
-    assert differing(one, eight) == []
+    one, *others = (run_on(mesh, step, states, batch) for mesh in meshes)
+    for other in others:
+        assert split_kernels(other)
+        assert differing(one, other) == []
 
 
 def reductions(program):
@@ -280,5 +333,38 @@ def test_the_vae_is_small_enough_to_stay_whole():
 
 
 def test_too_large_a_mesh_is_refused():
-    with pytest.raises(ValueError, match="mesh 4x4x1 needs 16 devices, 8 are here"):
+    with pytest.raises(ValueError, match="mesh data 4 x fsdp 4 needs 16 devices, 8 are here"):
         make_mesh(data=4, fsdp=4)
+
+
+def test_a_dimension_that_does_not_divide_is_refused_by_name(student):
+    """Of a weight, never replicated instead; the nearest sizes and numbers of devices are named."""
+    mesh = make_mesh(model=5)
+    with pytest.raises(UserError) as error:
+        tree_shardings({"ffn_in": {"kernel": jnp.zeros((10, 48))}}, mesh)
+    assert str(error.value) == (
+        "ffn_in/kernel: its mlp of 48 must be a multiple of mesh.model = 5: choose 45 or 50, or mesh.model = 4 or 6"
+    )
+    with pytest.raises(UserError, match=r"its embed of 32 must be a multiple of mesh\.fsdp"):
+        tree_shardings(student, make_mesh(fsdp=3))
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_name():
+    mesh = MeshConfig(data=2, fsdp=4)
+    require_divisible_batches(mesh, {"distill.batch_size": 16})
+    with pytest.raises(
+        ValueError, match=re.escape("mesh.data * mesh.fsdp = 8: choose 8, or mesh.data * mesh.fsdp = 4")
+    ):
+        require_divisible_batches(mesh, {"pretrain.batch_size": 8, "distill.batch_size": 4})
+
+
+def test_what_may_stay_whole_does(caplog):
+    """By rule: the byte tokenizer's rows. A single sample is computed by all devices, and that is said once."""
+    mesh = make_mesh(fsdp=2, model=4)
+    assert tree_shardings({"token_embedding": jnp.zeros((259, 32))}, mesh)["token_embedding"].spec == jax.P(
+        None, ("fsdp", "context")
+    )
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: constrain(x, "batch"))(jnp.zeros((5, 7)))
+    assert x.sharding.is_fully_replicated
+    assert "whole on every device: a batch of 5 must be a multiple of mesh.data * mesh.fsdp = 2" in caplog.text

@@ -28,11 +28,11 @@ CONFIG = Config(
 def read(monkeypatch, tmp_path):
     """How the distillation reads a step's batch, from eight prompts that are told apart by their letter."""
     found = {}
-    monkeypatch.setattr(distill_stage, "trained", lambda *_: None)
+    monkeypatch.setattr(Run, "network", lambda *_: None)
     monkeypatch.setattr(
         Run, "run_stage", lambda run, name, create, step_function, read, steps, compiling: found.update(read=read)
     )
-    nothing = dict.fromkeys(("clips", "frozen", "empty_text", "negative_text", "metrics"))
+    nothing = dict.fromkeys(("clips", "captions", "critic_prompts", "frozen", "empty_text", "negative_text", "metrics"))
     distill_stage.distill(Run(CONFIG, tmp_path, make_mesh(), prompts=list("abcdefgh"), **nothing))
     return found["read"]
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 from small_wan import CONFIG, KINDS, _draw
 
+from adastate_jax import convert
 from adastate_jax.errors import UserError
 from adastate_jax.weights.identify import identify
 from adastate_jax.weights.sources import open_source
@@ -70,6 +71,15 @@ def test_a_text_encoder_with_its_tokenizer(tmp_path):
         assert np.array_equal(found[ours], half[name])
     # A tensor of that name which is no tokenizer is none of ours to drop.
     assert "spiece_model" in refusal(tmp_path, {**half, "spiece_model": np.arange(100)})
+
+
+def test_a_tokenizer_that_is_left_out_is_said(tmp_path, capsys):
+    half = {name: tensor.astype(np.float16) for name, tensor in draw("text_encoder", "diffusers").items()}
+    for name, content in (("plain", {}), ("packed", {"spiece_model": np.arange(100, dtype=np.uint8)})):
+        save_file({**half, **content}, tmp_path / f"{name}.safetensors")
+        assert convert.main([f"--source={tmp_path / name}.safetensors", f"--output={tmp_path / name}"]) == 0
+        note = f"note: {tmp_path / name}.safetensors: its tokenizer (spiece_model) is left out"
+        assert (note in capsys.readouterr().err) == bool(content)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree
-from adastate_jax.config.files import load_config
+from adastate_jax.checkpoint import Checkpoints, latest_step
+from adastate_jax.config.networks import trained_sizes
 from adastate_jax.config.run import Config
 from adastate_jax.data.batches import example_indices, prefetch
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.text import ByteTokenizer
-from adastate_jax.sharding import replicated, shard_batch, tree_shardings
+from adastate_jax.sharding import local_rows, replicated, shard_batch, tree_shardings
 from adastate_jax.training.frozen import Frozen, with_shardings
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
+from adastate_jax.training.networks import load_weights
 from adastate_jax.training.state import create_state
 
 
@@ -30,8 +30,9 @@ class Run:
     """What all stages of a run share.
 
     Attributes:
-        clips: random-access source of clips with captions.
-        prompts: random-access texts that distillation draws from.
+        clips: random-access source of clips with captions, or `LatentClips`; None for none.
+        captions: texts that trajectories are drawn for.
+        prompts, critic_prompts: texts that distillation's updates draw from; None for the critic is the student's.
         frozen: codec and text encoder.
         empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
     """
@@ -40,7 +41,9 @@ class Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     clips: Any
+    captions: Sequence[str]
     prompts: Sequence[str]
+    critic_prompts: Sequence[str] | None
     frozen: Frozen
     empty_text: jax.Array
     negative_text: jax.Array
@@ -48,11 +51,15 @@ class Run:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return self.frozen.codec.latent_shape(*self.config.data.size)
+        return self.config.latent_shape
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; step s uses fold_in(key, s)."""
         return key_of(self.config, stage)
+
+    def network(self, name: str) -> DiT:
+        """The frozen teacher, as its configuration says; or critic or student as they enter distillation, float32."""
+        return load_weights(self.config, self.workdir, name, self.mesh, trained=name != "teacher")
 
     def refuse_removed(self) -> None:
         """Raises UserError if the work directory is gone: what is written on would be a folder of half a run."""
@@ -65,10 +72,10 @@ class Run:
         return steps is not None and (latest_step(self.workdir / stage) or 0) >= steps
 
     def indices(self, stage: str, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-        """The examples of this process at a step of a stage."""
+        """The examples of the rows that this process's devices hold at a step of a stage."""
         salt = ("pretrain", "initialize", "distill").index(stage)
         seed = self.config.seed * 3 + salt
-        return example_indices(step, batch_size, num_examples, seed, jax.process_index(), jax.process_count())
+        return example_indices(step, batch_size, num_examples, seed, local_rows(batch_size, self.mesh))
 
     def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask [B, T]."""
@@ -113,12 +120,6 @@ def key_of(config: Config, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), KEYS.index(name))
 
 
-def start_of(config: Config) -> tuple[Config, Path]:
-    """The run that this one starts from."""
-    folder = Path(config.start_from)
-    return load_config(folder / "config.json"), folder
-
-
 def first_call() -> Callable[[int], bool]:
     """A `compiling` of a stage whose one program is compiled at its first step, whichever that is."""
     calls = itertools.count()
@@ -137,32 +138,15 @@ def compile_step(run: Run, function, state: Any):
 def abstract_states(config: Config) -> dict[str, Any]:
     """Shapes of what each stage trains, under the names of the stages."""
 
-    def model():
-        return DiT(config.model, rngs=nnx.Rngs(0))
-
-    def state(optimizer, ema):
-        return jax.eval_shape(lambda: create_state(model(), optimizer, ema))
+    def state(name, optimizer, ema):
+        network = trained_sizes(config.network(name))
+        return jax.eval_shape(lambda: create_state(DiT(network, rngs=nnx.Rngs(0)), optimizer, ema))
 
     return {
-        "pretrain": state(config.pretrain.optimizer, True),
-        "initialize": state(config.initialize.optimizer, True),
-        "distill": {"student": state(config.distill.student, True), "critic": state(config.distill.critic, False)},
+        "pretrain": state("teacher", config.pretrain.optimizer, True),
+        "initialize": state("student", config.initialize.optimizer, True),
+        "distill": {
+            "student": state("student", config.distill.student, True),
+            "critic": state("critic", config.distill.critic, False),
+        },
     }
-
-
-def trained(run: Run, stage: str, part: str) -> Any:
-    """Weights that an earlier stage left behind."""
-    config, workdir = run.config, run.workdir
-    while latest_step(workdir / stage) is None:
-        if not config.start_from:
-            raise UserError(f"{workdir}: stage {stage} has not run; put it into config.stages before the later ones")
-        config, workdir = start_of(config)
-    like = abstract_states(config)[stage]
-    for name in part.split("/"):
-        like = like[name] if isinstance(like, dict) else getattr(like, name)
-    return load_tree(workdir / stage / str(latest_step(workdir / stage)), with_shardings(like, run.mesh), part)
-
-
-def copy_tree(tree: Any) -> Any:
-    """The same arrays in memory of their own, so that either can be donated."""
-    return jax.tree.map(jnp.copy, tree)

@@ -2,28 +2,31 @@
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from adastate_jax import seals
+from adastate_jax import distributed, seals
 from adastate_jax.config.stages import ode_sigmas
 from adastate_jax.console import progress
 from adastate_jax.diffusion import draw_normal
 from adastate_jax.errors import UserError, reading, writing
 from adastate_jax.files import whole_file
-from adastate_jax.sharding import batch_sharding, shard_batch
+from adastate_jax.sharding import batch_sharding, fetch, local_rows, shard_batch
+from adastate_jax.training.frozen import batch_text
 from adastate_jax.training.initialize import sample_trajectory
-from adastate_jax.training.stages.run import Run, trained
+from adastate_jax.training.stages.inputs import read_texts
+from adastate_jax.training.stages.run import Run
 
 
-def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     """Draws the teacher's trajectories into files, each whole or absent, and returns how to read them.
 
-    Trajectory i is for caption i (modulo their number), from noise of key i: a missing file is made again, the same.
-    One that the folder's seal does not list counts as missing, so those of versions without a seal are drawn again.
+    Trajectory i is for caption i of the run's (modulo their number), from noise of key i: a missing file is made again,
+    the same. One that the folder's seal does not list counts as missing, so those of versions without a seal are drawn
+    again.
 
     Returns:
         Trajectory numbers [B] → kept states [B, T + 1, N, H, W, C] float32; a file is checked against the seal when it
@@ -38,16 +41,16 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     except ValueError as error:
         raise UserError(f"config.initialize: {error}") from None
     keep_every = config.ode_steps // len(stream.sigmas)
-    shape = (run.config.data.num_frames, *run.latent_shape)
+    shape = (run.config.trajectory_frames, *run.latent_shape)
     key = run.key("trajectories")
     folder = run.workdir / "trajectories"
     per_file = config.batch_size
     num_files = -(-config.trajectories // per_file)
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(run.mesh))
-    def draw(teacher, frozen, null_text, numbers, token_ids, mask):
+    def draw(teacher, frozen, null_text, numbers, batch):
         noise = jax.vmap(lambda i: draw_normal(jax.random.fold_in(key, i), shape))(numbers)
-        text = frozen.text_encoder.encode(token_ids, mask)
+        text = batch_text(frozen, batch)
         return sample_trajectory(teacher, noise, text, null_text, sigmas, config.guidance_scale, keep_every)
 
     def file(index: int) -> Path:
@@ -56,22 +59,24 @@ def make_trajectories(run: Run, captions: Sequence[str]) -> Callable[[np.ndarray
     with writing(folder):
         folder.mkdir(exist_ok=True)
     sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
-    missing = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    missing = distributed.from_first(
+        lambda: [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+    )
     if missing:
-        teacher = trained(run, "pretrain", "ema")
+        teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
                 run.refuse_removed()
-                numbers = np.arange(index * per_file, (index + 1) * per_file)
-                token_ids, mask = run.tokens([captions[int(i) % len(captions)] for i in numbers])
-                batch = shard_batch((numbers.astype(np.int32), token_ids, mask), run.mesh)
-                drawn = np.asarray(draw(teacher, run.frozen, run.negative_text, *batch))
+                numbers = index * per_file + local_rows(per_file, run.mesh)
+                texts = read_texts(run, run.captions, numbers)
+                batch = shard_batch((numbers.astype(np.int32), texts), run.mesh)
+                drawn = fetch(draw(teacher, run.frozen, run.negative_text, *batch))
                 if not np.isfinite(drawn).all():
                     raise UserError(
                         f"{folder}: the teacher's trajectories are not finite; pretrain longer or lower "
                         "config.initialize.guidance_scale"
                     )
-                write_trajectories(file(index), drawn, sealed)
+                distributed.from_first(functools.partial(write_trajectories, file(index), drawn, sealed))
                 bar.set_description("trajectories")
                 bar.update(per_file)
 

@@ -1,0 +1,218 @@
+"""Chips that need not be here: what they have, and how to compile programs for them.
+
+Compilers take a description of the machine in place of the machine: `libtpu` that of a TPU slice, JAX's CUDA plugin
+that of a GPU. Nothing can run so, but whether a program fits, what it holds, moves and exchanges is known.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from adastate_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+        name: for people.
+        memory: bytes that a program may use: of TPUs what the compiler says, of GPUs of the data sheet.
+        flops: bfloat16 operations per second by the data sheet.
+        bandwidth: bytes of memory per second by the data sheet.
+        clock: cycles per second that the compiler's estimates are turned into time with; None where it gives none.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    clock: float | None = None
+
+    @property
+    def is_gpu(self) -> bool:
+        return "NVIDIA" in self.name
+
+
+CHIPS = {
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 1.5e9),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 1.75e9),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1640e9, 1.75e9),
+    "h100": Chip("NVIDIA H100 SXM", 79.1 * GIB, 989e12, 3350e9),
+    "h200": Chip("NVIDIA H200 SXM", 139.8 * GIB, 989e12, 4800e9),
+}
+
+_GPUS_PER_HOST = 8
+
+# Whether for GPUs → the module that compiles, and what to install for it.
+_COMPILERS = {False: ("libtpu", "jax[tpu]"), True: ("jax_cuda12_plugin", "jax[cuda12]")}
+
+# What the CUDA compiler asks of a GPU: from the device descriptions that XLA prints on real ones.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+# libtpu looks for a TPU's host unless it is told of one; any will do.
+_NO_TPU_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process waits for the first one's lock, and gives up
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Chips to compile for.
+
+    Attributes:
+        name: as it was asked for, `v6e:2x2`.
+        chip: each of them.
+        devices: their descriptions, as a mesh takes them.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.devices[0].platform == "gpu"
+
+
+def find_target(name: str) -> Target:
+    """The chips of a name, which is a TPU slice's shape or a number of GPUs: `v5e:1`, `v6e:2x2`, `v5p:2x2x2`, `h100:8`.
+
+    Raises:
+        UserError: the name is none, there is no such slice, or what compiles for it is not installed.
+    """
+    chip, sizes = read_target(name)
+    topology = _gpus(name, chip, math.prod(sizes)) if chip.is_gpu else _tpus(name, sizes)
+    return Target(name, chip, tuple(topology.devices))
+
+
+def read_target(name: str) -> tuple[Chip, list[int]]:
+    """The chip that a name is of, and the sides of the slice, without asking a compiler; UserError if it is none."""
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", shape):
+        raise UserError(
+            f"{name}: name a chip and how many, for example v5e:1, v6e:2x2 or h100:8; known are {', '.join(CHIPS)}"
+        )
+    return CHIPS[kind], [int(size) for size in shape.split("x")]
+
+
+def can_compile_for(name: str) -> bool:
+    """Whether what compiles for a target is installed; UserError if its name is none."""
+    chip, _ = read_target(name)
+    return importlib.util.find_spec(_COMPILERS[chip.is_gpu][0]) is not None
+
+
+def _tpus(name: str, sizes: list[int]):
+    _require(name)
+    kind = name.partition(":")[0]
+    axes = 3 if kind == "v5p" else 2
+    if math.prod(sizes) == 1:
+        sizes = [1] * axes
+    if len(sizes) != axes:
+        raise UserError(f"{name}: a slice of {kind} has {axes} sides, for example {kind}:{'x'.join('2' * axes)}")
+    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    os.environ |= {key: os.environ.get(key, value) for key, value in _NO_TPU_HOST.items()}
+    return _topology(name, platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sizes))}", **options)
+
+
+def _gpus(name: str, chip: Chip, count: int):
+    _require(name)
+    if count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
+        raise UserError(f"{name}: a host has {_GPUS_PER_HOST} of them; name up to so many, or whole hosts")
+    hosts, each = max(count // _GPUS_PER_HOST, 1), min(count, _GPUS_PER_HOST)
+    description = _GPU.format(bandwidth=int(chip.bandwidth), memory=int(chip.memory), name=chip.name)
+    shape = f"1x{hosts}x{each}"
+    return _topology(name, platform="cuda", topology_name=chip.name, target_config=description, topology=shape)
+
+
+def _require(name: str) -> None:
+    if not can_compile_for(name):
+        extra = _COMPILERS[read_target(name)[0].is_gpu][1]
+        version = ".".join(str(part) for part in jax.__version_info__)
+        raise UserError(
+            f'{name}: to compile for it, pip install "{extra}=={version}" (extra compile of this package has all that '
+            "is needed); no such chip need be here"
+        )
+
+
+def _topology(name: str, **description):
+    try:
+        return topologies.get_topology_desc(**description)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{name}: there is no such slice ({str(error).strip().splitlines()[0]})") from None
+
+
+@contextlib.contextmanager
+def answering_for(target: Target) -> Iterator[None]:
+    """While it lasts, JAX's looks at the local GPU before it lowers cuDNN's attention are answered for the target."""
+    if not target.is_gpu:
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # nothing public tells it
+
+    answers = {
+        "check_cudnn_version": lambda: 91000,
+        "check_compute_capability": lambda wanted: float(wanted) <= 9.0,
+        "is_cuda_compute_capability_equal": lambda wanted: wanted == "9.0",
+    }
+    before = {question: getattr(fused, question) for question in answers}
+    for question, answer in answers.items():
+        setattr(fused, question, answer)
+    try:
+        yield
+    finally:
+        for question, answer in before.items():
+            setattr(fused, question, answer)
+
+
+def make_target_mesh(target: Target, **extents: int) -> jax.sharding.Mesh:
+    """A mesh of these extents over a target's chips.
+
+    Raises:
+        UserError: the target has another number of chips.
+    """
+    size = math.prod(extents.values())
+    if size != len(target.devices):
+        shape = ", ".join(f"{axis} {extent}" for axis, extent in extents.items())
+        raise UserError(f"config.mesh: {target.name} has {len(target.devices)} devices, not {size} ({shape})")
+    devices = np.array(target.devices).reshape(tuple(extents.values()))
+    return jax.sharding.Mesh(devices, tuple(extents), axis_types=(jax.sharding.AxisType.Auto,) * len(extents))

@@ -1,0 +1,262 @@
+"""The real programs by their shapes alone: a steady chunk of the stream, its decoders, the updates of distillation.
+
+Nothing is allocated; every shape says where its parts lie on the mesh of the chips that the program is compiled for.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adastate_jax.benchmarking import flops
+from adastate_jax.benchmarking.flops import Flops
+from adastate_jax.benchmarking.sections import TRAINING
+from adastate_jax.benchmarking.targets import Target, make_target_mesh
+from adastate_jax.config.networks import trained_sizes
+from adastate_jax.config.run import Config
+from adastate_jax.config.stages import OptimizerConfig
+from adastate_jax.errors import UserError
+from adastate_jax.generation.loading import decode_checked
+from adastate_jax.models.attention import KeyValues
+from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.tiny_vae import TinyVAE
+from adastate_jax.models.vae import VAE
+from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.sharding import RULES, batch_sharding, replicated, tree_shardings
+from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
+from adastate_jax.streaming.rollout import stream_step
+from adastate_jax.streaming.schedule import phase_of
+from adastate_jax.training.dmd import critic_step, draw_update, student_step
+from adastate_jax.training.frozen import with_shardings
+from adastate_jax.training.state import TrainState, create_state
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A program to compile.
+
+    Attributes:
+        name: one of `sections.PROGRAMS`.
+        mesh: over the target's chips.
+        function: jitted.
+        arguments: shapes with shardings, and what is static.
+        donated: bytes per device of the arguments whose place the results should take.
+        resident: bytes per device of what lies there, too, while it runs, but is none of its arguments.
+        flops: of all devices together; of a drawn number of denoising steps the mean.
+        unknown_turns: of a loop whose turns are drawn, the mean.
+    """
+
+    name: str
+    mesh: Mesh
+    function: Any
+    arguments: tuple[Any, ...]
+    donated: int
+    resident: int
+    flops: Flops
+    unknown_turns: float = 1.0
+
+
+def make_workload(name: str, config: Config, teacher: DiTConfig, mesh: Mesh) -> Workload:
+    """A program of a configuration, split over a mesh.
+
+    Args:
+        name: one of `sections.PROGRAMS`.
+        teacher: its sizes, where they are not those of the configuration.
+        mesh: of a target's chips, see `mesh_over`; an abstract one is enough to count what lies where.
+
+    Raises:
+        UserError: it is none of the configuration's, or cannot be split so.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if name == "stream":
+            return _stream(config, mesh)
+        return _update(name, config, teacher, mesh) if name in TRAINING else _decoder(name, config, mesh)
+
+
+def mesh_over(config: Config, target: Target, program: str) -> jax.sharding.Mesh:
+    """The configured mesh; where that is a single device and the target is more, all of them along one axis.
+
+    That axis is `fsdp` in training, and `model`, which splits heads, in a stream.
+
+    Raises:
+        UserError: the configured mesh has another number of devices, or heads cannot be split over them.
+    """
+    extents, devices, training = dataclasses.asdict(config.mesh), len(target.devices), program in TRAINING
+    if math.prod(extents.values()) == 1:
+        extents["fsdp" if training else "model"] = devices
+        if not training and config.model.num_heads % devices:
+            raise UserError(f"{target.name}: {config.model.num_heads} heads are not split over {devices} devices")
+    return make_target_mesh(target, **extents)
+
+
+def wan_14b(smaller: DiTConfig) -> DiTConfig:
+    """The sizes of Wan2.1-T2V-14B; all else as in the smaller network.  Source: wan/configs/wan_t2v_14B.py."""
+    return dataclasses.replace(smaller, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that each device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
+
+
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of what every device has all of."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
+# --- streaming --------------------------------------------------------------------------------------------------------
+
+
+def _carried(config: Config, mesh: Mesh) -> tuple[RolloutCarry, KeyValues]:
+    """Carry and text keys and values of a running stream, split as the programs before this one left them."""
+
+    def fit(axis: str, size: int) -> tuple[str, ...] | None:
+        return RULES[axis] if size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0 else None
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P(None, fit("batch", x.shape[1]), None, fit("heads", x.shape[3])) if x.ndim == 5 else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    model = config.model
+    height, width, _ = config.latent_shape
+    carry = jax.eval_shape(lambda: initial_carry(model, config.stream, seed_keys(0, 1), height, width))
+    text = jax.ShapeDtypeStruct(
+        (model.num_layers, 1, model.text_length, model.num_heads, model.head_dim), jnp.dtype(model.dtype)
+    )
+    return jax.tree.map(place, carry), KeyValues(place(text), place(text))
+
+
+@functools.cache
+def _abstract(config: DiTConfig) -> DiT:
+    """A transformer's shapes. Kept, because a search over meshes asks for the same ones again and again."""
+    return jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def _abstract_state(config: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
+    """A network's shapes in training, kept as `_abstract`'s are."""
+    return jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=ema), _abstract(config))
+
+
+def _transformer(config: DiTConfig, mesh: Mesh) -> DiT:
+    return with_shardings(_abstract(config), mesh)
+
+
+def _codec(name: str, config: Config, mesh: Mesh) -> tuple[WanCodec, Any]:
+    """A decoder, and its cache of a running stream."""
+    network, settings = {"wan": (VAE, config.vae), "tiny": (TinyVAE, config.tiny_vae)}[name]
+    decoder = jax.eval_shape(lambda: network(settings, rngs=nnx.Rngs(0), parts=("decoder",)))
+    height, width, _ = config.latent_shape
+    cache = jax.eval_shape(lambda codec: codec.decode_start(1, height, width), WanCodec(decoder, None))
+    return _whole(WanCodec(decoder, None), mesh), _whole(cache, mesh)
+
+
+def _stream(config: Config, mesh: Mesh) -> Workload:
+    """A steady chunk: all denoising steps and the clean pass. The configured decoder lies beside it."""
+    steady = config.stream.num_fill_chunks
+    carry, text = _carried(config, mesh)
+    phase = phase_of(steady, config.stream)
+    frame_tokens = config.model.frame_tokens(*config.latent_shape[:2])
+    work = flops.chunk_pass_flops(config.model, config.stream, steady, frame_tokens)
+    return Workload(
+        "stream",
+        mesh,
+        stream_step,
+        (_transformer(config.model, mesh), carry, text, config.stream, config.latent_shape, phase),
+        donated=device_bytes(carry),
+        resident=0 if config.decoder == "patch" else device_bytes(_codec(config.decoder, config, mesh)),
+        flops=work.times(len(config.stream.sigmas) + 1),
+    )
+
+
+def _decoder(name: str, config: Config, mesh: Mesh) -> Workload:
+    """The latents of a steady chunk into 8-bit frames. The transformer and its stream lie beside it."""
+    if config.decoder == "patch":
+        raise UserError(f"--programs {name}: config.decoder is patch, which is one product; set it to wan or tiny")
+    codec, cache = _codec(name, config, mesh)
+    frames = config.stream.chunk_frames
+    shape = (1, frames, *config.latent_shape)
+    latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(mesh))
+    settings = {"wan": config.vae, "tiny": config.tiny_vae}[name]
+    work = flops.decoder_flops(settings, *config.latent_shape[:2], frames)
+    return Workload(
+        name,
+        mesh,
+        decode_checked,
+        (codec, latents, cache, False),
+        donated=device_bytes(cache),
+        resident=device_bytes((_transformer(config.model, mesh), _carried(config, mesh))),
+        flops=Flops(work * mesh.size, 0),  # each device decodes the same
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def critic_update(config: Config) -> Callable:
+    """(state, key, text embeddings [B, T, text_dim], student) → (state, scalars): an update with all that it draws."""
+
+    def update(state: TrainState, key: jax.Array, text: jax.Array, student: DiT):
+        draws = draw_update(key, text.shape[0], config.distill, config.stream, config.latent_shape)
+        return critic_step(state, student, text, draws, config.distill, config.stream)
+
+    return update
+
+
+def student_update(config: Config) -> Callable:
+    """(state, key, text embeddings [B, T, text_dim], critic, teacher) → (state, scalars), as `critic_update`.
+
+    The first prompt serves as the negative one.
+    """
+
+    def update(state: TrainState, key: jax.Array, text: jax.Array, critic: DiT, teacher: DiT):
+        draws = draw_update(key, text.shape[0], config.distill, config.stream, config.latent_shape)
+        settings = config.distill
+        return student_step(state, critic, teacher, text, text[:1], state.step, draws, settings, config.stream)
+
+    return update
+
+
+def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> Workload:
+    """An update of distillation. All three networks and both optimizers lie on the devices throughout."""
+    settings, batch = config.distill, config.distill.batch_size
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if batch // settings.accumulate % parts:
+        at_once = f"{batch} prompts" + (f", {batch // settings.accumulate} at once," if settings.accumulate > 1 else "")
+        raise UserError(f"config.distill.batch_size: {at_once} are not split over {parts} devices of the batch")
+    critic_sizes, sizes = (trained_sizes(config.network(network)) for network in ("critic", "student"))
+
+    def state(sizes: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
+        return with_shardings(_abstract_state(sizes, optimizer, ema), mesh)
+
+    student, critic = state(sizes, settings.student, True), state(critic_sizes, settings.critic, False)
+    teacher = _transformer(teacher_sizes, mesh)
+    text = jax.ShapeDtypeStruct(
+        (batch, sizes.text_length, sizes.text_dim), jnp.dtype(config.text.dtype), sharding=batch_sharding(mesh)
+    )
+    key = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    rollout = (config.stream, settings.rollout_frames, sizes.frame_tokens(*config.latent_shape[:2]))
+    if name == "student":
+        own, update, others = student, student_update(config), (critic.params, teacher)
+        work = flops.student_flops(sizes, critic_sizes, teacher_sizes, *rollout)
+    else:
+        own, update, others = critic, critic_update(config), (student.params,)
+        work = flops.critic_flops(sizes, critic_sizes, *rollout)
+    held = device_bytes((student, critic, teacher)) - device_bytes((own, others))
+    shardings = tree_shardings(own, mesh), replicated(mesh)
+    function = jax.jit(update, donate_argnums=0, out_shardings=shardings)
+    turns = (len(config.stream.sigmas) + 3) / 2  # 1 … all denoising steps, and the clean pass
+    return Workload(
+        name, mesh, function, (own, key, text, *others), device_bytes(own), held, work.times(batch), unknown_turns=turns
+    )

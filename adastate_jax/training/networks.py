@@ -1,0 +1,148 @@
+"""Teacher, critic and student: where their weights lie, that they are what a run needs, and reading them into place.
+
+Weights come from a stage of this run, of the run that it starts from or of any other, or from a folder that `convert`
+wrote. Whatever the source, each device gets its own part; no host holds a whole network.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adastate_jax.checkpoint import latest_step, load_tree
+from adastate_jax.config.files import load_config
+from adastate_jax.config.networks import NETWORKS, TRAINED_BY, trained_sizes
+from adastate_jax.config.run import Config
+from adastate_jax.errors import UserError
+from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.quantized import quantize_network
+from adastate_jax.training.frozen import abstract_network, with_shardings
+from adastate_jax.weights.converted import converted_config, is_converted, load_converted
+from adastate_jax.weights.parts import differing_fields
+
+# Stage → the part of its checkpoint to go on from, and which network that is.
+_LEFT_BEHIND = {"pretrain": ("ema", "teacher"), "initialize": ("ema", "student"), "distill": ("student/ema", "student")}
+# What a configuration says of a converted network, whatever its weights are.
+_SETTINGS = ("param_dtype", "dtype", "text_length", "attention", "remat", "quantization")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights before they are read.
+
+    Attributes:
+        path: a checkpoint, or a folder that `convert` wrote; None where a stage of this run is still to make it.
+        part: of the checkpoint; empty for a converted folder.
+        config: of the network that lies there.
+    """
+
+    path: Path | None
+    part: str
+    config: DiTConfig
+
+
+def start_of(config: Config) -> tuple[Config, Path]:
+    """The run that this one starts from."""
+    folder = Path(config.start_from)
+    return load_config(folder / "config.json"), folder
+
+
+def check_networks(config: Config, workdir: Path) -> None:
+    """Finds all weights that the stages will ask for, before anything is compiled or read.
+
+    Raises:
+        UserError: some are missing, or are of another network than the configuration says.
+    """
+    if "initialize" in config.stages:
+        find_weights(config, workdir, "teacher")
+        find_weights(config, workdir, "student", start=True)
+    if "distill" in config.stages:
+        for name in NETWORKS:
+            find_weights(config, workdir, name)
+
+
+def find_weights(config: Config, workdir: Path, name: str, start: bool = False) -> Source:
+    """Where the weights of a network lie.
+
+    Args:
+        name: `teacher`, `critic` or `student`.
+        start: what the student is before initialisation, not what it is before distillation.
+
+    Raises:
+        UserError: they are missing, or of another network than the configuration says.
+    """
+    field = said = "initialize.weights" if start else f"{name}.weights"
+    weights = config.initialize.weights if start else getattr(config, name).weights
+    if not weights and (start or name == "critic"):
+        said, weights = "teacher.weights", config.teacher.weights
+    weights = weights or ("initialize" if name == "student" and not start else "pretrain")
+    if weights in TRAINED_BY:
+        source = _of_this_run(config, workdir, weights)
+    else:
+        source = _of_elsewhere(Path(weights), f"config.{said}={weights}")
+    wanted = config.network(name)
+    for own in differing_fields(source.config, wanted):
+        where = f"config.{name}.{own}" if hasattr(getattr(config, name), own) else f"config.model.{own}"
+        found, asked = getattr(source.config, own), getattr(wanted, own)
+        raise UserError(
+            f"{source.path or f'stage {weights}'}: its {own} is {found!r}, {where} is {asked!r}; set {where} to it, or "
+            f"config.{field} to other weights"
+        )
+    return source
+
+
+def _of_this_run(config: Config, workdir: Path, stage: str) -> Source:
+    part, name = _LEFT_BEHIND[stage]
+    if stage in config.stages and latest_step(workdir / stage) is None:
+        return Source(None, part, config.network(name))
+    folder = workdir
+    while (step := latest_step(folder / stage)) is None:
+        if not config.start_from:
+            raise UserError(f"{workdir}: stage {stage} has not run; put it into config.stages before the later ones")
+        config, folder = start_of(config)
+    return Source(folder / stage / str(step), part, config.network(name))
+
+
+def _of_elsewhere(path: Path, said: str) -> Source:
+    """A stage of another run, or a converted folder; `said` is how the configuration names it."""
+    if is_converted(path):
+        return Source(path, "", converted_config(path, "transformer"))
+    if (path / "transformer").is_dir():
+        raise UserError(f"{said}: is a folder of several networks; name one, such as {path / 'transformer'}")
+    if (path / "config.json").is_file():
+        raise UserError(f"{said}: is a whole run; name a stage of it, such as {path / 'pretrain'}")
+    if path.name in _LEFT_BEHIND and (path.parent / "config.json").is_file():
+        part, name = _LEFT_BEHIND[path.name]
+        if (step := latest_step(path)) is None:
+            raise UserError(f"{said}: that run has no finished checkpoint of stage {path.name}")
+        return Source(path / str(step), part, load_config(path.parent / "config.json").network(name))
+    raise UserError(
+        f"{said}: no such network; make it with python -m adastate_jax.convert --source=FILE --output={path}, or name "
+        f"a stage of this or another run ({', '.join(TRAINED_BY)})"
+    )
+
+
+def load_weights(
+    config: Config, workdir: Path, name: str, mesh: jax.sharding.Mesh, trained: bool, start: bool = False
+) -> DiT:
+    """Reads a network's weights into the memory of the devices that they are split over.
+
+    Args:
+        name, start: as for `find_weights`.
+        trained: reads them as they are trained, in float32, instead of as they are used frozen.
+
+    Raises:
+        UserError: as for `find_weights`, or they are damaged.
+    """
+    source = find_weights(config, workdir, name, start)
+    network = config.network(name)
+    network = trained_sizes(network) if trained else network
+    if source.path is None:
+        raise UserError(f"{workdir}: what the {name} starts from is not there yet; run the stages in their order")
+    if not source.part:
+        settings = {field: getattr(network, field) for field in _SETTINGS}
+        return load_converted(source.path, "transformer", mesh, **settings)
+    plain = dataclasses.replace(network, quantization="")
+    loaded: Any = load_tree(source.path, with_shardings(abstract_network(plain), mesh), source.part)
+    return quantize_network(loaded, network.quantization, mesh) if network.quantization else loaded

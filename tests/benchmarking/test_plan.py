@@ -1,0 +1,204 @@
+"""Plans: what is counted is what lies there, and what is proposed fits and can be typed."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from small_targets import CONFIG, HOST, SMALL, here
+
+from adastate_jax import train
+from adastate_jax.benchmarking import plan as planning
+from adastate_jax.benchmarking.plan import COUNTED_SHARE, changes, count, fitting, plan, variants
+from adastate_jax.benchmarking.workloads import make_workload
+from adastate_jax.config.files import parse_config
+from adastate_jax.errors import UserError
+from adastate_jax.sharding import make_mesh
+
+TEACHER = dataclasses.replace(CONFIG.model, dim=64, num_layers=3)
+
+
+def configured(batch: int = 8, remat: str = "block", **mesh: int):
+    return dataclasses.replace(
+        CONFIG,
+        distill=dataclasses.replace(CONFIG.distill, batch_size=batch),
+        model=dataclasses.replace(CONFIG.model, remat=remat),
+        mesh=dataclasses.replace(CONFIG.mesh, **mesh),
+    )
+
+
+def held(counted) -> int:
+    """Bytes of what lies there between the steps."""
+    lasting = ("weights", "moments", "other networks")
+    return sum(size for name, size in counted.parts.items() if any(word in name for word in lasting))
+
+
+@pytest.mark.parametrize("program", ["critic", "student"])
+def test_states_are_counted_to_the_byte(program):
+    """As a compiler sees them, but for the key and the text, on eight devices and on one."""
+    for mesh in ({}, {"fsdp": 4, "model": 2}):
+        config = configured(**mesh)
+        counted = count(program, config, TEACHER)
+        workload = make_workload(program, config, TEACHER, make_mesh(**dataclasses.asdict(config.mesh)))
+        own, _, _, *others = workload.arguments
+        state = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((own, others))
+        )
+        assert held(counted) == state + workload.resident
+        assert workload.donated < state
+
+
+def test_more_devices_hold_less_each():
+    one, four = (count("student", configured(fsdp=fsdp), TEACHER) for fsdp in (1, 4))
+    assert held(one) / 4 < held(four) < held(one) / 3
+    assert four.parts["rollout's keys and values"] * 4 == one.parts["rollout's keys and values"]
+    assert four.flops == one.flops
+
+
+def test_what_is_computed_again_is_not_kept():
+    kept = {}
+    for remat in ("none", "block", "attention"):
+        parts = count("critic", configured(remat=remat), TEACHER).parts
+        kept[remat] = next(size for name, size in parts.items() if name.startswith("kept"))
+    assert kept["block"] < kept["attention"] < kept["none"]
+
+
+def test_every_mesh_is_tried():
+    """Every way to split eight devices over the axes, with four ways to recompute each; all different."""
+    found = list(variants(configured(), 8))
+    meshes = [variant.mesh for variant in found]
+    assert len(found) == len({str(variant) for variant in found})
+    assert all(math.prod(dataclasses.asdict(mesh).values()) == 8 for mesh in meshes)
+    for mesh in ({"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "model": 2}, {"fsdp": 4, "context": 2}):
+        assert configured(**mesh).mesh in meshes
+    assert {variant.model.remat for variant in found} == {"none", "block", "attention", "dots"}
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """Sets the memory of the chips that a plan is for; nothing compiles for them."""
+
+    def of(memory: float):
+        monkeypatch.setattr(planning, "read_target", lambda name: (dataclasses.replace(HOST, memory=memory), [8]))
+        monkeypatch.setattr(planning, "can_compile_for", lambda name: False)
+
+    return of
+
+
+def need(config) -> int:
+    return max(count(program, config, TEACHER).bytes for program in ("critic", "student"))
+
+
+def test_what_fits_is_left_as_it_is(chip, tmp_path):
+    config = configured(fsdp=8)
+    chip(need(config) / COUNTED_SHARE + 1)
+    record = plan(config, TEACHER, "chip:8", 0.5, tmp_path)
+    assert record["asked"]["fits"] == "yes"
+    assert record["nearest"] is None
+    updates = record["asked"]["updates"]
+    assert updates["student"]["seconds"] == pytest.approx(updates["student"]["tflop"] * 1e12 / (8 * HOST.flops * 0.5))
+    settings = config.distill
+    assert (settings.steps, settings.critic_ratio) == (100, 2)
+    iterations = 100 * updates["critic"]["seconds"] + 50 * updates["student"]["seconds"]
+    assert record["asked"]["device_hours"] == pytest.approx(iterations * 8 / 3600)
+    assert "only counted" in planning.table(record)
+
+
+def test_what_does_not_fit_gets_the_nearest_that_does(chip, tmp_path):
+    """As flags, which make that configuration; with the largest parts of what was asked."""
+    config = configured(fsdp=2, data=4, remat="none")
+    memory = need(configured(fsdp=8)) / COUNTED_SHARE + 1
+    assert need(config) > memory * COUNTED_SHARE
+    chip(memory)
+    record = plan(config, TEACHER, "chip:8", 0.5, tmp_path)
+    assert record["asked"]["fits"] == "no"
+    flags = [f"--{name}={value}" for name, value in record["nearest"]["changes"].items()]
+    asked = ["--config.mesh.fsdp=2", "--config.mesh.data=4", "--config.model.remat=none"]
+    nearest = parse_config([*SMALL, *asked, "--config.distill.batch_size=8", *flags])
+    assert need(nearest) <= memory * COUNTED_SHARE
+    assert math.prod(dataclasses.asdict(nearest.mesh).values()) == 8
+    # Nothing that fits changes fewer fields.
+    others = fitting(config, TEACHER, dataclasses.replace(HOST, memory=memory), 8)
+    assert len(flags) == min(len(changes(config, variant)) for variant, _ in others)
+    text = planning.table(record)
+    assert " ".join(flags) in text
+    parts = record["asked"]["updates"]["student"]["parts"]
+    assert max(parts, key=parts.get) in text
+
+
+def test_what_fits_nowhere_is_refused(chip, tmp_path):
+    chip(1000.0)
+    record = plan(configured(fsdp=8), TEACHER, "chip:8", 0.5, tmp_path)
+    assert record["nearest"] is None
+    assert "take more chips" in planning.table(record)
+
+
+def test_the_compilers_word_counts(monkeypatch, tmp_path):
+    """What counting would let through is refused where the compiler refuses it; then come variants that hold less."""
+    monkeypatch.setattr(planning, "read_target", lambda name: (HOST, [2]))
+    monkeypatch.setattr(planning, "can_compile_for", lambda name: True)
+    monkeypatch.setattr(planning, "find_target", lambda name: here(2))
+    config = configured(batch=2, data=2)
+
+    def compiler(fitting_meshes):
+        asked = []
+
+        def describe(workload, target, cache):
+            asked.append((workload.name, dict(workload.mesh.shape)))
+            if workload.mesh.shape in fitting_meshes:
+                sizes = {"peak_bytes": 2**30, "bound_bytes": 2**31, "resident_bytes": 2**30}
+                return {"fits": "tightly", **sizes}
+            return {"fits": "no", "failure": "Used 2G of 1G hbm."}
+
+        monkeypatch.setattr(planning.ahead, "describe", describe)
+        record = plan(config, TEACHER, "cpu:2", 0.5, tmp_path)
+        return record, asked
+
+    record, asked = compiler([dataclasses.asdict(config.mesh)])
+    assert [name for name, _ in asked] == ["critic", "student"]
+    assert (record["asked"]["fits"], record["nearest"], record["only_counted"]) == ("tightly", None, False)
+    assert "GiB counted, 2.0 compiled (at most 3.0)" in planning.table(record)
+
+    record, asked = compiler([dataclasses.asdict(configured(fsdp=2).mesh)])
+    assert record["asked"]["fits"] == "no"
+    assert record["nearest"]["changes"] == {"config.mesh.data": 1, "config.mesh.fsdp": 2}
+    assert "compiled: Used 2G of 1G hbm." in planning.table(record)
+
+    record, asked = compiler([])
+    assert record["nearest"] is None
+    assert 2 < len(asked) <= 2 * (1 + 3)
+
+
+def test_another_number_of_devices_is_refused(chip, tmp_path):
+    chip(1e9)
+    with pytest.raises(UserError, match=r"config.mesh: chip:8 has 8 devices; set fsdp"):
+        plan(configured(fsdp=4), TEACHER, "chip:8", 0.5, tmp_path)
+    with pytest.raises(UserError, match="2 prompts are not split over 8 devices"):
+        plan(configured(batch=2, fsdp=8), TEACHER, "chip:8", 0.5, tmp_path)
+
+
+def test_a_configuration_of_one_device_is_spread_over_all(chip, tmp_path):
+    """On the mesh that changes nothing else, if it fits; where none does, on the one that holds least."""
+    chip(need(configured(fsdp=8)) / COUNTED_SHARE + 1)
+    record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
+    assert record["asked"]["fits"] == "yes"
+    assert math.prod(record["asked"]["mesh"].values()) == 8
+    assert (record["asked"]["remat"], record["asked"]["accumulate"]) == ("block", 1)
+    chip(1.0)
+    record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
+    assert (record["asked"]["fits"], record["nearest"]) == ("no", None)
+    meshes = [configured(**mesh) for mesh in ({"fsdp": 8}, {"data": 8}, {"fsdp": 4, "context": 2})]
+    assert record["asked"]["counted_bytes"] <= min(need(config) for config in meshes)
+
+
+def test_the_command_plans_without_a_work_directory(chip, capsys):
+    chip(2**40)
+    assert train.main([*SMALL, "--config.distill.batch_size=8", "--plan=chip:8", "--share=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "chip:8 (this processor x 8), times at 50 % of the data sheet's rate" in printed
+    assert "device-hours" in printed
+    with pytest.raises(UserError, match=r"--share=2\.0: must lie in"):
+        train.main([*SMALL, "--plan=chip:8", "--share=2"])
+    with pytest.raises(UserError, match="--workdir"):
+        train.main(SMALL)
