@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adastate_jax.generation.loading import Model, load, make_sampler
     from adastate_jax.generation.saved_streams import load_stream, save_stream
     from adastate_jax.generation.video_stream import stream
-    from adastate_jax.streaming.prompts import Cue
+    from adastate_jax.streaming.cues import Cue
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ __all__ = ["Cue", "Model", "UserError", "load", "load_stream", "make_sampler", "
 # Imported when they are first asked for: every command imports this package first, and JAX takes seconds, in which a
 # wrong argument would go without an answer and a signal would not be caught.
 _HOMES = {
-    "Cue": "streaming.prompts",
+    "Cue": "streaming.cues",
     "Model": "generation.loading",
     "UserError": "errors",
     "load": "generation.loading",

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 
 from adastate_jax import __version__
-from adastate_jax.console import run_command
+from adastate_jax.console import did_you_mean, run_command
 from adastate_jax.errors import UserError
 
 COMMANDS = {
@@ -40,7 +40,8 @@ def _dispatch(arguments: Sequence[str]) -> int | None:
     elif name == "--version":
         print(__version__)
     elif name not in COMMANDS:
-        raise UserError(f"{name}: no such command; use one of {', '.join(COMMANDS)}")
+        meant = did_you_mean(name, COMMANDS) or f"; use one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name}: no such command{meant}")
     else:
         return importlib.import_module(f"adastate_jax.{name}").main(arguments[1:])
     return 0

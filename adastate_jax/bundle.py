@@ -22,7 +22,7 @@ _EXAMPLE = """example:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m adastate_jax.bundle",
-        description="Packs what a finished training run leaves to generate with (the distilled student, the codec and "
+        description="Packs what a finished training run leaves to generate with (the student, the codec and "
         "the text encoder, in float16, and the configuration) into one file that --checkpoint and load take.",
         epilog=_EXAMPLE,
     )
@@ -46,16 +46,18 @@ def main(arguments: Sequence[str]) -> int:
         from adastate_jax.sharding import make_mesh
 
         config, trained = load_run(run, make_mesh())
-        done, steps = latest_step(run / "distill") or 0, config.distill.steps
+        stage = "distill" if "distill" in config.stages else "initialize"
+        done, steps = latest_step(run / stage) or 0, getattr(config, stage).steps
         if done < steps:
-            raise UserError(f"--run={run}: stage distill is at step {done} of {steps}; train to its end first")
+            raise UserError(f"--run={run}: stage {stage} is at step {done} of {steps}; train to its end first")
         if config.data.encoded:
             raise UserError(
                 f"--run={run}: was trained on embeddings, and its text encoder is no part of it; use python -m "
                 f"adastate_jax.convert --source={run} --output=DIR for its student"
             )
         output = write_bundle(config, trained, output, options.overwrite)
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+    print(f"{output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+    print(output)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import logging
@@ -9,18 +10,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, ClassVar, NoReturn
 
 import tqdm
 
 from adastate_jax import distributed, interrupts
-from adastate_jax.errors import UserError, one_line, reason
-from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless
+from adastate_jax.errors import UserError, missing_requirement, one_line, reason
+from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless, refuse_to_replace
+from adastate_jax.standard_streams import unfailing
 
-# JAX's names of the durations that make up a compilation. Tracing is not among them: it counts inner functions twice.
-_COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+# JAX's names of the durations that make up a compilation. That of a function that is traced holds its inner ones'.
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+_ALIKE = 0.8  # of a name that is meant, to difflib; less, and --steps would be taken for --seed
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -37,8 +45,32 @@ class CommandParser(argparse.ArgumentParser):
         self.epilog = self._epilog() if callable(self._epilog) else self._epilog
         return super().format_help()
 
+    def parse_known_args(self, args=None, namespace=None):
+        for argument in args or ():
+            if argument == "--":
+                break
+            name = argument.partition("=")[0]
+            unknown = name.startswith("--") and name not in self._option_string_actions
+            # Before anything else is missed: that may be what was meant.
+            if unknown and (meant := did_you_mean(name, self._option_string_actions)):
+                raise UserError(f"{name}: unknown argument{meant}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            meant = did_you_mean(str(value), choices) or f" (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{meant}")
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help says more")
+        message = message.removeprefix("argument ")
+        raise UserError(message if message.endswith("?") else f"{message}; {self.prog} --help says more")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for a name that is much like one of those known, else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1, _ALIKE)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def output_argument(parser: argparse.ArgumentParser, help: str, default: str | None = None, metavar: str = "FILE"):
@@ -64,7 +96,13 @@ def refuse_configuration(file: str, overrides: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def claimed_output(options: argparse.Namespace, *, folder: bool = False, number: int = 1) -> Iterator[Path]:
+def claimed_output(
+    options: argparse.Namespace,
+    *,
+    folder: bool = False,
+    number: int = 1,
+    replaces: Callable[[str], bool] | None = None,
+) -> Iterator[Path]:
     """Where a command's `output_argument` says that its result goes, kept for this process while the context lasts.
 
     A default name that is taken is numbered, so that nothing is lost; one that the user gave is refused instead. All
@@ -73,6 +111,8 @@ def claimed_output(options: argparse.Namespace, *, folder: bool = False, number:
     Args:
         folder: the result is a folder, which may exist if it is empty.
         number: of the file, where a call writes several: OUTPUT, OUTPUT-2, …
+        replaces: says of the name of a file in a folder that is there whether --overwrite lets it go, as in
+            `whole_folder`; None lets all go.
 
     Raises:
         UserError: the path exists, is of the other kind, cannot be written, or another process is about to write it.
@@ -86,6 +126,8 @@ def claimed_output(options: argparse.Namespace, *, folder: bool = False, number:
                 path = numbered_name(path, number)
                 give_back(path)
                 _refuse_existing(path, folder, options.overwrite)
+            if folder and options.overwrite:
+                refuse_to_replace(path, replaces)
             path = stack.enter_context(claimed(path, numbered=not named and not options.overwrite))
         except BlockingIOError:
             raise UserError(f"--output={path}: another process is writing it; name another") from None
@@ -125,7 +167,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     installed = interrupts.install()
     try:
-        with _standard_streams() as output, _logging():
+        with unfailing() as output, _logging():
             with interrupts.raised():
                 code = _run(main, sys.argv[1:] if argv is None else list(argv))
             with contextlib.suppress(OSError, ValueError):
@@ -145,6 +187,11 @@ def _run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) 
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if not missing_requirement(error):
+            raise
+        print(f"error: {missing_requirement(error)}", file=sys.stderr)
+        return 2
     except BaseException:  # also what an import makes of an interrupt
         if interrupts.received() is None:
             raise
@@ -161,60 +208,13 @@ def starting(what: str = "JAX") -> None:
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-class _Output:
-    """A standard stream whose failure stops nothing: what cannot be written is dropped, and the failure kept."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self.failure: OSError | ValueError | None = None
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError) as error:
-            self._drop(error)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._drop(error)
-
-    def _drop(self, error: OSError | ValueError) -> None:
-        """Points the descriptor to nowhere, or what is left in the stream's buffer fails again at the process' end."""
-        if isinstance(error, ValueError) and not self._stream.closed:  # a library may have closed it
-            raise error
-        self.failure = self.failure or error
-        if self._stream.closed:
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _standard_streams() -> Iterator[_Output]:
-    """Makes stdout, which is yielded, and stderr such that writing to them never fails; what was closed is nowhere."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Output(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a test's
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield sys.stdout
-    finally:
-        sys.stdout, sys.stderr = before
-
-
 class _Handler(logging.Handler):
     """Log messages on stderr, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.tqdm.write(self.format(record), file=sys.stderr)
+        for bar in Progress.shown:
+            bar.interrupted()
 
 
 @contextlib.contextmanager
@@ -238,22 +238,48 @@ class Progress(tqdm.tqdm):
 
     Of several processes, the first alone shows it.
 
-    The time that JAX spends compiling does not count: neither as elapsed, nor in the estimate of what remains.
+    The time that JAX spends compiling does not count: neither as elapsed, nor in the estimate of what remains. That
+    begins with the second `update`: until the first, all is got ready.
     """
+
+    shown: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, desc: str, compiles: bool, **settings):
         self._lines = not sys.stderr.isatty()
         self._said = None
         self._later = desc if compiles else None
+        self._first: tuple[float, float] | None = None  # units and elapsed seconds when the first were done
         desc = f"{desc} (compiling)" if compiles else desc
         quiet = not distributed.is_first()
         super().__init__(desc=desc, file=sys.stderr, dynamic_ncols=True, smoothing=0.0, disable=quiet, **settings)
+        self.shown.add(self)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found = super().format_dict
+        prefix = (found.get("prefix") or "").removesuffix(": ")  # a bar without a total would have the colon twice
+        return found | {"rate": self._rate(found["elapsed"]), "prefix": prefix}
+
+    def _rate(self, elapsed: float) -> float | None:
+        """Units per second, 0 while it is not known; None has tqdm take the mean, where all came at once."""
+        if self._first is None or self.n == self._first[0]:
+            return None if self.n and self.n == self.total else 0.0
+        return (self.n - self._first[0]) / max(elapsed - self._first[1], 1e-6)
 
     def update(self, n: float = 1) -> bool | None:
         if n and self._later is not None:
             self.set_description(self._later, refresh=False)
             self._later = None
-        return super().update(n)
+        found = super().update(n)
+        if n and self._first is None and not self.disable:
+            self._first = self.n, self.format_dict["elapsed"]
+        return found
+
+    def interrupted(self) -> None:
+        """Says again that it compiles, elsewhere than in a terminal: another line has come below that."""
+        if self._lines and self._later is not None and not self.disable:
+            self._said = None
+            self.refresh()
 
     def exclude(self, seconds: float) -> None:
         """Takes seconds out of the elapsed time."""
@@ -278,6 +304,7 @@ class Progress(tqdm.tqdm):
         if self._lines and not self.disable:
             self.display()
             self.fp = io.StringIO()  # for the end of the line, which is there
+        self.shown.discard(self)
         super().close()
 
 
@@ -309,15 +336,25 @@ def progress(
 
 @contextlib.contextmanager
 def _compilations(heard: Callable[[float], None]) -> Iterator[None]:
-    """Hands on how many seconds each compilation took, if JAX is at work in this process."""
+    """Hands on how many seconds went into compilations, each once, if JAX is at work in this process."""
     monitoring = getattr(sys.modules.get("jax"), "monitoring", None)
     if monitoring is None:
         yield
         return
 
+    intervals: list[tuple[float, float]] = []  # that were handed on, one after the other
+
     def listen(event: str, seconds: float, **_) -> None:
-        if event in _COMPILING:
-            heard(seconds)
+        if event not in _COMPILING:
+            return
+        end = time.monotonic()
+        begin = end - seconds
+        while intervals and intervals[-1][1] > begin:  # what ends last holds what ended within it
+            inner = intervals.pop()
+            seconds -= inner[1] - max(inner[0], begin)
+            begin = min(begin, inner[0])
+        intervals.append((begin, end))
+        heard(max(seconds, 0.0))
 
     monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from adastate_jax.errors import UserError
 from adastate_jax.files import whole_folder
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json
+from adastate_jax.weights.sources import refuse_unknown_kind
 
 _EXAMPLE = """examples:
   python -m adastate_jax.convert --source=Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output=weights/teacher
   python -m adastate_jax.convert --source=self_forcing_dmd.pt --output=weights/student --dtype=bfloat16
   python -m adastate_jax.convert --source=longlive_base.pt --lora=lora.pt --lora=style.pt:0.8 --output=weights/longlive
-  python -m adastate_jax.convert --source=runs/small_world --to=safetensors --names=diffusers --output=student"""
+  python -m adastate_jax.convert --source=runs/small_world --to=safetensors --names=diffusers --output=student
+  python -m adastate_jax.convert --source=runs/lora --to=lora --output=style"""
 
 
 @contextlib.contextmanager
@@ -42,6 +44,14 @@ def _new_folder(output: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _written(output: Path, nbytes: int, overwrite: bool) -> Iterator[tuple[Path, Callable[[int], Any]]]:
+    """`_new_folder`, and what to call with each number of bytes that was written to it."""
+    with _new_folder(output, nbytes, overwrite) as folder, progress("convert", nbytes, unit="B") as bar:
+        bar.unit_scale = True
+        yield folder, bar.update
 
 
 def _is_ours(name: str) -> bool:
@@ -91,7 +101,10 @@ def _parser() -> CommandParser:
     )
     output_argument(parser, "a new folder", metavar="DIR")
     parser.add_argument(
-        "--to", choices=("converted", "safetensors"), default="converted", help="what to write (default converted)"
+        "--to",
+        choices=("converted", "safetensors", "lora"),
+        default="converted",
+        help="what to write (default converted); lora: the adapters that a run trained of its student, by themselves",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the weights (default: what holds the source's)"
@@ -99,7 +112,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--names",
         choices=("official", "diffusers"),
-        help="names to write with --to=safetensors (default official); of the text encoder, diffusers is transformers",
+        help="names to write with --to=safetensors or lora (default official); of the text encoder, diffusers is "
+        "transformers",
     )
     parser.add_argument(
         "--lora",
@@ -134,35 +148,46 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line and converts."""
     options = _parser().parse_args(arguments)
     names = options.names or "official"
-    if options.names and options.to != "safetensors":
-        raise UserError(f"--names={options.names}: needs --to=safetensors")
+    if options.names and options.to == "converted":
+        raise UserError(f"--names={options.names}: needs --to=safetensors or --to=lora")
+    for option in ("lora", "part", "set"):
+        if options.to == "lora" and getattr(options, option):
+            raise UserError(f"--{option}: does not go with --to=lora, which takes what a run trained")
     if options.lora_alpha is not None and not options.lora:
         raise UserError(f"--lora-alpha={options.lora_alpha}: needs --lora")
     overrides = _parse_overrides(options.set)
     adapters = [_parse_adapter(text) for text in options.lora]
-    with claimed_output(options, folder=True) as output, if_unwritten(output):
+    with claimed_output(options, folder=True, replaces=_is_ours) as output, if_unwritten(output):
         for name, path in (("", options.source), *(("--lora=", path) for path, _ in adapters)):
             if not os.path.exists(path):
                 raise UserError(f"{name}{path}: no such file or folder")
+        refuse_unknown_kind(options.source)
         starting()
         import jax
 
         from adastate_jax.generation import conversion
 
         jax.config.update("jax_platforms", "cpu")  # an accelerator has nothing to do here, and may be busy
+        if options.to == "lora":
+            factors, line = conversion.open_adapters(options.source, names, options.dtype)
+            print(line, file=sys.stderr)
+            nbytes = sum(factor.nbytes for factor in factors.values())
+            with _written(output, nbytes, options.overwrite) as (folder, advance):
+                conversion.export_adapters(factors, folder, advance)
+            print(output)
+            return 0
         network = conversion.open_network(options.source, options.part, overrides)
         network = conversion.adapted(network, adapters, options.lora_alpha, options.dtype)
         if options.to == "safetensors":
             conversion.refuse_unpublishable(network, names)
         print(conversion.summary(network), file=sys.stderr)
         nbytes = conversion.bytes_of(network)
-        with _new_folder(output, nbytes, options.overwrite) as folder, progress("convert", nbytes, unit="B") as bar:
-            bar.unit_scale = True
+        with _written(output, nbytes, options.overwrite) as (folder, advance):
             if options.to == "safetensors":
-                conversion.export(network, folder, names, bar.update)
+                conversion.export(network, folder, names, advance)
             else:
-                conversion.write_converted(network, folder, bar.update)
-    print(f"{output}", file=sys.stderr)
+                conversion.write_converted(network, folder, advance)
+    print(output)
     return 0
 
 

@@ -7,11 +7,16 @@ process calls these functions in the same order; threads beside the main one hav
 
 import collections
 import contextlib
+import ctypes
 import importlib.util
 import ipaddress
 import json
+import math
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +27,10 @@ Value = TypeVar("Value")
 
 START_TIMEOUT = 1800  # seconds; a pod of many hosts can take more than JAX's 300 to come up after a restart
 _HEARTBEAT = 600  # seconds: our own watch ends a run much earlier, and says why; JAX's is for what escapes it
+_MARGIN = 1.0  # seconds after which a start that JAX has given up is; below the time that its abort is put off
 _LOOPBACK = "means each machine itself (loopback); give an address of the first that all others reach"
+# Seconds that one which has failed waits for the others, who may wait elsewhere for what it has not done.
+_PATIENCE = 20.0
 _SLICE = 1000  # milliseconds of one call of the service, between which Python handles signals
 
 
@@ -32,6 +40,7 @@ class _State:
     client: Any = None  # of the coordination service; None where there is one process
     index = 0
     count = 1
+    address: str | None = None  # of the coordination service, HOST:PORT
     alone = False  # within `alone`
     calls: ClassVar[collections.Counter[str]] = collections.Counter()  # per channel
 
@@ -87,6 +96,13 @@ def start(
     # SIGTERM belongs to `interrupts`; JAX's notifier of preemptions would take it away, in C++.
     jax.config.update("jax_enable_preemption_service", False)
     what = f"process {given[2]} of {given[1]} at {given[0]}" if given else f"the processes of {platform}"
+    hint = f"; {given[0]}: {_LOOPBACK}" if loopback else ""
+    fix = f"start all of them, with the same coordinator, or give them longer with --start-timeout{hint}"
+    failure = f"{what}: did not find each other within {timeout} s"
+    _put_off_aborts()
+    late = threading.Timer(timeout + _MARGIN, _end, (f"error: {failure}; {fix}",))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             **dict(zip(("coordinator_address", "num_processes", "process_id"), given or (), strict=False)),
@@ -95,16 +111,33 @@ def start(
             heartbeat_timeout_seconds=_HEARTBEAT,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        hint = f"; {given[0]}: {_LOOPBACK}" if loopback else ""
-        raise UserError(
-            f"{what}: did not find each other within {timeout} s ({one_line(str(error))[:300]}); start all of them, "
-            f"with the same coordinator, or give them longer with --start-timeout{hint}"
-        ) from None
+        raise UserError(f"{failure} ({one_line(str(error))[:300]}); {fix}") from None
+    finally:
+        late.cancel()
     from jax._src import distributed
 
     service = distributed.global_state
     _state.client, _state.index, _state.count = service.client, service.process_id, service.num_processes
+    _state.address = service.coordinator_address
     _refuse_loopback(service.coordinator_address)
+
+
+def _put_off_aborts() -> None:
+    """Makes SIGABRT wait for six seconds before it ends this process, in which other threads can do so with a line.
+
+    JAX aborts within a call of C++ where the coordination service is gone, and where the processes do not find each
+    other. Its callback for that cannot be given from Python (`std::bad_cast` in jaxlib 0.10). The handler is the C
+    library's own `sleep`, which is told the signal's number, 6, as its seconds: it may run in any thread at any moment.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+
+
+def _end(line: str) -> None:
+    """Ends this process, whose main thread is within a call, as bad input does."""
+    os.write(2, f"{one_line(line)}\n".encode(errors="backslashreplace"))
+    os._exit(2)
 
 
 def _given(
@@ -203,6 +236,21 @@ def client() -> Any:
     return _state.client
 
 
+def is_refused() -> bool:
+    """Whether nobody listens any more where the coordination service was: the first process is gone.
+
+    One that is stopped, or that cannot be reached, refuses nothing.
+    """
+    host, _, port = (_state.address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A context in which this process works by itself, while the others wait for it elsewhere."""
@@ -213,12 +261,16 @@ def alone() -> Iterator[None]:
         _state.alone = before
 
 
-def gather(value: Value, channel: str = "main") -> list[Value]:
+def gather(value: Value, channel: str = "main", patience: float = math.inf) -> list[Value]:
     """What every process gives, in their order, once all have given it.
 
     Args:
         value: anything that JSON holds.
         channel: of the thread that calls.
+        patience: seconds to wait for the others.
+
+    Raises:
+        TimeoutError: they did not come. This process has to end: the next calls would not fit together.
     """
     if count() == 1:
         return [value]
@@ -226,20 +278,23 @@ def gather(value: Value, channel: str = "main") -> list[Value]:
     _state.calls[channel] += 1
     own = f"adastate/{channel}/{call}"
     _state.client.key_value_set(f"{own}/{_state.index}", json.dumps(value))
-    values = [json.loads(_wait_for(f"{own}/{index}")) for index in range(_state.count)]
+    deadline = time.monotonic() + patience
+    values = [json.loads(_wait_for(f"{own}/{index}", deadline)) for index in range(_state.count)]
     if is_first() and call:
         # Who has come to this call has left the one before.
         _state.client.key_value_delete(f"adastate/{channel}/{call - 1}")
     return values
 
 
-def _wait_for(name: str) -> str:
+def _wait_for(name: str, deadline: float) -> str:
     while True:
         try:
             return _state.client.blocking_key_value_get(name, _SLICE)
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(name) from None
 
 
 def from_first(function: Callable[[], Value], channel: str = "main") -> Value:
@@ -266,11 +321,16 @@ def from_first(function: Callable[[], Value], channel: str = "main") -> Value:
 
 @contextlib.contextmanager
 def together(channel: str = "main") -> Iterator[None]:
-    """A context that all leave at once: if an exception came in one, all leave by it."""
+    """A context that all leave at once: if an exception came in one, all leave by it.
+
+    The one in which it came does not wait long for the others, who may be within a library's own barrier. It ends, and
+    they with it: see `lockstep`.
+    """
     try:
         yield
     except Exception as error:
-        gather(_describe(error), channel)
+        with contextlib.suppress(TimeoutError):
+            gather(_describe(error), channel, _PATIENCE)
         raise
     failures = [failure for failure in gather(None, channel) if failure is not None]
     if failures:

@@ -15,6 +15,14 @@ class UserError(Exception):
     """Bad input: the message is one line that names the culprit (a file, a field) and the fix."""
 
 
+def missing_requirement(error: BaseException) -> str:
+    """What is not installed, and the fix, if that is why an import failed; else nothing."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name in ("", __package__):
+        return ""
+    return f"{name} is not installed; run pip install -r requirements.txt in the environment of this Python"
+
+
 def shortlist(names: Sequence[str], limit: int = 8) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
@@ -61,7 +69,9 @@ def writing(where: str | Path, *kinds: type[Exception]) -> Iterator[None]:
         code = _code(error)
         if code is None and not isinstance(error, OSError):
             raise
-        fix = "free some space and run again" if code in _FULL else "name another place or make it writable"
+        fix = "free some space and run again" if code in _FULL else "name another place"
+        if code is not None and code not in _FULL:  # else a reason of this package's own, such as what lies there
+            fix += " or make it writable"
         raise UserError(f"{where}: cannot be written ({reason(error)}); {fix}") from error
 
 

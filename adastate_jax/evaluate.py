@@ -25,12 +25,14 @@ from adastate_jax.data.folders import walk_files
 from adastate_jax.errors import UserError, one_line, writing
 from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
+from adastate_jax.evaluation.report import is_of_report, write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.files import existing_name
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".ts", ".mpg", ".mpeg", ".wmv")
+CURRENT_FOLDER = "current folder"
 _EXAMPLE = """examples:
   python -m adastate_jax.evaluate runs/tiny/samples/adaptive runs/tiny/samples/static \\
       --first-chunk=3 --chunk=3 --output=report
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--jobs={options.jobs}: give at least 1")
     settings = Settings(options.first_chunk, options.chunk)
     files = find_videos(options.videos)
-    with claimed_output(options, folder=True) as output, if_unwritten(output):
+    with claimed_output(options, folder=True, replaces=is_of_report) as output, if_unwritten(output):
+        starting("to measure")
         return _evaluate(files, settings, options.jobs, output, options.overwrite)
 
 
@@ -92,13 +95,12 @@ def _evaluate(files: Sequence[tuple[Path, str]], settings: Settings, jobs: int, 
         raise UserError(f"{skipped[0][0]}: {skipped[0][1]}{more}; no video is left to measure, name others")
     for file, reason in skipped:
         print(f"skipped {file}: {reason}", file=sys.stderr)
-    from adastate_jax.evaluation.report import write_report  # here: its plots take a second, and arguments may be wrong
-
+    print("writing the report", file=sys.stderr, flush=True)  # which takes as long as a short video's frames
     with writing(f"--output={output}"):
         write_report(output, videos, skipped, settings, overwrite)
     for group, members in by_group(videos).items():
         print(_line(group, [video.measurement for video in members]))
-    print(output / "report.html", file=sys.stderr)
+    print(output / "report.html")
     return 0
 
 
@@ -116,13 +118,15 @@ def _line(group, members):
 def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """The video files among paths and in folders (all levels), each with its group: (file, name of its folder).
 
-    Groups are named by as much of the folder's path as tells them apart. Hidden files are left out, and so is a file
+    Groups are named by as much of the folder's path as tells them apart; that of files which were named without one is
+    `CURRENT_FOLDER`. Hidden files are left out, and so is a file
     that was already named.
 
     Raises:
         UserError: a path is missing, or a folder holds no video.
     """
     found: dict[Path, Path] = {}
+    bare: set[Path] = set()  # whose folder nobody named
     for path in paths:
         path = existing_name(path)
         if path.is_dir():
@@ -132,13 +136,14 @@ def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
                 raise UserError(f"{path}: holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
         elif path.exists():
             inside = [path]
+            bare |= {path.resolve()} - found.keys() if path.parent == Path() else set()
         else:
             raise UserError(f"{path}: no such file or folder; correct the path")
         for file in inside:
             found.setdefault(file.resolve(), file)
-    folders = {file: file.absolute().parent for file in found.values()}
+    folders = {key: file.absolute().parent for key, file in found.items() if key not in bare}
     names = _tell_apart(dict.fromkeys(folders.values()))
-    return [(file, names[folder]) for file, folder in folders.items()]
+    return [(file, CURRENT_FOLDER if key in bare else names[folders[key]]) for key, file in found.items()]
 
 
 def _tell_apart(folders):

@@ -160,15 +160,15 @@ def whole_folder(path: str | Path, replaces: Callable[[str], bool] | None = lamb
     refuse_nameless(path)
     refuse_in_use(path)
     give_back(path)
-    _refuse_to_replace(path, replaces)
+    refuse_to_replace(path, replaces)
     with temporary_folder(path) as temporary:
         yield temporary
         _sync_all(temporary)
-        _refuse_to_replace(path, replaces)
+        refuse_to_replace(path, replaces)
         if path.exists():
             _exchange(temporary, path)
             try:
-                _refuse_to_replace(temporary, replaces)  # it is the old one now: did anything come into it since?
+                refuse_to_replace(temporary, replaces)  # it is the old one now: did anything come into it since?
             except OSError:
                 _exchange(temporary, path)
                 raise
@@ -255,7 +255,8 @@ def refuse_in_use(path: Path) -> None:
         raise OSError(errno.EBUSY, "it is a mount point", str(path))
 
 
-def _refuse_to_replace(path: Path, replaces: Callable[[str], bool] | None) -> None:
+def refuse_to_replace(path: Path, replaces: Callable[[str], bool] | None) -> None:
+    """Raises OSError for a folder that holds what may not go, see `whole_folder`."""
     try:
         entries = list(os.scandir(path))
     except FileNotFoundError:

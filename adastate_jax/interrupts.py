@@ -2,7 +2,8 @@
 
 Python's own way, a KeyboardInterrupt in the main thread, does not; each of its gaps is closed here:
 
-- During a command's first imports it ends in a traceback: handlers are installed before them, and end the process.
+- During a command's first imports it ends in a traceback: handlers are installed before them, and end the process. What
+  they need themselves is imported with the system's own handler.
 - In a callback from C (JAX has one in the garbage collector) Python can only report it and drop it, and some libraries
   print it: the hooks that it is reported to have the signal raised again.
 - While the main thread is in C, which a compilation is for minutes, no handler runs. The signal's number is in the pipe
@@ -12,11 +13,20 @@ Python's own way, a KeyboardInterrupt in the main thread, does not; each of its 
 Whoever has something to save asks for `deferred` signals. A second Ctrl-C ends the process at once, always.
 """
 
+import _signal  # of C, there already: `signal` takes a while to import
+import sys
+
+# Until a command's handlers are there, a Ctrl-C ends it in the system's way, which shows nothing.
+if (
+    getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "").startswith("adastate_jax.")
+    and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+):
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -252,6 +262,11 @@ def _report(unraisable) -> None:
 
 def _report_uncaught(kind, error, trace) -> None:
     """`sys.excepthook`, which C code calls, too, for an exception that it goes on after."""
+    from adastate_jax.errors import missing_requirement  # not before the handlers are there: it takes a while
+
+    if line := missing_requirement(error):  # of a command's first imports
+        _say(f"error: {line}")
+        raise SystemExit(2)  # which Python heeds here
     if _state.received is None or _state.deferral is not None:
         _state.hooks[1](kind, error, trace)
     else:

@@ -10,6 +10,7 @@ all have said so; the first step that none has passed is where all stop. The mai
 wait in a collective for a process that waits here.
 """
 
+import atexit
 import collections
 import contextlib
 import faulthandler
@@ -30,6 +31,7 @@ SILENCE = 40.0  # seconds without a sign of life, after which a process counts a
 _DEAD = f"for {SILENCE:.0f} s: it is dead or stopped"
 _STUCK = 60.0  # seconds that a step may take beyond three times the longest of late
 _FAREWELL = 8.0  # seconds in which all hear that one has left, before the one goes that holds the service
+_LOOK = 0.5  # seconds between two looks of the second thread; JAX's own abort is put off for six, see `distributed`
 _PERIOD = 1.0  # seconds between two rounds; longer with many processes, of which each hears all
 _BEATS, _PASSED, _LEFT, _SIGNAL = (f"adastate/{name}/" for name in ("beats", "passed", "left", "signal"))
 
@@ -40,11 +42,20 @@ class Watch:
     Args:
         client: of the coordination service.
         end: ends this process, told an exit code and a line; by default with the stacks of all threads.
+        refused: whether nobody listens where the service was.
     """
 
-    def __init__(self, client: Any, index: int, count: int, end: Callable[[int, str], None] | None = None):
+    def __init__(
+        self,
+        client: Any,
+        index: int,
+        count: int,
+        end: Callable[[int, str], None] | None = None,
+        refused: Callable[[], bool] = distributed.is_refused,
+    ):
         self._client, self._index, self._count = client, index, count
         self._end = end or self._end_process
+        self._refused = refused
         self._period = _PERIOD + count / 100
         self._agreed = threading.Condition()
         self._steps = 0  # passed by this process, over all stages
@@ -56,6 +67,7 @@ class Watch:
         self._timed = False
         self._times: collections.deque[float] = collections.deque(maxlen=50)
         self._leaving = False
+        self._ending = threading.Lock()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -122,8 +134,12 @@ class Watch:
                     )
 
     def _guard(self) -> None:
-        while not self._closed.wait(self._period):
-            if time.monotonic() - self._heard > SILENCE and not self._leaving:
+        while not self._closed.wait(_LOOK):
+            silent = time.monotonic() - self._heard
+            if silent > self._period + _LOOK and self._index and not self._leaving and self._refused():
+                host = json.loads(self._seen[0][0])[2] if 0 in self._seen else "the coordinator's host"
+                self._finish(f"process 0 on {host} is dead: nobody listens where it held the coordination service")
+            if silent > SILENCE and not self._leaving:
                 self._finish(f"process 0, which holds the coordination service, has not answered {_DEAD}")
 
     def round(self) -> None:
@@ -190,6 +206,8 @@ class Watch:
 
     def _end_process(self, code: int, line: str) -> None:
         """Prints the stacks of all threads and the line, and ends the process without waiting for anything."""
+        if not self._ending.acquire(blocking=False):
+            return  # the other thread is at it
         self._leaving = True
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
@@ -217,15 +235,22 @@ def watched() -> Iterator[None]:
         distributed.gather("finished")
     except UserError as error:
         watch.leave(one_line(str(error)))
+        _leave_jax(2)
         raise
     except Exception as error:  # what a collective raises when another process dies, for one
         print(f"process {distributed.index()}: {one_line(str(error))[:300]}", file=sys.stderr, flush=True)
         watch.await_verdict()
         watch.leave(one_line(str(error))[:300])
+        _leave_jax(1)
         raise
     finally:
         watch.close()
         _watch = None
+
+
+def _leave_jax(code: int) -> None:
+    """Makes the interpreter end with this code before JAX waits for the other processes, and aborts: they end, too."""
+    atexit.register(os._exit, code)
 
 
 def pass_step(requested: bool) -> bool:

@@ -8,23 +8,25 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
-from adastate_jax.errors import UserError
-from adastate_jax.generation.shipped import find_model, shipped_config
+from adastate_jax.errors import UserError, shortlist
+from adastate_jax.generation.placement import add_arguments, placement_of
+from adastate_jax.generation.shipped import find_model, vocabulary
 from adastate_jax.interrupts import if_unwritten
-from adastate_jax.streaming.names import STREAM_NAMES, TRANSITIONS
+from adastate_jax.streaming.cues import parse_schedule, read_schedule
+from adastate_jax.streaming.names import STREAM_NAMES, TRANSITION_TEXTS, TRANSITIONS
+from adastate_jax.texts import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
 
     from adastate_jax.generation.loading import Model
-    from adastate_jax.streaming.prompts import Cue
+    from adastate_jax.streaming.cues import Cue
 
 _EXAMPLE = """examples:
   python -m adastate_jax.sample --checkpoint=tiny --prompt="a camera pans left over green hills with a red ball" \\
@@ -46,6 +48,9 @@ _FEW_STEPS = (
 # What other tools call the settings that a few-step student has not.
 _OF_OTHER_TOOLS = ("steps", "num-steps", "guidance", "guidance-scale", "cfg", "cfg-scale", "negative-prompt")
 
+# Options that --like takes from the video.
+_OF_THE_VIDEO = ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "weights", "random_weights")
+
 _SUFFIXES = (".mp4", ".gif", ".webp")
 _SECONDS = 5.0
 
@@ -54,7 +59,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m adastate_jax.sample",
         description="Streams videos of any length, one for each prompt and seed, into files.",
-        epilog=lambda: f"{_vocabulary()}\n\n{_EXAMPLE}",
+        epilog=lambda: f"{vocabulary()}\n\n{_transitions()}\n\n{_EXAMPLE}",
     )
     parser.add_argument(
         "--checkpoint",
@@ -72,7 +77,7 @@ def _parser() -> CommandParser:
         type=Path,
         metavar="FILE",
         help="instead of --prompt, a schedule: lines of SECOND [TRANSITION] | PROMPT, or a JSON list of objects; "
-        f"transitions are {', '.join(TRANSITIONS)}",
+        f"transitions, which are explained below, are {', '.join(TRANSITIONS)}",
     )
     parser.add_argument("--seconds", type=float, help=f"length of a video (default {_SECONDS:g})")
     parser.add_argument(
@@ -109,7 +114,8 @@ def _parser() -> CommandParser:
         "--like",
         type=Path,
         metavar="VIDEO",
-        help="makes a video of this command again, from what it says of itself; to the same frames on the same machine",
+        help="makes a video of this command or of a session of serve again, from what it says of itself; to the same "
+        "frames on the same machine",
     )
     parser.add_argument(
         "--session",
@@ -123,19 +129,18 @@ def _parser() -> CommandParser:
         "numbered: FILE, FILE-2",
         default="out.mp4",
     )
+    add_arguments(parser)
     return parser
 
 
-def _vocabulary() -> str:
-    """What the model that ships with the package was trained on."""
-    from adastate_jax.data.worlds import WorldConfig, caption_pattern
-
-    worlds = WorldConfig(**shipped_config("tiny")["data"]["worlds"])
-    return f"The model tiny knows these words alone, and of a picture keeps one frame:\n  {caption_pattern(worlds)}"
+def _transitions() -> str:
+    lines = (f"  {name:12}{text}" for name, text in TRANSITION_TEXTS.items())
+    return "\n".join(["transitions of --prompts, from one prompt to the next:", *lines])
 
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuses what can be refused before JAX is imported."""
+    placement_of(options)
     for argument in overrides:
         name = argument.partition("=")[0].removeprefix("--")
         if name in _OF_OTHER_TOOLS or (name.startswith("config.") and not options.config):
@@ -158,7 +163,9 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         for name in ("prompt", "prompts", "seed", "seconds", "anchor", "image", "video", "like"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name}: --session takes it from the session; leave one of them out")
-    elif not options.like and (options.prompt is None) == (options.prompts is None):
+    elif options.prompt is not None and options.prompts is not None:
+        raise UserError("--prompt and --prompts: give only one, a prompt or a schedule of several")
+    elif not options.like and options.prompt is None and options.prompts is None:
         raise UserError("--prompt: say what to show, or name a schedule with --prompts instead")
     if not all(prompt.strip() for prompt in options.prompt or ()):
         raise UserError("--prompt: is empty; say what to show")
@@ -167,10 +174,15 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     for file in (options.image, options.video, options.prompts, options.like, options.session):
         if file and not (file.exists() if file == options.like else file.is_file()):
             raise UserError(f"{file}: no such file")
-    if (options.random_weights and options.checkpoint is not None) or not (
-        options.random_weights or options.checkpoint or options.like
-    ):
-        raise UserError("--checkpoint: name a folder, or give --random-weights and --config instead")
+    if options.prompts:
+        read_schedule(options.prompts)
+    if options.random_weights and options.checkpoint is not None:
+        raise UserError("--checkpoint and --random-weights: give only one")
+    if not (options.random_weights or options.checkpoint or options.like):
+        raise UserError(
+            "--checkpoint: name a model: --checkpoint=tiny, which ships with this package, or a folder of your own; "
+            "for a dry run without any, --random-weights and --config"
+        )
     if options.random_weights and not options.config:
         raise UserError("--random-weights: needs --config, for example --config=configs/wan_1_3b.py")
     if options.checkpoint:
@@ -192,6 +204,7 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> "Model":
         decoder=options.decoder,
         random_weights=options.random_weights,
         text_cache=options.text_cache,
+        **vars(placement_of(options)),
     )
 
 
@@ -211,14 +224,18 @@ def _start(options: argparse.Namespace, model: "Model") -> "np.ndarray | None":
 
 def _note_what_it_knows(model: "Model", options: argparse.Namespace, prompts: Sequence[str]) -> None:
     """Says what a model of small worlds was trained on, where it is asked for something else."""
-    from adastate_jax.data.worlds import caption_pattern, knows_words
+    from adastate_jax.data.worlds import caption_pattern, unknown_words
 
     if model.config.data.kind != "worlds":
         return
     worlds = model.config.data.worlds
-    for prompt in prompts:
-        if not knows_words(worlds, prompt):
-            print(f"note: none of {prompt!r} is known to this model: {caption_pattern(worlds)}", file=sys.stderr)
+    unknown = list(dict.fromkeys(word for prompt in prompts for word in unknown_words(worlds, prompt)))
+    if unknown:
+        print(
+            f"note: this model does not know {shortlist([repr(word) for word in unknown])}; it knows: "
+            f"{caption_pattern(worlds)}",
+            file=sys.stderr,
+        )
     if options.image:
         print(
             "note: this model keeps one frame of --image, and goes on with what it was trained on: "
@@ -232,16 +249,19 @@ def _remember(options: argparse.Namespace) -> tuple[Sequence[str], dict[str, str
     from adastate_jax.generation.provenance import recall
     from adastate_jax.media import read_metadata
 
-    for name in ("prompt", "prompts", "seed", "seconds", "anchor", "scale", "decoder", "random_weights"):
-        if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: --like takes it from the video; leave one of them out")
     found = recall(options.like, read_metadata(options.like))
     for name in ("checkpoint", "image", "video"):
         found[name] = getattr(options, name) or found.get(name)
+    if not options.checkpoint and found["checkpoint"]:
+        try:
+            find_model(found["checkpoint"])
+        except UserError:
+            was = f"was made with {found['checkpoint']}, which is not here"
+            raise UserError(f"--like={options.like}: {was}; name it with --checkpoint") from None
     if found.pop("config", None) and not options.config:  # a program, which a video shall not choose
         raise UserError(f"--like={options.like}: was made with a configuration file; name it with --config")
     overrides = found.pop("overrides")
-    rest = {name: found.pop(name) for name in ("schedule", "model", "start", "made_with")}
+    rest = {name: found.pop(name) for name in ("schedule", "model", "start", "made_with", "takes", "format")}
     for name, value in found.items():
         setattr(options, name, [value] if name in ("prompt", "seed") else value)
     return overrides, rest
@@ -269,7 +289,6 @@ def _write(
     from adastate_jax.generation.saved_streams import fingerprint
     from adastate_jax.generation.video_stream import stream
     from adastate_jax.media import FPS, enlarge, open_writer
-    from adastate_jax.streaming.prompts import parse_schedule, read_schedule
 
     model = _load(options, overrides)
     cues: Sequence[Cue] | None = None
@@ -283,7 +302,7 @@ def _write(
     common = (overrides, cues, fingerprint(model), digest(start), command)
     seconds = options.seconds or _SECONDS
     for (prompt, seed), output in zip(calls, outputs, strict=True):
-        kept = {"prompt": prompt, "seed": seed, "seconds": seconds}
+        kept = {"prompt": prompt, "seed": seed, "seconds": seconds, "weights": placement_of(options).quantization}
         metadata = describe({**vars(options), **kept}, *common)
         if options.like:
             _refuse_another(options.like, then, metadata)
@@ -291,25 +310,37 @@ def _write(
         with (
             if_unwritten(output),
             open_writer(output, metadata, replace=options.overwrite) as writer,
-            progress(title, math.ceil(seconds * FPS), unit="frame", compiles=True) as bar,
+            progress(title, math.ceil(seconds * FPS), unit="frame", compiles=output is outputs[0]) as bar,
         ):
             for frames in stream(model, prompt, seconds, seed, options.anchor, start=start, prompts=cues):
                 writer.write(enlarge(frames, options.scale or 1))
                 bar.update(len(frames))
-        print(writer.path, file=sys.stderr)
+        print(writer.path, flush=True)
 
 
-def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path, command: Sequence[str]) -> int:
+def _replay(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    output: Path,
+    then: Mapping[str, str],
+    command: Sequence[str],
+) -> int:
     """Makes the video of a session again; 1 where its latents are others than they were."""
-    from adastate_jax.generation.takes import read_session, replay, session_head
+    from adastate_jax.generation.provenance import describe_takes, named_from_anywhere
+    from adastate_jax.generation.takes import read_session, replay, session_head, session_takes, take_to_dict
     from adastate_jax.media import enlarge, fitted, open_writer
 
     model = _load(options, overrides)
-    takes = read_session(options.session, model)
+    if options.session:
+        takes = read_session(options.session, model)
+    else:
+        said = {**then, "takes": parse_json(then["takes"], str(options.like))}
+        takes = session_takes(said, options.like, model)
     checksums = [checksum for take in takes for checksum in take.checksums]
     others, size = [], None
-    metadata = {"session": options.session.name, "command": shlex.join(command)}
-    metadata |= {name: str(value) for name, value in session_head(model).items()}
+    kept = {"checkpoint": named_from_anywhere(options.checkpoint), "scale": options.scale or 1}
+    kept["weights"] = placement_of(options).quantization
+    metadata = describe_takes(session_head(model), command, list(map(take_to_dict, takes)), **kept)
     with (
         if_unwritten(output),
         open_writer(output, metadata, replace=options.overwrite) as writer,
@@ -321,33 +352,47 @@ def _replay(options: argparse.Namespace, overrides: Sequence[str], output: Path,
             if step.checksum != checksum:
                 others.append(number)
             bar.update()
-    print(writer.path, file=sys.stderr)
+    print(writer.path, flush=True)
     if others:
-        print(f"note: from chunk {others[0]} on, {len(others)} of {len(checksums)} differ from the session's latents")
+        what = f"from chunk {others[0]} on, {len(others)} of {len(checksums)} differ from the session's latents"
+        print(f"note: {what}", file=sys.stderr)
         return 1
-    print(f"all {len(checksums)} chunks have the session's latents, bit for bit")
+    print(f"all {len(checksums)} chunks have the session's latents, bit for bit", file=sys.stderr)
     return 0
+
+
+def _is_picture(name: str) -> bool:
+    """Whether a file is of a video that is a folder of pictures."""
+    from adastate_jax.media.writers import is_picture
+
+    return is_picture(name)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and writes the videos."""
     options, overrides = _parser().parse_known_args(arguments)
-    then: Mapping[str, str] = {}
+    command, then = ["python", "-m", "adastate_jax.sample", *arguments], {}
     _check(options, overrides)
-    if options.like:
-        starting()
-        overrides, then = _remember(options)
-        _check(options, overrides)
+    for name in _OF_THE_VIDEO if options.like else ():
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: --like takes it from the video; leave one of them out")
     count = len(options.prompt or [None]) * len(options.seed or [0])
-    folder = not (options.output or options.default_output).suffix
+    kind = {"folder": not (options.output or options.default_output).suffix, "replaces": _is_picture}
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(claimed_output(options, folder=folder, number=n + 1)) for n in range(count)]
-        if options.session:
-            starting()
-            return _replay(options, overrides, outputs[0], ["python", "-m", "adastate_jax.sample", *arguments])
-        if not options.like:
-            starting()
-        _write(options, overrides, outputs, then, ["python", "-m", "adastate_jax.sample", *arguments])
+        outputs = [stack.enter_context(claimed_output(options, number=n + 1, **kind)) for n in range(count)]
+        starting()
+        if options.like:
+            remembered, then = _remember(options)
+            if overrides and not then["takes"]:
+                raise UserError(f"{overrides[0]}: --like takes it from the video; leave one of them out")
+            overrides = remembered or overrides
+            _check(options, overrides)
+        from adastate_jax.generation.programs import programs_kept
+
+        stack.enter_context(programs_kept(options.cache))
+        if options.session or then.get("takes"):
+            return _replay(options, overrides, outputs[0], then, command)
+        _write(options, overrides, outputs, then, command)
     return 0
 
 

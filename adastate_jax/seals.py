@@ -7,7 +7,8 @@ What a run goes on changing, in the folder above, is not sealed. Instead, of
 
 - `config.json`, every field is checked when it is read, and those that the training follows from must equal those of
   the call that goes on with it (`train._refuse_other_configuration`), or describe the arrays that are loaded;
-- `data.json`, the names of the data sets must equal those of the data as they are now (`train._refuse_other_data`);
+- `data.json`, the names of the data sets, and of a teacher of others', must equal those of what is there now
+  (`train._refuse_other_data`);
 - `metrics.jsonl`, each line must be a record, but for those at its end that a kill cut; no step follows from any.
 """
 

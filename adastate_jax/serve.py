@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import importlib.util
-import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError, reason
+from adastate_jax.generation.placement import add_arguments, placement_of
 from adastate_jax.generation.shipped import find_model
 from adastate_jax.interrupts import deferred
 from adastate_jax.serving.limits import is_loopback
@@ -62,9 +62,7 @@ def _parser() -> CommandParser:
         "--session-seconds", type=float, default=600.0, metavar="S", help="length of a session at most (default 600)"
     )
     parser.add_argument("--queue", type=int, default=32, metavar="N", help="sessions that may wait (default 32)")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keeps compiled programs (default ~/.cache/adastate_jax/compiled)"
-    )
+    add_arguments(parser)
     return parser
 
 
@@ -74,6 +72,7 @@ def _check(options: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}: pip install -r requirements.txt")
     find_model(options.checkpoint)
+    placement_of(options)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port={options.port}: must lie in 0 … 65535")
     for name, value in (("keep", options.keep), ("queue", options.queue), ("session-seconds", options.session_seconds)):
@@ -105,24 +104,6 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _cache_programs(folder: Path | None) -> None:
-    """Has JAX keep what it compiles, in a folder that is nobody else's: what lies there is run."""
-    import jax
-
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or home / "adastate_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise UserError(f"--cache={folder}: others can write there, and what lies there is run; chmod 700 it")
-    except OSError as error:
-        raise UserError(f"--cache={folder}: cannot be written ({reason(error)}); name another") from None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def _offer(model: "Model", options: argparse.Namespace):
     """What the page shows before anybody types."""
     from adastate_jax.data.worlds import caption_pattern, captions
@@ -132,8 +113,7 @@ def _offer(model: "Model", options: argparse.Namespace):
     vocabulary = caption_pattern(model.config.data.worlds) if worlds else ""
     examples = captions(model.config.data.worlds) if worlds else ("a red fox runs through fresh snow at dawn",)
     anchors = tuple(options.anchors or (("static", "adastate") if worlds else ("",)))
-    name = model.origin.split(",")[0]
-    return Offer(Path(name).stem, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
+    return Offer(model.name, options.prompt or examples[0], anchors, STREAM_NAMES, examples, vocabulary)
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) -> None:
@@ -155,10 +135,14 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
     from adastate_jax.serving.recording import Store
 
     cv2.setNumThreads(1)  # the cores are the model's; pictures are small work
-    _cache_programs(options.cache)
     store = Store(options.recordings, options.keep)
     store.check()
-    model = load(options.checkpoint, decoder=options.decoder, text_cache=options.text_cache)
+    model = load(
+        options.checkpoint,
+        decoder=options.decoder,
+        text_cache=options.text_cache,
+        **vars(placement_of(options)),
+    )
     offer = _offer(model, options)
     check_anchors(model, [anchor or None for anchor in offer.anchors])
     live = Live(facts_of(model, offer.anchors), Queue(options.session_seconds, options.queue))
@@ -206,7 +190,10 @@ def main(arguments: Sequence[str]) -> int:
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}/"
         starting()
-        _serve(options, listener, f"{address}#token={options.token}" if options.token else address)
+        from adastate_jax.generation.programs import programs_kept
+
+        with programs_kept(options.cache):
+            _serve(options, listener, f"{address}#token={options.token}" if options.token else address)
     return 0
 
 

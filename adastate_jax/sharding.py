@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from adastate_jax.errors import UserError
@@ -49,6 +49,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"time_projection/kernel", ("embed", "mlp")),
     (r"head/kernel", ("embed", None)),
     (r"modulation", (None, "embed")),
+    # LoRA's factors, beside the kernels that they change.
+    (r"(query|key|value|ffn_in|time_projection|head)/down", ("embed", None)),
+    (r"output/down", ("heads", None)),
+    (r"ffn_out/down", ("mlp", None)),
+    (r"(query|key|value)/up", (None, "heads")),
+    (r"(ffn_in|time_projection)/up", (None, "mlp")),
+    (r"(output|ffn_out|patch_embedding|text_in|text_out|time_in|time_out)/up", (None, "embed")),
 )
 
 
@@ -71,8 +78,13 @@ def all_devices() -> list[jax.Device]:
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, context: int = 1, devices=None) -> jax.sharding.Mesh:
     """Mesh of so many devices along each axis (the first so many of `devices`, by default all of this run's).
 
+    Devices of several slices (of which a TPU's or GPU's runtime says that a fast network joins each) are arranged so
+    that `data` alone crosses from one to another; where it is no multiple of their number, `fsdp` crosses, too, and a
+    warning says so. `context` and `model` never do.
+
     Raises:
-        ValueError: there are too few devices, or several processes would leave some of theirs out.
+        ValueError: there are too few devices, several processes would leave some of theirs out, or slices and axes do
+            not go together.
         UserError: there are none of the platform that JAX_PLATFORMS names.
     """
     devices = all_devices() if devices is None else devices
@@ -82,7 +94,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, context: int = 1, de
         shape = " x ".join(f"{name} {extent}" for name, extent in sizes.items() if extent > 1)
         raise ValueError(f"mesh {shape} needs {size} devices, {len(devices)} are here")
     types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices[:size])
+    slices = len({getattr(device, "slice_index", 0) for device in devices[:size]})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices[:size])
+    across = {"data": math.gcd(data, slices)}
+    across["fsdp"] = slices // across["data"]
+    if fsdp % across["fsdp"]:
+        raise ValueError(
+            f"{slices} slices need data, or data times fsdp, that is a multiple of {slices}: data is {data}, "
+            f"fsdp {fsdp}"
+        )
+    if across["fsdp"] > 1:
+        _log.warning("mesh.data %d is no multiple of the %d slices: fsdp crosses the slow network, too", data, slices)
+    inside = [sizes[name] // across.get(name, 1) for name in MESH_AXES]
+    outside = [across.get(name, 1) for name in MESH_AXES]
+    arranged = mesh_utils.create_hybrid_device_mesh(inside, outside, devices[:size], allow_split_physical_axes=True)
+    return jax.sharding.Mesh(arranged, MESH_AXES, axis_types=types)
 
 
 def path_name(path) -> str:

@@ -11,23 +11,29 @@ import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
+import re
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adastate_jax import distributed
 from adastate_jax.console import CommandParser, refuse_configuration, run_command, starting
-from adastate_jax.distributed import from_first
+from adastate_jax.distributed import from_first, gather
 from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
 from adastate_jax.files import write_text
-from adastate_jax.interrupts import if_stopped
+from adastate_jax.interrupts import Stopped, if_stopped
 from adastate_jax.lockstep import watched
 from adastate_jax.texts import read_json
 
 if TYPE_CHECKING:
     from adastate_jax.config.run import Config
+    from adastate_jax.training.metrics import Metrics
+    from adastate_jax.training.profile import Profile
 
 # Fields in which a run and the one that it starts from must be alike.
 _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "data")
@@ -36,16 +42,27 @@ _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "da
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
 
-def train(config: "Config", workdir: Path) -> None:
+def train(config: "Config", workdir: Path, begun: float | None = None, profile: str | None = None) -> None:
     """Runs the stages; those that the work directory has already finished are not repeated.
+
+    Args:
+        begun: `time.monotonic()` when the command began, for the report on its time; by default now.
+        profile: FIRST:LAST, the steps of each stage that a trace in `workdir/profile` is written of.
 
     Raises:
         UserError: bad input, a work directory of another configuration, or a loss that is not finite.
         Stopped: after SIGTERM or Ctrl-C, when the state is saved; the same call goes on.
     """
+    from adastate_jax.benchmarking.utilisation import device_peak, step_flops
     from adastate_jax.sharding import all_devices
+    from adastate_jax.training.metrics import Metrics
+    from adastate_jax.training.profile import Profile
+    from adastate_jax.training.spans import Spans, Work, device_memory
 
     all_devices()
+    traced = Profile(profile, config, workdir / "profile") if profile else None
+    work = Work(functools.partial(step_flops, config), math.prod(dataclasses.astuple(config.mesh)), device_peak())
+    metrics = Metrics(workdir, Spans(begun), work)
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched())
 
@@ -53,16 +70,28 @@ def train(config: "Config", workdir: Path) -> None:
             stack.enter_context(_open_workdir(workdir))
 
         from_first(open_workdir)
-        _train(config, workdir)
+        if traced:
+            stack.enter_context(traced)
+        try:
+            _train(config, workdir, metrics, traced)
+        except Stopped:
+            _say(metrics.summary(device_memory()))
+            raise
+        devices = {name: peak for part in gather(device_memory()) for name, peak in part.items()}
+    _say(metrics.summary(devices))
 
 
-def _train(config: "Config", workdir: Path) -> None:
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _train(config: "Config", workdir: Path, metrics: "Metrics", profile: "Profile | None") -> None:
     import jax
 
     from adastate_jax.config.files import save_config
     from adastate_jax.generation.samples import sample
     from adastate_jax.sharding import make_mesh
-    from adastate_jax.training.metrics import Metrics
     from adastate_jax.training.networks import check_networks
     from adastate_jax.training.stages.distill import distill
     from adastate_jax.training.stages.initialize import initialize
@@ -73,23 +102,28 @@ def _train(config: "Config", workdir: Path) -> None:
     stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
-    check_networks(config, workdir)
+    networks = check_networks(config, workdir)
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from None
     _refuse_uneven_batches(config)
+    metrics.spans.lap("start")
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
-        from_first(lambda: _refuse_other_data(workdir, inputs.names))
+        from_first(lambda: _refuse_other_data(workdir, inputs.names, networks))
         frozen = make_frozen(config, workdir, inputs.clips, mesh)
         with writing(workdir / "config.json"):  # only now: until here the input may have been refused
             from_first(lambda: save_config(config, workdir / "config.json"))
         texts = inputs.clips, inputs.captions, inputs.prompts, inputs.critic_prompts
-        run = Run(config, workdir, mesh, *texts, frozen, *guiding_texts(config, inputs, frozen), Metrics(workdir))
+        metrics.spans.lap("data")
+        run = Run(config, workdir, mesh, *texts, frozen, *guiding_texts(config, inputs, frozen), metrics, profile)
         for stage in config.stages:
             if not from_first(functools.partial(run.is_finished, stage)):
                 stages[stage](run)
+                if stage == "sample":
+                    metrics.spans.lap("sample")
+                    metrics.close("sample", 0)
             from_first(run.refuse_removed)
 
 
@@ -110,19 +144,28 @@ def _refuse_uneven_batches(config: "Config") -> None:
 
 @contextlib.contextmanager
 def _open_workdir(workdir: Path) -> Iterator[None]:
-    """Makes the work directory if need be, and keeps other runs out of it."""
+    """Makes the work directory if need be, and keeps other runs out of it; one that it made goes if it stays empty."""
+    missing = [folder for folder in (workdir, *workdir.absolute().parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = os.open(workdir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another folder") from None
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
         stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends, however it does
         except BlockingIOError:
             raise UserError(f"--workdir={workdir}: another run is at work there; name another folder") from None
         yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
@@ -160,26 +203,28 @@ def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
     return ""
 
 
-def _refuse_other_data(workdir: Path, names: Mapping[str, str]) -> None:
-    """Notes the datasets that the work directory is made with, or checks that they are still the same.
+def _refuse_other_data(workdir: Path, names: Mapping[str, str], networks: Mapping[str, str] | None = None) -> None:
+    """Notes what the work directory is made with, or checks that it is still the same.
 
-    A dataset's name has the hash of all that it is built from in it: names, sizes and times of the files, for one.
+    Args:
+        names: of its data sets, with the hash of all that each is built from: names, sizes and times of files, for one.
+        networks: see `check_networks`; noted from the first call on whose stages ask for them.
     """
     path = workdir / "data.json"
-    if not path.exists():
-        with writing(path):
-            write_text(path, json.dumps(dict(names), indent=2) + "\n")
-        return
     fix = "remove it, to go on with the data as they are now"
-    old = read_json(path, fix)
-    if not isinstance(old, dict) or old.keys() != names.keys():
+    noted = dict(networks or {})
+    old = read_json(path, fix) if path.exists() else dict(names)
+    if not isinstance(old, dict) or {kind for kind in old if not kind.endswith(".weights")} != names.keys():
         raise UserError(f"{path}: is damaged; {fix}")
-    for kind, name in names.items():
-        if old[kind] != name:
+    for kind, name in {**names, **noted}.items():
+        if old.get(kind, name) != name:
             raise UserError(
                 f"{workdir}: its {kind} have changed since it was begun: {shown(old[kind])} is now {name}; bring them "
                 "back, or use a fresh --workdir"
             )
+    if not path.exists() or not noted.keys() <= old.keys():
+        with writing(path):
+            write_text(path, json.dumps({**old, **noted}, indent=2) + "\n")
 
 
 _DESCRIPTION = """Trains the stages of a configuration, and ends with sample videos in the work directory.
@@ -216,6 +261,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="everything is written here; needed but for --plan")
     distributed.add_arguments(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="writes a trace of these steps of each stage, 20:24 for one, into DIR/profile, by jax.profiler",
+    )
     plan = parser.add_argument_group("planning")
     plan.add_argument(
         "--plan",
@@ -223,7 +273,11 @@ def main(arguments: Sequence[str]) -> int:
         help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
     )
     plan.add_argument(
-        "--share", type=float, default=0.4, metavar="X", help="of the chips' peak that times are predicted at (0.4)"
+        "--share",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="with --plan: the share of the chips' peak speed that predicted times count on (default 0.4)",
     )
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="unused", help="overrides a field of the configuration")
     known, rest = parser.parse_known_args(arguments)
@@ -232,15 +286,25 @@ def main(arguments: Sequence[str]) -> int:
         return _plan(known, rest)
     if known.workdir is None:
         parser.error("the following arguments are required: --workdir")
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(known.workdir)):  # `Path` has made one slash of two
+        raise UserError(
+            f"--workdir={known.workdir}: is no folder; mount the bucket (gcsfuse for gs://) and name where: data sets, "
+            "trajectories and checkpoints are renamed into place, which a bucket's address cannot do"
+        )
     if not os.path.isdir(known.workdir) and os.path.lexists(known.workdir):
         raise UserError(f"--workdir={known.workdir}: is a file; name a folder")
+    for argument in rest:
+        name, _, folder = argument.partition("=")
+        if name == "--config.data.folder" and not os.path.isdir(folder):
+            raise UserError(f"{argument}: no such folder; name one of video files")
+    begun = time.monotonic()
     starting()
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config
 
     config = parse_config([f"--config={known.config}", *rest])
     with if_stopped(f"the same command resumes {known.workdir}"):
-        train(config, known.workdir)
+        train(config, known.workdir, begun, known.profile)
     return 0
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Backends of models/attention.py.
 ATTENTION = ("auto", "xla", "cudnn", "splash")
+# Of models/quantized.py.
+WEIGHTS = ("int8", "float8")
 
 # Which function of the room `verification` checks a fixture of this stem: `module.function`.
 FIXTURES = {
@@ -71,6 +73,7 @@ SHIPPED = Path(__file__).parent / "bundled" / "fixtures"
 def _epilog() -> str:
     from adastate_jax.verification import record
 
+    eight_bits = record.EIGHT_BIT_TOLERANCES
     return f"""\
 examples:
   python -m adastate_jax.verify
@@ -87,6 +90,7 @@ tolerances, on the largest absolute error of a tensor:
   networks in float32    {record.NETWORK_TOLERANCE:g}
   in bfloat16            {record.BFLOAT16_TOLERANCE:g} of the largest magnitude expected in the tensor;
                          text encoder and video autoencoders {record.BFLOAT16_CODEC_TOLERANCE:g} of it
+  weights in eight bits  int8 {eight_bits["int8"]:g}, float8 {eight_bits["float8"]:g} of it; the transformer's alone
   schedules and losses   {record.ARITHMETIC_TOLERANCE:g} of the largest magnitude expected; they run in float32 always
   training updates       as adastate_jax/verification/training.py states them; in float32 only
   positions and names    0
@@ -244,6 +248,7 @@ def main(argv: Sequence[str]) -> int:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype of the networks"
     )
     parser.add_argument("--attention", choices=ATTENTION, default="xla", help="attention backend")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="puts the transformer's weights in eight bits")
     arguments = parser.parse_args(argv)
     needs = "--attention=cudnn needs --dtype=bfloat16 and a GPU"
     if arguments.attention == "cudnn" and arguments.dtype != "bfloat16":
@@ -256,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
 
     if arguments.attention == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(needs)
-    settings = Settings(arguments.dtype, arguments.attention)
+    settings = Settings(arguments.dtype, arguments.attention, arguments.weights)
     fixtures = [Fixture(path, settings) for path in known]  # all before the first runs: a file cut short shows at once
     start = time.monotonic()
     report = Report([path.stem for path in known + unknown])
@@ -267,9 +272,10 @@ def main(argv: Sequence[str]) -> int:
         for fixture in fixtures:
             run_fixture(fixture, report)
     counts = report.counts
+    numerics = [settings.dtype, *([f"{settings.weights} weights"] if settings.weights else [])]
     print(
         f"{counts['passed']} checks passed, {counts['failed']} failed, {counts['not checked']} not checked "
-        f"({settings.dtype}, {settings.attention} attention, {jax.devices()[0].device_kind}, "
+        f"({', '.join(numerics)}, {settings.attention} attention, {jax.devices()[0].device_kind}, "
         f"{time.monotonic() - start:.0f} s)"
     )
     return 1 if counts["failed"] else 0

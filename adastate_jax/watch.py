@@ -15,6 +15,7 @@ from pathlib import Path
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError, writing
 from adastate_jax.files import whole_file
+from adastate_jax.streaming.cues import read_schedule
 
 _EXAMPLE = """examples:
   python -m adastate_jax.watch http://127.0.0.1:8000/ --prompts=story.txt --seconds=20 --output=story.mp4
@@ -31,7 +32,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a schedule as of the sample command, given while the stream runs"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--anchors", nargs="+", metavar="NAME", help="one, or two side by side (default: the server's)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the stream (default 10)")
     parser.add_argument("--session", type=Path, metavar="FILE", help="saves the session's file, too")
@@ -41,11 +42,12 @@ def _parser() -> CommandParser:
 
 
 def _print(report: dict, as_json: bool) -> None:
+    """To stdout where it was asked for as JSON, which then has nothing else; else beside the files' names."""
     if as_json:
         print(json.dumps(report))
         return
     for name, value in report.items():
-        print(f"{name.replace('_', ' '):28}{value}")
+        print(f"{name.replace('_', ' '):28}{value}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,13 +60,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--output={output}: must end in .mp4")
     if options.prompts and not options.prompts.is_file():
         raise UserError(f"{options.prompts}: no such file")
+    cues = read_schedule(options.prompts) if options.prompts else ()
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(claimed_output(options))
         starting("the client")
         from adastate_jax.serving.client import Client
-        from adastate_jax.streaming.prompts import read_schedule
 
-        cues = read_schedule(options.prompts) if options.prompts else ()
         client = Client(options.url)
         if client.watches and (cues or options.anchors):
             raise UserError("--prompts and --anchors: a watch link does not steer")
@@ -73,13 +74,12 @@ def main(arguments: Sequence[str]) -> int:
             client.follow(options.seconds, cues[1:], lambda seconds: bar.update(int(seconds) - bar.n))
         if not client.watches:
             client.finish()
-        with writing(path), whole_file(path) as temporary:
-            temporary.write_bytes(client.fetch("video.mp4"))
-        print(path, file=sys.stderr)
-        if options.session:
-            with writing(options.session), whole_file(options.session) as temporary:
-                temporary.write_bytes(client.fetch("session.json"))
-            print(options.session, file=sys.stderr)
+        names = sys.stderr if options.json else sys.stdout
+        for file, name in ((path, "video.mp4"), (options.session, "session.json")):
+            if file:
+                with writing(file), whole_file(file) as temporary:
+                    temporary.write_bytes(client.fetch(name))
+                print(file, file=names)
     _print(client.report(), options.json)
     return 0
 

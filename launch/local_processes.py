@@ -109,7 +109,7 @@ def _shell_code(code: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many to start")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="of each process (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands instead of running them")
     parser.add_argument("command", nargs="+", metavar="-- ARGUMENTS", help="of python")

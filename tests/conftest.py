@@ -1,4 +1,7 @@
-"""Eight virtual CPU devices for the sharding laws, and small networks that the tests share."""
+"""Eight virtual CPU devices for the sharding laws, and small networks that the tests share.
+
+TEST_PLATFORM=cuda (or tpu) runs on what is there instead: for test_accelerator.py, whose tests are left out without it.
+"""
 
 import gc
 import importlib.metadata
@@ -8,7 +11,8 @@ from pathlib import Path
 # The tests compile hundreds of small programs once each: compiling fast matters, running fast does not. What a test
 # starts as a process inherits this. The flags are those of one XLA: another may not know them, or round differently in
 # a loop and out of it.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+PLATFORM = os.environ.get("TEST_PLATFORM")
+if not PLATFORM and importlib.metadata.version("jaxlib").startswith("0.10."):
     fast = (
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
@@ -18,8 +22,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)  # must precede the first array
-jax.config.update("jax_platforms", "cpu")
+if not PLATFORM:
+    jax.config.update("jax_num_cpu_devices", 8)  # must precede the first array
+jax.config.update("jax_platforms", PLATFORM or "cpu")
 
 import jax.numpy as jnp
 import numpy as np

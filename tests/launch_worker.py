@@ -1,10 +1,11 @@
-"""What each of two processes does in `test_processes.py`: agreement, and checkpoints of both.
+"""What each of two or four processes does in `test_processes.py`: agreement, and checkpoints of all.
 
-Arguments: a folder with the checkpoint `one`, of `tree()` on one process; `two` is written beside it.
+Arguments: a folder with checkpoints of `tree()`, all of which are loaded; and the name of one that is written.
 """
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,17 +62,17 @@ def error_of(function: Callable, *arguments) -> str:
     return "none"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, name: str) -> None:
     distributed.start()
     from adastate_jax.checkpoint import Checkpoints, load_tree, save_tree
     from adastate_jax.sharding import fetch, local_rows, make_mesh, shard_batch
 
     count, index = distributed.count(), distributed.index()
-    assert (count, index) == (jax.process_count(), jax.process_index()) == (2, index)
+    assert (count, index) == (jax.process_count(), jax.process_index())
     mesh = make_mesh(fsdp=4)
 
     # agreement
-    assert distributed.gather(index * 10) == [0, 10]
+    assert distributed.gather(index * 10) == [10 * other for other in range(count)]
     assert distributed.from_first(lambda: f"of {index}") == "of 0"
     assert error_of(distributed.from_first, raising(UserError("a.txt: damaged"))) == "UserError: a.txt: damaged"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -80,18 +81,21 @@ def main(folder: Path) -> None:
 
     # rows: each process reads its own, and the batch is that of one process
     rows = local_rows(8, mesh)
-    assert rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]][index]
+    assert rows.tolist() == list(range(8))[8 // count * index :][: 8 // count]
     assert fetch(shard_batch(rows.astype(np.float32), mesh)).tolist() == list(range(8))
-    across = make_mesh(data=2, model=2, devices=[jax.devices()[i] for i in (0, 2, 1, 3)])  # `model` spans both
-    assert local_rows(8, across).tolist() == list(range(8))
-    assert fetch(shard_batch(np.arange(8.0), across)).tolist() == list(range(8))
+    order = [0, 2, 1, 3] if count == 2 else [0, 1, 2, 3]
+    across = make_mesh(data=2, model=2, devices=[jax.devices()[i] for i in order])  # `model` spans processes
+    expected = list(range(8)) if count == 2 else [[0, 1, 2, 3], [4, 5, 6, 7]][index // 2]
+    assert local_rows(8, across).tolist() == expected  # those that share an example read the same rows
+    assert fetch(shard_batch(np.asarray(expected, np.float32), across)).tolist() == list(range(8))
 
     # checkpoints
     made = tree(mesh)
-    assert same(load_tree(folder / "one", made), made)
-    save_tree(folder / "two", made)
-    assert same(load_tree(folder / "two", made), made)
-    save_tree(folder / "two", made)  # in the place of the one before
+    for other in distributed.from_first(lambda: sorted(path.name for path in folder.iterdir())):
+        assert same(load_tree(folder / other, made), made)
+    save_tree(folder / name, made)
+    assert same(load_tree(folder / name, made), made)
+    save_tree(folder / name, made)  # in the place of the one before
     save_tree(folder / "own", {"a": np.float32(7 + index)})  # what each has for itself is saved as the first has it
     like = jax.ShapeDtypeStruct((), np.float32, sharding=made["whole"].sharding)
     assert np.asarray(load_tree(folder / "own", {"a": like})["a"]) == 7
@@ -104,10 +108,14 @@ def main(folder: Path) -> None:
         if index == 0:
             whole = jax.NamedSharding(make_mesh(devices=jax.local_devices()[:1]), jax.P())
             like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in made.items()}
-            assert np.asarray(load_tree(folder / "two", like)["whole"]) == 5
+            assert np.asarray(load_tree(folder / name, like)["whole"]) == 5
     distributed.gather("done")
+    if index == 0:
+        assert [path.name for path in (folder / "numbered").iterdir()] == ["4"]
+        for other in ("numbered", "own"):
+            shutil.rmtree(folder / other)
     print(f"process {index} is done")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

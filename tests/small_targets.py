@@ -16,7 +16,7 @@ SMALL = [
     *("--config.vae.dim=8", "--config.tiny_vae.widths=(8, 8, 8)", "--config.distill.batch_size=2"),
 ]
 CONFIG = parse_config(SMALL)
-HOST = Chip("this processor", memory=2**33, flops=1e11, bandwidth=1e10, clock=1e9)
+HOST = Chip("this processor", memory=2**33, flops=1e11, bandwidth=1e10, exchange=1e9, clock=1e9)
 
 
 def here(devices: int, chip: Chip = HOST) -> Target:

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "adastate_jax"
 
 # From the ground up. What stands in one line may not import each other, but for the modules of one room.
 FLOORS = (
-    ("errors", "interrupts"),
+    ("errors", "standard_streams"),
+    ("interrupts",),
     ("hidden_names", "fields", "checks", "texts", "distributed"),
     ("files", "lockstep"),
     ("diffusion", "sharding", "console", "seals"),

@@ -17,13 +17,14 @@ from jax.extend.core import jaxprs_in_params
 from adastate_jax import bench
 from adastate_jax.benchmarking import flops, machine, measure, report
 from adastate_jax.config.files import parse_config
+from adastate_jax.config.stages import DistillConfig
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from adastate_jax.models.vae import VAE, VAEConfig
+from adastate_jax.models.vae import VAE, VAEConfig, decoder_levels
 from adastate_jax.models.video_coding import decode, decoder_cache
 from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.prompts import schedule
@@ -101,11 +102,20 @@ def test_a_pass_takes_what_is_counted(student):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_decoder_takes_what_is_counted(first):
+    """But for the convolution behind an upsampling, which ours folds into it: four taps for nine."""
     config = VAEConfig(dim=4, latent_channels=2, num_res_blocks=1, latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0))
     model = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0), parts=("decoder",)))
     cache = decoder_cache(model, 1, 2, 3)
     work = counted(lambda model: decode(model, jnp.zeros((1, 3, 2, 3, 2)), cache, first), model)
-    assert work == flops.decoder_flops(config, 2, 3, 3, first)
+    saved = 0
+    for frames, growth in ((1, 1), (2, 2)) if first else ((3, 2),):  # the first frame is not resampled in time
+        height, width = 2, 3
+        for level in (level for level in decoder_levels(config) if level.resample):
+            frames *= growth if level.temporal else 1
+            taps = 9 * 4 * height * width - 4 * 4 * (height + 1) * (width + 1)  # four small images, with a margin
+            saved += 2 * level.inputs * level.outputs * frames * taps
+            height, width = 2 * height, 2 * width
+    assert work == flops.decoder_flops(config, 2, 3, 3, first) - saved
 
 
 def test_the_tiny_decoder_takes_what_is_counted():
@@ -130,10 +140,21 @@ def test_wan_2_1_takes_what_is_published():
     assert flops.decoder_flops(PatchCodecConfig(patch=2, channels=5), 3, 4, 6) == 2 * 6 * 12 * 5 * 12
     training = (
         flops.rollout_flops(WAN, STREAM, 21, FRAME),
-        flops.critic_flops(WAN, WAN, STREAM, 21, FRAME),
-        flops.student_flops(WAN, WAN, TEACHER, STREAM, 21, FRAME),
+        flops.critic_flops(WAN, WAN, STREAM, DistillConfig(), FRAME),
+        flops.student_flops(WAN, WAN, TEACHER, STREAM, DistillConfig(), FRAME),
     )
     assert [round(x.total / 1e15, 2) for x in training] == [0.66, 1.79, 4.87]
+
+
+def test_longer_rollouts_take_what_their_parts_take():
+    """A window of 21 frames in 120 is rolled out up to on average; segments are 18 frames, but for the first."""
+    window = DistillConfig(rollout_frames=120, scored_frames=21)
+    segments = DistillConfig(rollout_frames=237, scored_frames=21, overlap_frames=3, continue_rollout=True)
+    steady = flops.chunk_pass_flops(WAN, STREAM, 2, FRAME)
+    scoring = flops.pretrain_flops(WAN, 21, FRAME)
+    for config, chunks in ((window, (40 - 7) / 2 + 7), (segments, 79 / 13)):
+        rolled = flops.critic_flops(WAN, WAN, STREAM, config, FRAME).total - scoring.total
+        assert rolled == pytest.approx(chunks * steady.total * 3.5, rel=0.06)  # the fill takes less
 
 
 def test_counts_agree_with_an_independent_model():

@@ -64,7 +64,9 @@ def test_the_same_command_once_more_changes_nothing(inputs, embedded, capsys):
     before = contents(embedded)
     inputs.embed(embedded)
     assert contents(embedded) == before
-    assert capsys.readouterr().err.endswith(f"{embedded} is complete; nothing is left to do\n")
+    said = capsys.readouterr()
+    assert said.err.endswith(f"{embedded} is complete; nothing is left to do\n")
+    assert said.out == f"{embedded}\n"
 
 
 def test_it_says_what_it_found(inputs, capsys):

@@ -109,6 +109,19 @@ def test_from_videos_to_a_causal_student(inputs, tmp_path, nothing_but_transform
     assert sorted(named) == ["captions", "embeddings", "latents"]
 
 
+def test_from_videos_to_a_causal_student_without_a_teacher(inputs, tmp_path, nothing_but_transformers):
+    """By flow matching behind clean chunks, from nothing; its captions are all that is read beside the latents."""
+    fields = {"targets": "clips", "weights": "random", "context": "clean"}
+    options = [f"--config.initialize.{name}={value}" for name, value in fields.items()]
+    run = tmp_path / "run"
+    train(configured(inputs, *options, "--config.stages=('initialize',)", "--config.data.embeddings="), run)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [0, 1]
+    assert not (run / "trajectories").exists()
+    assert sorted(json.loads((run / "data.json").read_text())) == ["captions", "latents"]
+    nothing_but_transformers.undo()
+    assert ada.load(run).student.config.num_layers == 1
+
+
 def test_from_published_files_and_prompts_to_sample_videos(inputs, tmp_path, nothing_but_transformers):
     """A teacher of other width, depth and heads, in eight bits; all three networks read from published files."""
     networks = {"teacher": (48, 64, 4, 2), "critic": (32, 48, 2, 2), "student": (32, 48, 2, 1)}

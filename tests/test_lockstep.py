@@ -140,3 +140,28 @@ def test_a_signal_that_ends_a_process_at_once_ends_the_others_by_it(monkeypatch)
     monkeypatch.setattr(interrupts, "end", codes.append)
     lockstep.Watch(service, 0, 2, end=lambda *_: None).round()
     assert codes == [15]
+
+
+def test_a_first_process_that_is_dead_is_named_before_jax_aborts(monkeypatch):
+    """No call to the service returns, and nobody listens where it was; within the six seconds of `distributed`."""
+    monkeypatch.setattr(lockstep, "_PERIOD", 0.05)
+    monkeypatch.setattr(lockstep, "_LOOK", 0.05)
+    service, ended, gone = Service(), [], threading.Event()
+    service.kept["adastate/beats/0"] = '[1, 7, "host-a"]'
+    watch = lockstep.Watch(service, 1, 2, end=lambda *what: ended.append(what), refused=gone.is_set)
+    watch.start()
+    time.sleep(0.5)
+    assert ended == []  # it answers
+    service.key_value_set = lambda *_, **__: threading.Event().wait(2.0)
+    time.sleep(0.5)
+    assert ended == []  # it is slow, but somebody listens
+    gone.set()
+    time.sleep(0.5)
+    watch.close()
+    assert set(ended) == {
+        (
+            75,
+            "error: process 0 on host-a is dead: nobody listens where it held the coordination service; the same "
+            "command goes on from the last checkpoint",
+        )
+    }

@@ -6,17 +6,24 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from adastate_jax.config import parse_config
+from adastate_jax.config.stages import ode_sigmas
+from adastate_jax.diffusion import warp
 from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.training.dmd import critic_gradients, draw_update, student_gradients
 from adastate_jax.training.frozen import abstract_network, with_shardings
+from adastate_jax.training.guidance import guided
 from adastate_jax.training.stages.run import abstract_states
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Weights of the published files: the sums of manifest_wan_t2v_1.3B and manifest_wan_t2v_14B.
 SMALL, LARGE = 1_418_996_800, 14_288_491_584
+# Weights of adapters of rank 256 on the linear layers of 30 blocks: eight of 1536 to 1536, two of 1536 and 8960.
+LORA = 30 * 256 * (8 * (1536 + 1536) + 2 * (1536 + 8960))
 
 
 def recipe(name: str, *others: str):
@@ -57,6 +64,16 @@ def test_a_recipe_has_the_published_sizes_and_numbers(name, teacher, stages, bat
     state = abstract_states(config)[stages[0]]
     state = state["student"] if stages[0] == "distill" else state
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_long_tuning_has_the_published_numbers():
+    """Segments of 21 and 18 frames to 237, adapters of rank 256, and the stream that it trains for."""
+    config = recipe("longlive_wan")
+    assert (config.distill.segments, config.distill.clip_frames, config.trajectory_frames) == (13, 21, 21)
+    assert config.stream == PRESETS["longlive"].stream
+    assert {(config.student.lora.rank, config.critic.lora.rank)} == {(256, 256)}
+    state = abstract_states(config)["distill"]
+    assert count(state["student"].params) == count(state["critic"].params) == LORA
 
 
 def test_the_steps_of_the_recipe_are_traced_with_the_large_teacher():
@@ -100,3 +117,31 @@ def test_a_recipe_can_be_made_small():
     config = recipe("adastate_wan", "--config.teacher.num_layers=2", "--config.critic.num_layers=3")
     assert [config.network(name).num_layers for name in ("teacher", "critic", "student")] == [2, 3, 30]
     assert dataclasses.replace(config.network("critic"), num_layers=30) == config.network("student")
+
+
+def test_adapters_take_an_eighth_of_the_students_state():
+    """Weights, second moment and average, for which `docs/networks.md` has the numbers."""
+
+    def state(*options):
+        return abstract_states(recipe("adastate_wan", *options))["distill"]["student"]
+
+    whole, adapters = state(), state("--config.student.lora.rank=128")
+    assert (count(whole.params), count(adapters.params)) == (SMALL, 174_981_120)
+    held = [sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (whole, adapters)]
+    assert [round(size / 1e9, 2) for size in held] == [17.03, 2.10]
+
+
+def test_causal_forcing_is_what_was_published():
+    teacher, student = recipe("causal_forcing_wan:teacher"), recipe("causal_forcing_wan")
+    for config in (teacher, student):
+        assert (config.stream.chunk_frames, config.stream.past_frames, config.clip_frames) == (1, 20, 21)
+        assert config.initialize.context == "clean"
+        assert config.initialize.optimizer.betas == (0.0, 0.999)
+        assert config.initialize.optimizer.learning_rate == 2e-6
+        teacher_sizes, student_sizes = (config.network(name) for name in ("teacher", "student"))
+        assert dataclasses.replace(teacher_sizes, param_dtype="float32") == student_sizes
+    assert (teacher.initialize.targets, teacher.initialize.weighting) == ("clips", "bell")
+    grid = ode_sigmas(student.stream, student.initialize.ode_steps)
+    np.testing.assert_allclose(grid, warp(np.linspace(1.0, 0.0, 49), 5.0), atol=1e-12)
+    assert (student.initialize.ema_decay, student.initialize.ema_start) == (0.99, 200)
+    assert guided(1.0, 0.0, student.initialize.guidance_scale) == 3.0

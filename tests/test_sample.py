@@ -19,11 +19,20 @@ from adastate_jax import sample
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import to_dict
-from adastate_jax.generation import video_stream
-from adastate_jax.media import VideoWriter, open_writer, read_image, read_last_frames, read_metadata
+from adastate_jax.generation import loading, takes, video_stream
+from adastate_jax.generation.provenance import describe_takes
+from adastate_jax.media import VideoWriter, enlarge, open_writer, read_image, read_last_frames, read_metadata
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Where the command keeps its programs, not in the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,9 @@ def test_a_dry_run_needs_no_files(tmp_path, capsys):
     options = ["--random-weights", TINY, "--prompt=x", "--seconds=0.5", f"--output={output}"]
     assert sample.main(options) == 0
     assert frames_of(output).shape == (8, 32, 32, 3)
-    assert "random: transformer, codec and text embeddings" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "random: transformer, codec and text embeddings" in said.err
+    assert said.out == f"{output}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
@@ -105,6 +116,7 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
             writer.write(frames[0])
     for arguments, message in (
         ([*like, "--prompt=z"], "--prompt: --like takes it from the video"),
+        ([*like, "--config.seed=3"], "--config.seed=3: --like takes it from the video"),
         ([*like, f"--image={other}"], r"out-4\.mp4: started from other frames"),
         (like[::2], r"out-4\.mp4: was made with a configuration file; name it with --config"),
         (
@@ -121,6 +133,28 @@ def test_a_video_is_made_again_from_what_it_says_of_itself(folder, config, pictu
         assert not (tmp_path / "new.mp4").exists()
 
 
+def test_a_sessions_video_is_replayed(folder, config, tmp_path, monkeypatch, capsys):
+    """From what it says of itself, as `--session` does it from the session's file."""
+    cache = tmp_path / "cache"
+    model = loading.load(folder, small_wan.CONFIG, text_cache=cache)
+    running = takes.RunningTake(model, "x", 3, [None])
+    frames = np.concatenate([running.step().frames for _ in range(2)])
+    metadata = describe_takes(takes.session_head(model), ["serve"], [takes.take_to_dict(running.take())], scale=2)
+    with open_writer(tmp_path / "live.mp4", metadata) as writer:
+        writer.write(enlarge(frames, 2))
+    again = tmp_path / "again.mp4"
+    like = [f"--like={tmp_path / 'live.mp4'}", config, f"--text-cache={cache}", f"--output={again}"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"live\.mp4: was made with weights, which is not here; name it with --checkp"):
+        sample.main(like)
+    assert sample.main([*like, f"--checkpoint={folder}"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{again}\n"
+    assert "all 2 chunks have the session's latents, bit for bit" in captured.err
+    np.testing.assert_array_equal(frames_of(again), frames_of(tmp_path / "live.mp4"))
+    assert {**read_metadata(again), "command": ""} == {**metadata, "checkpoint": str(folder), "command": ""}
+
+
 def test_a_schedule_is_remembered(folder, config, tmp_path):
     story = tmp_path / "story.txt"
     story.write_text("0 | x\n1 blend:2 | y\n")
@@ -135,11 +169,11 @@ def test_a_schedule_is_remembered(folder, config, tmp_path):
 def test_a_model_of_worlds_says_what_it_knows(capsys):
     model = SimpleNamespace(config=parse_config([TINY]))
     options = SimpleNamespace(image=None)
-    sample._note_what_it_knows(model, options, ["a camera pans left over green hills", "a RED thing"])
+    sample._note_what_it_knows(model, options, ["a camera pans left over green hills", "and the RED ball"])
     assert capsys.readouterr().err == ""
-    sample._note_what_it_knows(model, options, ["a zebra plays chess"])
+    sample._note_what_it_knows(model, options, ["a camera pans left", "a zebra plays chess", "Chess with a red zebra"])
     told = capsys.readouterr().err
-    assert told.startswith("note: none of 'a zebra plays chess' is known to this model: a camera pans left/right over ")
+    assert told.startswith("note: this model does not know 'zebra', 'plays', 'chess'; it knows: a camera pans left/")
     assert told.count("\n") == 1
     sample._note_what_it_knows(model, SimpleNamespace(image="fox.jpg"), ["red"])
     assert "keeps one frame of --image" in capsys.readouterr().err
@@ -201,8 +235,8 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt=x"], "--checkpoint: name a folder, or give --random-weights"),
-        (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint: name a folder, or give"),
+        (["--prompt=x"], "--checkpoint: name a model: --checkpoint=tiny, which ships with this package, or a folder"),
+        (["--prompt=x", "--checkpoint=w", "--random-weights"], "--checkpoint and --random-weights: give only one"),
         (["--prompt=x", "--random-weights"], "--random-weights: needs --config"),
         (["--prompt=x", "--checkpoint=nowhere"], "nowhere: no such folder"),
         (["--prompt=x", "--checkpoint=tiny", "--config.seed=3"], "--config.seed=3: a trained few-step student"),
@@ -217,7 +251,7 @@ def test_a_clip_is_read_at_sixteen_frames_per_second(tmp_path):
         (["--prompt=x", "--random-weights", TINY, "--loud"], "loud"),
         (["--prompt=x", "--random-weights", TINY, "--decoder=wan"], "decoder wan: .*must be the 16 channels"),
         (["--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
-        (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt: say what to show, or name a schedule"),
+        (["--prompt=x", "--prompts=y", "--random-weights", TINY], "--prompt and --prompts: give only one"),
         (["--prompt= ", "--random-weights", TINY], "--prompt: is empty"),
         (["--prompts=no.txt", "--random-weights", TINY], r"no\.txt: no such file"),
         (["--prompt=x", "--random-weights", TINY, "--image=no.png"], r"no\.png: no such file"),

@@ -1,7 +1,6 @@
 """The train and sample commands as processes: resuming, being killed, and what they refuse."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -14,8 +13,13 @@ import av
 import numpy as np
 import pytest
 
+from adastate_jax.errors import UserError
+from adastate_jax.train import main
+from adastate_jax.training.metrics import read_metrics, read_times
+
 ROOT = Path(__file__).parents[1]
-# A few seconds of work: everything at its smallest, all stages.
+# A few seconds of work: everything at its smallest, all stages. Distillation goes on with a rollout of two segments,
+# whose prompt changes before the second: what is carried from update to update is part of what has to be resumed.
 SMALLEST = [
     "--config=configs/tiny.py",
     "--config.data.num_worlds=12",
@@ -36,6 +40,10 @@ SMALLEST = [
     "--config.distill.steps=6",
     "--config.distill.batch_size=2",
     "--config.distill.rollout_frames=9",
+    "--config.distill.scored_frames=6",
+    "--config.distill.overlap_frames=3",
+    "--config.distill.continue_rollout=true",
+    "--config.distill.prompt_change=recache",
     "--config.sample.count=1",
     "--config.logging.save_every=2",
     "--config.logging.log_every=2",
@@ -68,10 +76,34 @@ def run(environment, workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
+    """A run that nobody stopped; it is traced and says where its time went, which changes nothing of what it trains."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    code, errors = run(environment, workdir)
+    start = time.monotonic()
+    code, errors = run(environment, workdir, "--profile=4:5")
     assert code == 0, errors
+    refuse_wrong_times(workdir, errors.splitlines(), time.monotonic() - start)
     return workdir
+
+
+def refuse_wrong_times(workdir, lines, wall):
+    """The spans leave out nothing of what a run took but the interpreter's start and end."""
+    times = read_times(workdir / "metrics.jsonl")
+    names = {name.removeprefix("seconds_") for record in times for name in record if name.startswith("seconds_")}
+    assert names == {"start", "data", "compile", "step", "save", "profile", "sample"}
+    total = sum(value for record in times for name, value in record.items() if name.startswith("seconds_"))
+    assert 0.5 * wall < total <= wall
+    assert {record["stage"] for record in times if record.get("tflops_per_second", 0) > 0} == {
+        "pretrain",
+        "initialize",
+        "distill",
+    }
+    assert any(line.startswith(f"time: {total:.1f} s: ") and "compile" in line for line in lines)
+    assert sum(line.startswith(("pretrain: steps at ", "distill: steps at ")) for line in lines) == 2
+    assert sorted(path.name for path in (workdir / "profile").iterdir()) == [
+        "distill",
+        "pretrain",
+    ]  # the others end at 4
+    assert all(list((workdir / "profile" / stage).rglob("*.xplane.pb")) for stage in ("pretrain", "distill"))
 
 
 def weights(workdir) -> dict[str, bytes]:
@@ -89,7 +121,7 @@ def weights(workdir) -> dict[str, bytes]:
 
 
 def scalars(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(workdir / "metrics.jsonl")
 
 
 def test_a_run_leaves_everything_behind(uninterrupted):
@@ -148,7 +180,8 @@ def test_a_killed_run_resumes_to_the_same_bits(environment, uninterrupted, tmp_p
 
 
 def test_a_finished_run_does_nothing_again(environment, uninterrupted):
-    """Only the videos are made again."""
+    """Only the videos are made again, and what that took is noted."""
+    steps = read_metrics(uninterrupted / "metrics.jsonl")
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     code, errors = run(environment, uninterrupted)
     assert code == 0, errors
@@ -157,7 +190,9 @@ def test_a_finished_run_does_nothing_again(environment, uninterrupted):
         "samples",
         "loss_curves.png",
         "config.json",
+        "metrics.jsonl",
     }
+    assert read_metrics(uninterrupted / "metrics.jsonl") == steps
 
 
 def test_a_run_that_starts_from_another_is_what_that_one_became(environment, uninterrupted, tmp_path):
@@ -183,7 +218,13 @@ def test_another_kind_of_run_to_start_from_is_refused(options, message, environm
     code, errors = run(environment, tmp_path / "run", f"--config.start_from={uninterrupted}", *options)
     assert code == 2
     assert message in errors.strip().splitlines()[-1]
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_is_no_work_directory():
+    """Not a folder called `gs:`, either."""
+    with pytest.raises(UserError, match=r"--workdir=gs:/bucket/run: is no folder; mount the bucket \(gcsfuse"):
+        main(["--config=configs/tiny.py", "--workdir=gs://bucket/run"])
 
 
 def test_all_stages_run_on_a_mesh(environment, tmp_path):
@@ -210,9 +251,10 @@ def test_changed_data_are_noticed(environment, tmp_path):
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused(environment, tmp_path):
     flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path, "--config.mesh.fsdp=4")
+    code, errors = run({**environment, "XLA_FLAGS": flags}, tmp_path / "runs" / "new", "--config.mesh.fsdp=4")
     assert code == 2
     assert "config.distill.batch_size 2 must be a multiple of mesh.data * mesh.fsdp = 4" in errors
+    assert list(tmp_path.iterdir()) == []  # nothing is left of a run that was refused
 
 
 def test_sigterm_saves_and_says_that_it_stopped(environment, uninterrupted, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from adastate_jax.benchmarking.program import Program, read_program
+from adastate_jax.benchmarking.program import Program, read_program, received_bytes
 from adastate_jax.benchmarking.targets import Target, answering_for, find_target
 from adastate_jax.benchmarking.workloads import Workload, device_bytes, make_workload, mesh_over
 from adastate_jax.config.run import Config
@@ -119,7 +119,10 @@ def _contents(program: Program, workload: Workload, clock: float | None) -> dict
         "attention": program.attention(),
         "products": program.products(),
         "custom_kernels": program.custom_kernels(),
-        "collectives": [dataclasses.asdict(row) for row in program.collectives(workload.mesh)],
+        "collectives": [
+            dataclasses.asdict(row) | {"received_bytes": received_bytes(row, workload.mesh)}
+            for row in program.collectives(workload.mesh)
+        ],
         "copies": [
             {
                 "operation": copy.operation,

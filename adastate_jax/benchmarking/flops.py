@@ -7,7 +7,7 @@ makes of it: padding and the recomputation inside flash attention are nobody's m
 import math
 from typing import Any, NamedTuple
 
-from adastate_jax.config.stages import num_chunks, stream_of_clips
+from adastate_jax.config.stages import DistillConfig, num_chunks, stream_of_clips
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
@@ -172,25 +172,63 @@ def _rollout_pass(config: DiTConfig, stream: StreamConfig, frames: int, frame_to
 
 
 def rollout_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
-    """A training rollout: on average half of the denoising steps (the exit step is drawn), and the clean pass."""
-    steps = len(stream.sigmas)
+    """A training rollout from its beginning."""
+    return _rolled_out(_rollout_pass(config, stream, frames, frame_tokens), stream)
+
+
+def _rolled_out(one_pass: Flops, stream: StreamConfig) -> Flops:
+    """Chunks of a rollout: on average half of the denoising steps (the exit step is drawn), and the clean pass.
+
+    one_pass: over each of them.
+    """
     # (1 + 2 + … + steps) / steps denoising passes, and one clean pass
-    twice = _rollout_pass(config, stream, frames, frame_tokens).times(steps + 3)
-    return Flops(twice.linear // 2, twice.attention // 2)
+    return _share(one_pass.times(len(stream.sigmas) + 3), 2)
 
 
-def critic_flops(student: DiTConfig, critic: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
-    """A critic update: the student's rollout, and flow matching on it."""
-    return _sum(rollout_flops(student, stream, frames, frame_tokens), pretrain_flops(critic, frames, frame_tokens))
+def _share(whole: Flops, parts: int) -> Flops:
+    return Flops(whole.linear // parts, whole.attention // parts)
+
+
+def _part_flops(
+    config: DiTConfig, stream: StreamConfig, settings: DistillConfig, frame_tokens: int
+) -> tuple[Flops, Flops]:
+    """What an update rolls out, and one pass over what it scores of that, on average over the parts it may score.
+
+    A window is rolled out from the beginning of its rollout; a segment goes on.
+    """
+    chunks = num_chunks(settings.rollout_frames, stream)
+    passes = [chunk_pass_flops(config, stream, chunk, frame_tokens) for chunk in range(chunks)]
+    if settings.continue_rollout:
+        one_pass = _share(_sum(*passes), settings.segments)
+        return _rolled_out(one_pass, stream), one_pass
+    clip = settings.clip_frames // stream.chunk_frames
+    starts = range(chunks - clip + 1)
+    rolled = [each for start in starts for each in passes[: start + clip]]
+    scored = [each for start in starts for each in passes[start : start + clip]]
+    return _rolled_out(_share(_sum(*rolled), len(starts)), stream), _share(_sum(*scored), len(starts))
+
+
+def critic_flops(
+    student: DiTConfig, critic: DiTConfig, stream: StreamConfig, settings: DistillConfig, frame_tokens: int
+) -> Flops:
+    """A critic update: the student's rollout, and flow matching on what is scored of it."""
+    rollout, _ = _part_flops(student, stream, settings, frame_tokens)
+    return _sum(rollout, pretrain_flops(critic, settings.clip_frames, frame_tokens))
 
 
 def student_flops(
-    student: DiTConfig, critic: DiTConfig, teacher: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int
+    student: DiTConfig,
+    critic: DiTConfig,
+    teacher: DiTConfig,
+    stream: StreamConfig,
+    settings: DistillConfig,
+    frame_tokens: int,
 ) -> Flops:
     """A student update: rollout, one pass per chunk with its gradient, the critic's score, the teacher's guided one."""
+    rollout, one_pass = _part_flops(student, stream, settings, frame_tokens)
     return _sum(
-        rollout_flops(student, stream, frames, frame_tokens),
-        _rollout_pass(student, stream, frames, frame_tokens).times(3),
-        clip_flops(critic, frames, frame_tokens),
-        clip_flops(teacher, frames, frame_tokens).times(2),
+        rollout,
+        one_pass.times(3 * settings.passes_with_gradient),
+        clip_flops(critic, settings.clip_frames, frame_tokens),
+        clip_flops(teacher, settings.clip_frames, frame_tokens).times(2),
     )

@@ -19,7 +19,7 @@ from flax import nnx
 from adastate_jax.benchmarking import flops
 from adastate_jax.benchmarking.flops import Flops
 from adastate_jax.benchmarking.machine import peak_mebibytes, timed
-from adastate_jax.benchmarking.workloads import critic_update, student_update
+from adastate_jax.benchmarking.workloads import critic_update, student_update, with_rollout
 from adastate_jax.config.run import Config
 from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.generation import video_stream
@@ -33,8 +33,8 @@ from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
 from adastate_jax.sharding import init_sharded, replicated, tree_shardings
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.denoising import denoise, read_context
-from adastate_jax.streaming.prompts import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import layout_of, phase_of
 from adastate_jax.training.initialize import initialize_step
@@ -267,7 +267,8 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
         return jax.jit(lambda params: create(_copy(params)), out_shardings=shardings)(subject.student)
 
     def measure(name: str, state: TrainState, step: Callable, work: Flops, *given: Any) -> Measurement:
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(tree_shardings(state, mesh), replicated(mesh)))
+        own = jax.tree.map(lambda x: x.sharding, state)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(own, replicated(mesh)))
         turn = 0
 
         def update():
@@ -297,11 +298,12 @@ def time_training(subject: Subject, stage: str, repeats: int) -> Iterator[Measur
     else:
         # Both states are held throughout, as in training.
         critic_state, teacher = state(settings.critic, False), jax.jit(_copy)(subject.student)
-        sizes = (config.stream, settings.rollout_frames, subject.frame_tokens)
+        sizes = (config.stream, settings, subject.frame_tokens)
         work = flops.student_flops(model, model, model, *sizes)
-        student_state = state(settings.student, True)
-        yield measure("distill student", student_state, student_update(config), work, critic_state.params, teacher)
+        critic, student_state = critic_state.params, with_rollout(state(settings.student, True), config, mesh)
+        yield measure("distill student", student_state, student_update(config), work, critic, teacher)
         work = flops.critic_flops(model, model, *sizes)
+        critic_state = with_rollout(critic_state, config, mesh)
         yield measure("distill critic", critic_state, critic_update(config), work, teacher)
 
 

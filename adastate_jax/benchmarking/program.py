@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from adastate_jax.benchmarking.replica_groups import axes_along
+from adastate_jax.benchmarking.replica_groups import axes_along, extent_of
 
 _BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -70,7 +70,7 @@ class Collective:
 
     Attributes:
         kind: `all-gather`, …
-        axes: names of the mesh axes, joined by `+`; `?` where the groups follow no axes.
+        axes: names of the mesh axes, see `axes_along`.
         instructions: in the program.
         runs: of them all together, per device.
         bytes: of their results, over all runs, per device.
@@ -245,12 +245,11 @@ class Program:
                 kind = instruction.operation.removesuffix("-start")
                 if kind not in _COLLECTIVES:
                     continue
+                axes, size = axes_along(instruction.line, mesh), _result_bytes(instruction)
                 if kind == "all-reduce" and name in self.fused and "from-cross-replica-sharding" in instruction.line:
-                    kind = "reduce-scatter"  # the form in which the TPU's compiler fuses it
-                parts = sizes(instruction.shape)
-                # What is started returns operands and results together.
-                size = max(parts) if instruction.operation.endswith("-start") else sum(parts)
-                row = found.setdefault((kind, axes_along(instruction.line, mesh)), [0, 0, 0])
+                    kind = "reduce-scatter"  # as the TPU's compiler fuses it: the part is cut out after
+                    size /= extent_of(axes, mesh)
+                row = found.setdefault((kind, axes), [0, 0, 0])
                 row[:] = row[0] + 1, row[1] + times, row[2] + times * size
         rows = [Collective(*key, int(count), runs, size) for key, (count, runs, size) in found.items()]
         return sorted(rows, key=lambda row: -row.bytes)
@@ -265,6 +264,24 @@ def sizes(shape: str) -> list[int]:
             bits = _BITS[kind] if kind in _BITS else int(digits[1])
             found.append(math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8)
     return found
+
+
+def _result_bytes(exchange: Instruction) -> int:
+    """Of a collective's results. What is started returns operands beside them: `((a, b), (c, d))` or `((a), c)`."""
+    if not exchange.operation.endswith("-start") or exchange.operation == "all-reduce-start":
+        return exchange.bytes
+    if exchange.shape.startswith("(("):
+        return sum(sizes(exchange.shape.partition("), ")[2]))
+    return sizes(exchange.shape)[1]
+
+
+def received_bytes(exchange: Collective, mesh: jax.sharding.Mesh) -> float:
+    """What a device receives of others at least, where no link carries anything twice: that of a ring."""
+    extent = extent_of(exchange.axes, mesh)
+    if exchange.kind == "collective-permute":
+        return exchange.bytes
+    times = {"all-reduce": 2, "reduce-scatter": extent}.get(exchange.kind, 1)
+    return exchange.bytes * times * (extent - 1) / extent
 
 
 def read_program(text: str, unknown_turns: float = 1.0) -> Program:

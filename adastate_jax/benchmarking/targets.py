@@ -30,6 +30,8 @@ class Chip:
         memory: bytes that a program may use: of TPUs what the compiler says, of GPUs of the data sheet.
         flops: bfloat16 operations per second by the data sheet.
         bandwidth: bytes of memory per second by the data sheet.
+        exchange: bytes per second that a chip receives of others of its slice or host, all of its links together, by
+            the data sheet.
         clock: cycles per second that the compiler's estimates are turned into time with; None where it gives none.
     """
 
@@ -37,6 +39,7 @@ class Chip:
     memory: float
     flops: float
     bandwidth: float
+    exchange: float
     clock: float | None = None
 
     @property
@@ -45,17 +48,23 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 1.5e9),
-    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 1.75e9),
-    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1640e9, 1.75e9),
-    "h100": Chip("NVIDIA H100 SXM", 79.1 * GIB, 989e12, 3350e9),
-    "h200": Chip("NVIDIA H200 SXM", 139.8 * GIB, 989e12, 4800e9),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1640e9, 400e9, 1.75e9),
+    "h100": Chip("NVIDIA H100 SXM", 79.1 * GIB, 989e12, 3350e9, 450e9),
+    "h200": Chip("NVIDIA H200 SXM", 139.8 * GIB, 989e12, 4800e9, 450e9),
 }
 
 _GPUS_PER_HOST = 8
 
-# Whether for GPUs → the module that compiles, and what to install for it.
-_COMPILERS = {False: ("libtpu", "jax[tpu]"), True: ("jax_cuda12_plugin", "jax[cuda12]")}
+# Whether for GPUs → the module that compiles, what people call it, and what to install for it.
+_COMPILERS = {
+    False: ("libtpu", "libtpu", "jax[tpu]"),
+    True: ("jax_cuda12_plugin", "JAX's plugin for CUDA", "jax[cuda12]"),
+}
+
+# What Google Cloud calls slices, and how many of what it counts make a chip: v5p-16 are 8 chips of two cores.
+_CLOUD_KINDS = {"v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2)}
 
 # What the CUDA compiler asks of a GPU: from the device descriptions that XLA prints on real ones.
 _GPU = """
@@ -131,20 +140,49 @@ def read_target(name: str) -> tuple[Chip, list[int]]:
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", shape):
         raise UserError(
             f"{name}: name a chip and how many, for example v5e:1, v6e:2x2 or h100:8; known are {', '.join(CHIPS)}"
+            + _named_in_the_cloud(name)
         )
     return CHIPS[kind], [int(size) for size in shape.split("x")]
 
 
-def can_compile_for(name: str) -> bool:
-    """Whether what compiles for a target is installed; UserError if its name is none."""
-    chip, _ = read_target(name)
-    return importlib.util.find_spec(_COMPILERS[chip.is_gpu][0]) is not None
+def _named_in_the_cloud(name: str) -> str:
+    """What to say of a name such as v5p-16, which counts cores or chips in place of sides."""
+    found = re.fullmatch(r"(\w+)-([1-9]\d{0,4})", name)
+    if not found or found[1] not in _CLOUD_KINDS:
+        return ""
+    kind, of_a_chip = _CLOUD_KINDS[found[1]]
+    chips = int(found[2]) // of_a_chip
+    sides = [1] * _sides(kind)
+    while math.prod(sides) * 2 <= chips:  # the shortest first: slices are as square as they can be
+        sides[sides.index(min(sides))] *= 2
+    if math.prod(sides) != chips:
+        return ""
+    order = sorted(sides, reverse=kind == "v5p" and chips <= 4)  # one host is 2x2x1, more are 2x2x2, 2x2x4, …
+    return f". {name} has {chips} chips: {kind}:{'x'.join(map(str, order))}"
+
+
+def missing_compiler(name: str) -> str | None:
+    """What would have to be installed to compile for a target, in a line; None if it is here.
+
+    Raises:
+        UserError: the name is none.
+    """
+    module, title, package = _COMPILERS[read_target(name)[0].is_gpu]
+    if importlib.util.find_spec(module) is not None:
+        return None
+    version = ".".join(str(part) for part in jax.__version_info__)
+    return f'{title} is not installed: pip install "{package}=={version}", or the extra compile of this package'
+
+
+def _sides(kind: str) -> int:
+    """How many sides a slice has."""
+    return 3 if kind == "v5p" else 2
 
 
 def _tpus(name: str, sizes: list[int]):
     _require(name)
     kind = name.partition(":")[0]
-    axes = 3 if kind == "v5p" else 2
+    axes = _sides(kind)
     if math.prod(sizes) == 1:
         sizes = [1] * axes
     if len(sizes) != axes:
@@ -165,13 +203,8 @@ def _gpus(name: str, chip: Chip, count: int):
 
 
 def _require(name: str) -> None:
-    if not can_compile_for(name):
-        extra = _COMPILERS[read_target(name)[0].is_gpu][1]
-        version = ".".join(str(part) for part in jax.__version_info__)
-        raise UserError(
-            f'{name}: to compile for it, pip install "{extra}=={version}" (extra compile of this package has all that '
-            "is needed); no such chip need be here"
-        )
+    if missing := missing_compiler(name):
+        raise UserError(f"{name}: to compile for it, no such chip need be here, but {missing}")
 
 
 def _topology(name: str, **description):

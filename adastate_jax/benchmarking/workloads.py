@@ -19,7 +19,7 @@ from adastate_jax.benchmarking.sections import TRAINING
 from adastate_jax.benchmarking.targets import Target, make_target_mesh
 from adastate_jax.config.networks import trained_sizes
 from adastate_jax.config.run import Config
-from adastate_jax.config.stages import OptimizerConfig
+from adastate_jax.config.stages import DistillConfig, OptimizerConfig
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import decode_checked
 from adastate_jax.models.attention import KeyValues
@@ -27,12 +27,26 @@ from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.tiny_vae import TinyVAE
 from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
-from adastate_jax.sharding import RULES, batch_sharding, replicated, tree_shardings
+from adastate_jax.sharding import RULES, batch_sharding, replicated
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
 from adastate_jax.streaming.rollout import stream_step
-from adastate_jax.streaming.schedule import phase_of
-from adastate_jax.training.dmd import critic_step, draw_update, student_step
+from adastate_jax.streaming.schedule import StreamConfig, phase_of
+from adastate_jax.training.dmd import (
+    Draws,
+    critic_segment_step,
+    critic_step,
+    draw_update,
+    student_segment_step,
+    student_step,
+)
 from adastate_jax.training.frozen import with_shardings
+from adastate_jax.training.long_rollout import (
+    CarriedRollout,
+    Part,
+    empty_carried,
+    place_of,
+    with_carried_shardings,
+)
 from adastate_jax.training.state import TrainState, create_state
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -204,12 +218,49 @@ def _decoder(name: str, config: Config, mesh: Mesh) -> Workload:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def critic_update(config: Config) -> Callable:
-    """(state, key, text embeddings [B, T, text_dim], student) → (state, scalars): an update with all that it draws."""
+def scored_part(config: Config) -> Part | None:
+    """The part of a rollout that most updates score: a steady one; None is the whole of it."""
+    return _steady_part(config.distill, config.stream)
 
-    def update(state: TrainState, key: jax.Array, text: jax.Array, student: DiT):
-        draws = draw_update(key, text.shape[0], config.distill, config.stream, config.latent_shape)
-        return critic_step(state, student, text, draws, config.distill, config.stream)
+
+@functools.cache
+def _steady_part(settings: DistillConfig, stream: StreamConfig) -> Part | None:
+    parts = [place.part for number in range(200) if (place := place_of(number, settings, stream, 0))]
+    return max(parts, key=lambda part: (part.change is None, part.first_chunk), default=None)
+
+
+def with_rollout(state: TrainState, config: Config, mesh: Mesh) -> Any:
+    """A network's state, and beside it an empty rollout where updates go on with one."""
+    if not config.distill.continue_rollout:
+        return state
+    empty, like = _carried_rollout(config, mesh)
+    return state, jax.jit(empty, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+
+
+def _carried_rollout(config: Config, mesh: Mesh) -> tuple[Callable[[], CarriedRollout], CarriedRollout]:
+    """What makes the rollout that updates go on with, and its shapes."""
+    sizes = config.network("student")
+    empty = functools.partial(empty_carried, sizes, config.distill, config.stream, config.latent_shape)
+    return empty, with_carried_shardings(jax.eval_shape(empty), mesh)
+
+
+def _draws(config: Config, key: jax.Array, text: jax.Array, step: jax.Array) -> Draws:
+    """All that an update draws; where it scores a part of a rollout, of a place that the compiler does not know."""
+    settings = text.shape[0], config.distill, config.stream, config.latent_shape
+    part = scored_part(config)
+    return draw_update(key, *settings) if part is None else draw_update(key, *settings, part, part.first_chunk + step)
+
+
+def critic_update(config: Config) -> Callable:
+    """(state, key, text embeddings [B, T, text_dim], student) → (state, scalars): an update with all that it draws.
+
+    The state is that of `with_rollout`.
+    """
+    goes_on, settings = config.distill.continue_rollout, (config.distill, config.stream)
+
+    def update(state: Any, key: jax.Array, text: jax.Array, student: DiT):
+        draws = _draws(config, key, text, (state[0] if goes_on else state).step)
+        return (critic_segment_step if goes_on else critic_step)(state, student, text, draws, *settings)
 
     return update
 
@@ -219,11 +270,12 @@ def student_update(config: Config) -> Callable:
 
     The first prompt serves as the negative one.
     """
+    goes_on, settings = config.distill.continue_rollout, (config.distill, config.stream)
 
-    def update(state: TrainState, key: jax.Array, text: jax.Array, critic: DiT, teacher: DiT):
-        draws = draw_update(key, text.shape[0], config.distill, config.stream, config.latent_shape)
-        settings = config.distill
-        return student_step(state, critic, teacher, text, text[:1], state.step, draws, settings, config.stream)
+    def update(state: Any, key: jax.Array, text: jax.Array, critic: DiT, teacher: DiT):
+        step = (state[0] if goes_on else state).step
+        given = critic, teacher, text, text[:1], step, _draws(config, key, text, step), *settings
+        return (student_segment_step if goes_on else student_step)(state, *given)
 
     return update
 
@@ -246,7 +298,7 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> 
         (batch, sizes.text_length, sizes.text_dim), jnp.dtype(config.text.dtype), sharding=batch_sharding(mesh)
     )
     key = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    rollout = (config.stream, settings.rollout_frames, sizes.frame_tokens(*config.latent_shape[:2]))
+    rollout = (config.stream, settings, sizes.frame_tokens(*config.latent_shape[:2]))
     if name == "student":
         own, update, others = student, student_update(config), (critic.params, teacher)
         work = flops.student_flops(sizes, critic_sizes, teacher_sizes, *rollout)
@@ -254,7 +306,9 @@ def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> 
         own, update, others = critic, critic_update(config), (student.params,)
         work = flops.critic_flops(sizes, critic_sizes, *rollout)
     held = device_bytes((student, critic, teacher)) - device_bytes((own, others))
-    shardings = tree_shardings(own, mesh), replicated(mesh)
+    if settings.continue_rollout:
+        own = own, _carried_rollout(config, mesh)[1]
+    shardings = jax.tree.map(lambda x: x.sharding, own), replicated(mesh)
     function = jax.jit(update, donate_argnums=0, out_shardings=shardings)
     turns = (len(config.stream.sigmas) + 3) / 2  # 1 … all denoising steps, and the clean pass
     return Workload(

@@ -3,7 +3,9 @@
 import dataclasses
 
 from adastate_jax.checks import DTYPES
+from adastate_jax.config.stages import RANDOM, InitializeConfig
 from adastate_jax.errors import shown
+from adastate_jax.models.adapters import LoRAConfig, adapted_shapes
 from adastate_jax.models.dit import REMAT_POLICIES, DiTConfig
 from adastate_jax.models.quantized import QUANTIZATIONS
 
@@ -27,10 +29,12 @@ class NetworkConfig:
             `initialize`.
         dim, ffn_dim, num_heads, num_layers: sizes, which those weights must have. Embeddings and latents are the same
             for all three, so text width, channels and patches are `config.model`'s.
-        param_dtype: of a frozen teacher's weights: bfloat16 takes half the memory. What is trained is float32.
+        param_dtype: of frozen weights, the teacher's or those that adapters are of: bfloat16 takes half the memory.
+            What is trained is float32.
         dtype: of the computation.
         remat: what a backward pass keeps, by name.
-        quantization: of a frozen teacher's weights, but for its first and last layers: `int8` or `float8`.
+        quantization: of frozen weights, but for the first and last layers': `int8` or `float8`.
+        lora: of critic and student: trains adapters of the weights instead of these, in every stage that trains them.
     """
 
     weights: str = ""
@@ -42,6 +46,7 @@ class NetworkConfig:
     dtype: str = ""
     remat: str = ""
     quantization: str = ""
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self):
         for name in _SIZES:
@@ -66,7 +71,7 @@ def trained_sizes(config: DiTConfig) -> DiTConfig:
 
 
 def require_consistent_networks(
-    model: DiTConfig, networks: dict[str, NetworkConfig], stages: tuple[str, ...], initialize_from: str
+    model: DiTConfig, networks: dict[str, NetworkConfig], stages: tuple[str, ...], initialize: InitializeConfig
 ) -> None:
     """Refuses networks that cannot be what the stages need of them.
 
@@ -74,7 +79,7 @@ def require_consistent_networks(
         model: `config.model`.
         networks: by their names.
         stages: of the run.
-        initialize_from: `config.initialize.weights`.
+        initialize: `config.initialize`.
 
     Raises:
         ValueError: the message names the field.
@@ -88,7 +93,15 @@ def require_consistent_networks(
     trained = [stage for stage in stages if stage != "sample"]
     if trained and model.quantization:
         raise ValueError(f"model.quantization is {model.quantization}, but stage {trained[0]} trains; leave it empty")
+    if networks["teacher"].lora.rank:
+        raise ValueError("teacher.lora: the teacher is frozen, or pretrained whole; set teacher.lora.rank to 0")
     for name in ("critic", "student"):
+        if networks[name].lora.rank:
+            try:
+                adapted_shapes(own[name], networks[name].lora)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
+            continue
         for field in ("param_dtype", "quantization"):
             if getattr(networks[name], field):
                 raise ValueError(f"{name}.{field}: the {name} is trained, in float32; leave it empty")
@@ -97,11 +110,17 @@ def require_consistent_networks(
             f"teacher.weights is {shown(networks['teacher'].weights)}, and stage pretrain trains another teacher; take "
             "it out of stages, or leave teacher.weights empty"
         )
+    if "initialize" in stages:
+        _require_causal_teacher(networks["teacher"].weights, stages, initialize)
     sources = {f"{name}.weights": (name, network.weights) for name, network in networks.items()}
     if "distill" not in stages:
-        sources = {"teacher.weights": sources["teacher.weights"]} if "initialize" in stages else {}
-    if "initialize" in stages:
-        sources["initialize.weights"] = ("student", initialize_from)
+        needed = "initialize" in stages and initialize.targets != "clips"
+        sources = {"teacher.weights": sources["teacher.weights"]} if needed else {}
+    if "initialize" in stages and initialize.weights == RANDOM:
+        if networks["student"].lora.rank:
+            raise ValueError("student.lora: adapters of random weights; set initialize.weights to others, or rank to 0")
+    elif "initialize" in stages:
+        sources["initialize.weights"] = ("student", initialize.weights)
     for field, (name, weights) in sources.items():
         if weights == "distill" or (field == "initialize.weights" and weights == "initialize"):
             raise ValueError(f"{field}: stage {weights} of this run comes too late; name another run's, DIR/{weights}")
@@ -112,6 +131,22 @@ def require_consistent_networks(
                 f"{getattr(own[copied], different)} and not {getattr(own[name], different)}; name the weights of a "
                 f"{name} of its own"
             )
+
+
+def _require_causal_teacher(teacher: str, stages: tuple[str, ...], initialize: InitializeConfig) -> None:
+    """Refuses a teacher of consistency that this run trains itself, or distils: those are bidirectional."""
+    if initialize.targets != "consistency":
+        return
+    if teacher in ("", "pretrain"):
+        raise ValueError(
+            "teacher.weights: initialize.targets consistency needs a causal teacher, and stage pretrain trains none; "
+            "name DIR/initialize of a run with initialize.targets clips"
+        )
+    if "distill" in stages:
+        raise ValueError(
+            "stages: distill needs another teacher than initialize.targets consistency; put it into a run of its own, "
+            "with student.weights DIR/initialize"
+        )
 
 
 def _differing_size(one: DiTConfig, other: DiTConfig) -> str | None:

@@ -5,11 +5,11 @@ import dataclasses
 from adastate_jax.checks import require_at_least_one
 from adastate_jax.config.mesh import MeshConfig, require_divisible_network, require_divisible_text
 from adastate_jax.config.networks import NETWORKS, NetworkConfig, require_consistent_networks
+from adastate_jax.config.rollouts import require_parts
 from adastate_jax.config.stages import (
     DistillConfig,
     InitializeConfig,
     PretrainConfig,
-    num_chunks,
     ode_sigmas,
     stream_of_clips,
 )
@@ -102,7 +102,7 @@ class DataConfig:
         return self.worlds.num_frames if self.kind == "worlds" else self.clips.num_frames
 
 
-def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str) -> None:
+def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str, targets: str) -> None:
     """Raises ValueError, naming the field, if a stage has nothing to read."""
     trained = [name for name in stages if name != "sample"]
     if not data.encoded:
@@ -112,8 +112,10 @@ def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str) -> N
                 "the videos with python -m adastate_jax.encode, and set data.kind to latents"
             )
         return
-    if "pretrain" in stages and data.kind == "none":
-        raise ValueError("stage pretrain needs clips, and data.kind is none; set data.kind to latents or videos")
+    of_clips = [name for name in ("pretrain", "initialize") if name == "pretrain" or targets != "trajectories"]
+    for stage in of_clips:
+        if stage in stages and data.kind == "none":
+            raise ValueError(f"stage {stage} needs clips, and data.kind is none; set data.kind to latents or videos")
     if trained and decoder == "patch":
         raise ValueError(f"decoder is patch, but data.kind is {data.kind}; set decoder to wan or tiny")
     if {"pretrain", "initialize"} & {*stages} and data.kind == "latents" and not data.captions:
@@ -236,7 +238,7 @@ class Config:
                 "small updates vanish in fewer bits: set it to float32; model.dtype is what it computes in"
             )
         networks = {name: getattr(self, name) for name in NETWORKS}
-        require_consistent_networks(self.model, networks, self.stages, self.initialize.weights)
+        require_consistent_networks(self.model, networks, self.stages, self.initialize)
         frames = [("distill.rollout_frames", self.distill.rollout_frames)]
         if self.data.kind != "none":
             latents = self.data.kind == "latents"
@@ -251,11 +253,18 @@ class Config:
         ):
             raise ValueError(f"text.vocab_size {self.text.vocab_size} is too small for the tokenizer of bytes: 259")
         if "initialize" in self.stages:
-            ode_sigmas(self.stream, self.initialize.ode_steps)
+            if self.initialize.targets != "clips":
+                ode_sigmas(self.stream, self.initialize.ode_steps)
             if self.initialize.context in ("stream", "state"):
                 stream_of_clips(self.stream, self.initialize.context)
         if "distill" in self.stages:
-            num_chunks(self.distill.rollout_frames, self.stream)
+            require_parts(self.distill, self.stream)
+            if self.distill.continue_rollout and (self.data.critic_prompts or self.data.critic_embeddings):
+                field = "critic_prompts" if self.data.critic_prompts else "critic_embeddings"
+                raise ValueError(
+                    f"distill.continue_rollout has student and critic go on with one rollout: data.{field} are never "
+                    "read, leave it empty"
+                )
         if self.model.text_dim != self.text.dim or self.model.text_length != self.text.text_length:
             raise ValueError(
                 f"model.text_dim {self.model.text_dim} and model.text_length {self.model.text_length} must be text.dim "
@@ -267,12 +276,13 @@ class Config:
                 f"model.in_channels {self.model.in_channels} and model.out_channels {self.model.out_channels} must be "
                 f"the {channels} channels of the {self.decoder} decoder's latents"
             )
-        require_inputs(self.stages, self.data, self.decoder)
+        require_inputs(self.stages, self.data, self.decoder, self.initialize.targets)
         tokens = self.model.frame_tokens(height, width)
         require_divisible_network(self.mesh, "model", self.model, tokens)
         for name in NETWORKS:
             require_divisible_network(self.mesh, name, self.network(name), tokens)
-        require_divisible_text(self.mesh, self.text)
+        if not self.data.encoded:  # else it is on no device of the mesh
+            require_divisible_text(self.mesh, self.text)
 
     def network(self, name: str) -> DiTConfig:
         """Sizes and numerics of the `teacher`, the `critic` or the `student`."""
@@ -294,8 +304,8 @@ class Config:
 
     @property
     def trajectory_frames(self) -> int:
-        """Latent frames of a teacher's trajectory: those of a clip, or without clips those of a rollout."""
-        return self.distill.rollout_frames if self.data.kind == "none" else self.clip_frames
+        """Latent frames of a teacher's trajectory: those of a clip, or without clips those that distillation scores."""
+        return self.distill.clip_frames if self.data.kind == "none" else self.clip_frames
 
     @property
     def sample_frames(self) -> int:

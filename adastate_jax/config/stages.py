@@ -23,6 +23,17 @@ def require_micro_batches(config) -> None:
         raise ValueError(f"accumulate must divide batch_size {config.batch_size}, got {config.accumulate}")
 
 
+WEIGHTINGS = ("uniform", "bell", "clean")
+
+
+def require_weighting(config) -> None:
+    """Raises ValueError if the fields `weighting` or `caption_dropout` are none."""
+    if config.weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {config.weighting!r}")
+    if not 0.0 <= config.caption_dropout <= 1.0:
+        raise ValueError(f"caption_dropout must lie in [0, 1], got {config.caption_dropout}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with clipping; the defaults are Self-Forcing's for the student.
@@ -54,9 +65,11 @@ class OptimizerConfig:
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         if min(self.weight_decay, self.warmup_steps, self.decay_steps) < 0:
             raise ValueError("weight_decay, warmup_steps and decay_steps must not be negative")
-
-
-WEIGHTINGS = ("uniform", "bell", "clean")
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} must be more than warmup_steps {self.warmup_steps}, which it includes "
+                "and behind which the rate is zero; or 0, for no decay"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,51 +100,70 @@ class PretrainConfig:
         require_positive(self, "steps", "batch_size", "shift")
         require_decay(self)
         require_micro_batches(self)
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        require_weighting(self)
 
 
 CONTEXTS = ("noisy", "clean", "stream", "state")
+TARGETS = ("trajectories", "clips", "consistency")
+RANDOM = "random"  # weights to start from that are none
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializeConfig:
-    """ODE regression.
+    """The causal student, before distillation or without it.
 
     Attributes:
+        targets: what it learns to predict. `trajectories`: the ends of the teacher's ODE trajectories (Self-Forcing).
+            `clips`: the run's clips, by flow matching; no teacher takes part. `consistency`: what its own average
+            predicts one step of the teacher's ODE further down, for clips with noise (Causal-Forcing++); the teacher
+            is a causal one, trained on `clips`.
         steps, batch_size: of the stage.
         accumulate: micro-batches that a batch is computed in, one after another; it divides `batch_size`.
         optimizer: of the student.
-        ema_decay: of the weights that distillation starts from.
+        ema_decay: of the weights that distillation starts from, and that `consistency` has as its target, from step
+            `ema_start` on; until then they are the student's.
         trajectories: how many trajectories the teacher draws before the first step.
-        ode_steps: Euler steps per trajectory; a multiple of the number of denoising steps.
-        guidance_scale: w of cond + w (cond − uncond) along the trajectory; 5 is the conventional 6.
-        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing),
-            their `clean` trajectory ends (teacher forcing), or what the `stream` keeps of these: its window and its
-            anchor, where the stream puts them in time; a static one stands for a hidden state. The first two show no
-            anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the trajectory at
-            each of its levels, with gradient through all chunks before: several times the work of a step.
+        ode_steps: Euler steps from noise to a clip; a multiple of the number of denoising steps.
+        guidance_scale: w of cond + w (cond − uncond) of the teacher; 5 is the conventional 6.
+        context: what a chunk sees of earlier chunks: their `noisy` latents, each at a level of its own (Self-Forcing;
+            of clips, diffusion forcing), their `clean` ends (teacher forcing), or what the `stream` keeps of these: its
+            window and its anchor, where the stream puts them in time; a static one stands for a hidden state. The first
+            two show no anchor. `state` is what the stream keeps with its hidden state, which is denoised beside the
+            trajectory, or the clip with noise, at each of the stream's levels, with gradient through all chunks before:
+            several times the work of a step. `consistency` knows `clean` and `stream`.
         weights: what the student starts from, as a network's `weights` says it (`config/networks.py`); empty is a copy
-            of the teacher.
+            of the teacher, and `random` is nothing.
+        caption_dropout, shift, weighting: of `clips`, as in pretraining; every chunk has a noise level of its own.
     """
+
+    targets: str = "trajectories"
 
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-6, betas=(0.9, 0.999))
     ema_decay: float = 0.99
+    ema_start: int = 0
     trajectories: int = 16000
     ode_steps: int = 48
     guidance_scale: float = 5.0
     context: str = "noisy"
     weights: str = ""
+    caption_dropout: float = 0.1
+    shift: float = 5.0
+    weighting: str = "uniform"
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps")
+        require_positive(self, "steps", "batch_size", "trajectories", "ode_steps", "shift")
         require_decay(self)
         require_micro_batches(self)
+        require_weighting(self)
+        if self.ema_start < 0:
+            raise ValueError(f"ema_start must not be negative, got {self.ema_start}")
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}")
+        if self.targets == "consistency" and self.context not in ("clean", "stream"):
+            raise ValueError(f"context must be clean or stream for targets consistency, got {self.context!r}")
         if self.context not in CONTEXTS:
             raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}")
 
@@ -145,8 +177,11 @@ def ode_sigmas(config: StreamConfig, ode_steps: int) -> np.ndarray:
     Between two of the student's raw steps the raw grid is uniform; the warp is the student's.
 
     Raises:
-        ValueError: `ode_steps` is no multiple of the number of denoising steps, or the first step is not 1000.
+        ValueError: `ode_steps` is no multiple of the number of denoising steps, the first step is not 1000, or the
+            network is told other timesteps than 1000 σ, of which it would be trained for none.
     """
+    if config.timesteps:
+        raise ValueError("initialisation tells the network 1000 times the noise level; leave stream.timesteps empty")
     steps = config.denoising_steps
     if ode_steps % len(steps) or ode_steps < len(steps):
         raise ValueError(f"ode_steps {ode_steps} must be a multiple of the {len(steps)} denoising steps")
@@ -176,7 +211,8 @@ def stream_of_clips(stream: StreamConfig, context: str) -> StreamConfig:
     return dataclasses.replace(stream, anchor=StaticAnchor(anchor.frames)) if anchor.state_frames else stream
 
 
-CACHE_GRADIENTS = ("stop", "window", "straight_through")
+PROMPT_CHANGES = ("switch", "recache", "renew", "reset_state")
+CACHE_GRADIENTS = ("stop", "window", "straight_through", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +224,19 @@ class DistillConfig:
         batch_size: prompts per iteration.
         accumulate: micro-batches that these are computed in, one after another; it divides `batch_size`.
         rollout_frames: content frames N of a training rollout, a whole number of chunks.
-        horizon_alpha: slope α of the weight 1 + α i / (N − 1) of frame i.
+        scored_frames: how many of them critic and teacher score at once, a whole number of chunks: what the teacher
+            was trained on. Fewer than N are a window that is drawn for every update, and the gradient is that of its
+            chunks (Self-Forcing++); 0 is all of them.
+        continue_rollout: every update, the student's or the critic's, generates and scores the next segment of one
+            rollout, which begins anew after N frames (LongLive's streaming long tuning). The first segment is of
+            `scored_frames`, each later one shorter by the overlap.
+        overlap_frames: last frames of the segment before that critic and teacher see in front of a segment; they are
+            not in the loss. A whole number of chunks; LongLive's is one.
+        prompt_change: what becomes of the cache where the prompt of such a rollout changes, once, before a segment that
+            is drawn: `switch`, `recache`, `renew` or `reset_state` of `streaming/prompts.py` (LongLive trains with what
+            is `renew` here); empty keeps the prompt.
+        horizon_alpha: slope α of the weight 1 + α i / (N − 1) of frame i, counted from the rollout's beginning,
+            wherever the scored part lies.
         horizon_normalize: divides that weight by its mean.
         guidance_scale: w of the teacher's cond + w (cond − uncond).
         critic_ratio: critic updates per student update.
@@ -201,13 +249,20 @@ class DistillConfig:
             gradient that of the pass before it. Self-Forcing's released trainer does this: a chunk's last noisy pass
             stays in the cache's autograd graph, and the clean pass overwrites its numbers only; in the reference file
             `train_step` this is 13 % of the gradient's L2 norm. `window`: so through the window, but not through the
-            anchor: the released habit with the paper's detached recurrence.
+            anchor: the released habit with the paper's detached recurrence. `state`: through an adaptive state alone,
+            as the last and the clean pass of a chunk made it of the state before.
+        cache_gradient_chunks: how many chunks back a chunk's loss goes through the `state`; each takes two more passes
+            with their gradients, and as much memory.
     """
 
     steps: int = 1000
     batch_size: int = 4
     accumulate: int = 1
     rollout_frames: int = 21
+    scored_frames: int = 0
+    continue_rollout: bool = False
+    overlap_frames: int = 0
+    prompt_change: str = ""
     horizon_alpha: float = 2.0
     horizon_normalize: bool = False
     guidance_scale: float = 3.0
@@ -220,17 +275,65 @@ class DistillConfig:
     min_timestep: float = 20.0
     max_timestep: float = 980.0
     cache_gradient: str = "stop"
+    cache_gradient_chunks: int = 1
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift")
+        require_positive(
+            self, "steps", "batch_size", "rollout_frames", "critic_ratio", "shift", "cache_gradient_chunks"
+        )
         require_decay(self)
         require_micro_batches(self)
+        self._require_parts()
         if self.horizon_alpha < 0 or self.ema_start < 0:
             raise ValueError("horizon_alpha and ema_start must not be negative")
         if self.cache_gradient not in CACHE_GRADIENTS:
             raise ValueError(f"cache_gradient must be one of {', '.join(CACHE_GRADIENTS)}, got {self.cache_gradient!r}")
         if not 0 <= self.min_timestep <= self.max_timestep <= MAX_TIMESTEP:
             raise ValueError(f"0 <= min_timestep <= max_timestep <= 1000, got {self.min_timestep}, {self.max_timestep}")
+
+    def _require_parts(self) -> None:
+        """Raises ValueError if the rollout has no such parts."""
+        if min(self.scored_frames, self.overlap_frames) < 0:
+            raise ValueError("scored_frames and overlap_frames must not be negative")
+        if self.scored_frames > self.rollout_frames:
+            raise ValueError(
+                f"scored_frames {self.scored_frames} are more than rollout_frames {self.rollout_frames}: lengthen the "
+                "rollout, or score fewer"
+            )
+        if not self.continue_rollout:
+            for field in ("overlap_frames", "prompt_change"):
+                if value := getattr(self, field):
+                    raise ValueError(f"{field} {value} is for rollouts that go on: set continue_rollout, or leave it")
+            return
+        new = self.clip_frames - self.overlap_frames
+        if new <= 0:
+            raise ValueError(f"overlap_frames {self.overlap_frames} leave nothing new of {self.clip_frames} frames")
+        if odd := (self.rollout_frames - self.clip_frames) % new:
+            raise ValueError(
+                f"rollout_frames {self.rollout_frames} are no whole number of segments, the first of {self.clip_frames}"
+                f" frames and later ones of {new}: set it to {self.rollout_frames - odd} or "
+                f"{self.rollout_frames - odd + new}"
+            )
+        if self.prompt_change and self.prompt_change not in PROMPT_CHANGES:
+            known = ", ".join(PROMPT_CHANGES)
+            raise ValueError(f"prompt_change must be empty or one of {known}, got {self.prompt_change!r}")
+        if self.prompt_change and self.segments == 1:
+            raise ValueError("prompt_change needs a rollout of at least two segments; lengthen rollout_frames")
+
+    @property
+    def clip_frames(self) -> int:
+        """Content frames that critic and teacher see at once."""
+        return self.scored_frames or self.rollout_frames
+
+    @property
+    def passes_with_gradient(self) -> int:
+        """Of the student, for a chunk: the one whose output it is, and two of each chunk that its state goes back."""
+        return 1 + 2 * self.cache_gradient_chunks if self.cache_gradient == "state" else 1
+
+    @property
+    def segments(self) -> int:
+        """Updates that a rollout which goes on takes."""
+        return 1 + (self.rollout_frames - self.clip_frames) // (self.clip_frames - self.overlap_frames)
 
     def updates_student(self, iteration: int) -> bool:
         """Whether this iteration (from 0) updates the student before the critic."""
@@ -244,6 +347,11 @@ class DistillConfig:
         before = iteration + -(-iteration // self.critic_ratio)
         networks = ("student", "critic") if self.updates_student(iteration) else ("critic",)
         return {network: before + i for i, network in enumerate(networks)}
+
+    def update_of(self, number: int) -> tuple[int, int]:
+        """The iteration of an update, and which of that iteration's it is: 0 of the student, 1 of the critic."""
+        rounds, place = divmod(number, self.critic_ratio + 1)
+        return rounds * self.critic_ratio + max(place - 1, 0), min(place, 1)
 
 
 def num_chunks(frames: int, stream: StreamConfig) -> int:

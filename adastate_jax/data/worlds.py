@@ -37,6 +37,9 @@ MOTIONS = (
 SHAPES = ("ball", "box", "diamond", "ring")
 
 
+_SMALLEST_WORDS = {"a", "an", "the", "and", "of", "in", "on", "over", "with", "while", "is", "it", "there"}
+
+
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
     """What worlds look like and how their cameras move; every video draws from these ranges.
@@ -281,10 +284,10 @@ def caption_pattern(config: WorldConfig) -> str:
     return "; ".join(patterns)
 
 
-def knows_words(config: WorldConfig, prompt: str) -> bool:
-    """Whether any word of a prompt, but for the smallest, is of a caption that worlds can have."""
-    known = set(re.findall(r"\w+", caption_pattern(config))) - {"a", "an", "with", "over", "the", "while"}
-    return not known.isdisjoint(re.findall(r"\w+", prompt.lower()))
+def unknown_words(config: WorldConfig, prompt: str) -> list[str]:
+    """The words of a prompt, but for the smallest, that are of no caption that worlds can have; each once, in order."""
+    known = set(re.findall(r"\w+", caption_pattern(config))) | _SMALLEST_WORDS
+    return [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in known]
 
 
 @dataclasses.dataclass

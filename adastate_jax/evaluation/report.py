@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from adastate_jax.evaluation import plots
 from adastate_jax.evaluation.measure import METRICS, Settings
-from adastate_jax.evaluation.page import report_page
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
 from adastate_jax.evaluation.tables import groups_csv, metrics_json, timeline_csv, videos_csv
 from adastate_jax.files import whole_folder
 
 _PICTURES = ("over_time.png", "lock_against_motion.png", "chunk_profiles.png")
 _FILES = {"metrics.json", "metrics.csv", "groups.csv", "timeline.csv", *_PICTURES, "report.html"}
+
+
+def is_of_report(name: str) -> bool:
+    """Whether a file's name is of a report, which another report may replace."""
+    return name in _FILES
 
 
 def write_report(
@@ -32,6 +35,9 @@ def write_report(
     Raises:
         OSError: the folder cannot be written, or holds other things than a report.
     """
+    from adastate_jax.evaluation import plots  # here: drawing takes a second to import, and arguments may be wrong
+    from adastate_jax.evaluation.page import report_page
+
     groups = {name: [video.measurement for video in members] for name, members in by_group(videos).items()}
     summaries = {
         name: {metric: summarize_group([one.metrics[metric] for one in members]) for metric in METRICS}
@@ -47,6 +53,6 @@ def write_report(
         **pictures,
         "report.html": report_page(videos, summaries, skipped, settings, pictures).encode(),
     }
-    with whole_folder(folder, lambda name: replace and name in _FILES) as temporary:
+    with whole_folder(folder, lambda name: replace and is_of_report(name)) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)

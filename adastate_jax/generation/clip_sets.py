@@ -121,7 +121,9 @@ def write_clip_set(job: Job, folder: Path, config: ClipConfig, dtype: str) -> No
         print(f"note: {uncaptioned} videos have no caption; training gives them the empty prompt", file=sys.stderr)
     with progress("encode", count, unit="clip", compiles=True) as bar:
         made = write_data_set(job.output, plan, _Encoder(job, clips, dtype, mesh, bar).make, nbytes, bar.update)
-    print(f"{job.output}" + ("" if made else " is complete; nothing is left to do"), file=sys.stderr)
+    if not made:
+        print(f"{job.output} is complete; nothing is left to do", file=sys.stderr)
+    print(job.output)
 
 
 class _Encoder:

@@ -13,12 +13,12 @@ import numpy as np
 from adastate_jax.config.run import STAGES
 from adastate_jax.errors import UserError, one_line
 from adastate_jax.fields import to_dict
-from adastate_jax.generation.trained import load_run
+from adastate_jax.generation.trained import load_run, load_run_adapters
 from adastate_jax.sharding import make_mesh
 from adastate_jax.weights.converted import is_converted, open_converted, write_converted
 from adastate_jax.weights.identify import Network, identify
 from adastate_jax.weights.kinds import KINDS
-from adastate_jax.weights.lora import merge_lora
+from adastate_jax.weights.lora import merge_lora, published_factors
 from adastate_jax.weights.safetensors_file import write_safetensors
 from adastate_jax.weights.slots import leaves
 from adastate_jax.weights.sources import HEADER_KEY, open_source
@@ -28,6 +28,8 @@ __all__ = [
     "adapted",
     "bytes_of",
     "export",
+    "export_adapters",
+    "open_adapters",
     "open_network",
     "open_run",
     "refuse_unpublishable",
@@ -79,6 +81,44 @@ def export(network: Network, folder: Path, names: str, advance: Callable[[int], 
     write_safetensors(folder / f"{naming.stem}.safetensors", layout, blocks(), metadata)
     if settings := naming.published_config(config):
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def open_adapters(path: Path, names: str, dtype: str | None) -> tuple[dict[str, np.ndarray], str]:
+    """The adapters that a run trained of its student, under published names, and a line about them.
+
+    Raises:
+        UserError: the run trained none, or holds no student; or a number is not finite in `dtype`.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no folder that train wrote; adapters are taken from a run")
+    adapters, config, base = load_run_adapters(path, make_mesh())
+    factors = published_factors(adapters, config, names)
+    with np.errstate(over="ignore"):  # reported below
+        factors = {name: factor.astype(np.dtype(dtype or "float32")) for name, factor in factors.items()}
+    for name, factor in factors.items():
+        if not np.isfinite(factor.astype(np.float32)).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; train with a lower rate")
+    return factors, f"LoRA of {len(factors) // 2} layers of {base}"
+
+
+def export_adapters(factors: Mapping[str, np.ndarray], folder: Path, advance: Callable[[int], Any]) -> None:
+    """Writes adapters as `pytorch_lora_weights.safetensors`, as diffusers names the file.
+
+    Args:
+        folder: is there, and is not yet under its final name.
+        advance: called with the number of bytes that were written since the last time.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def blocks() -> Iterator[np.ndarray]:
+        for factor in factors.values():
+            yield factor
+            advance(factor.nbytes)
+
+    layout = {name: (factor.dtype, factor.shape) for name, factor in factors.items()}
+    write_safetensors(folder / "pytorch_lora_weights.safetensors", layout, blocks(), {"format": "pt"})
 
 
 def open_network(path: Path, part: str, overrides: Mapping[str, Any]) -> Network:

@@ -38,6 +38,7 @@ class StoredTextEncoder:
         cache: folder that keeps embeddings, made when needed; None keeps nothing. A prompt's file is named by the hash
             of all that its embedding depends on: prompt, weights, tokenizer, dtype and length.
         mesh: devices that the weights are split over.
+        keep: whether the encoder stays in memory for the next prompt; else it is loaded for each call that needs it.
 
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
@@ -49,6 +50,7 @@ class StoredTextEncoder:
         config: TextConfig,
         cache: Path | None,
         mesh: jax.sharding.Mesh | None = None,
+        keep: bool = True,
     ):
         file = folder / "tokenizer.json"
         self._tokenizer = PieceTokenizer(file, config.text_length)
@@ -57,7 +59,7 @@ class StoredTextEncoder:
                 f"{file}: has {self._tokenizer.vocab_size} pieces, which is more than config.text.vocab_size "
                 f"{config.vocab_size}; copy the one that belongs to the text encoder"
             )
-        self._folder, self._config, self._cache, self._mesh = folder, config, cache, mesh
+        self._folder, self._config, self._cache, self._mesh, self._keep = folder, config, cache, mesh, keep
         self._identity = [
             parts.fingerprint(folder, "text_encoder"),
             self._tokenizer.digest,
@@ -75,6 +77,8 @@ class StoredTextEncoder:
         for row, prompt in zip(embeddings, prompts, strict=True):
             found = self._embedding(clean_prompt(prompt))
             row[: len(found)] = found
+        if not self._keep:
+            self.__dict__.pop("_encoder", None)
         return jnp.asarray(embeddings)
 
     def _embedding(self, prompt: str) -> np.ndarray:

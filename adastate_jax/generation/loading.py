@@ -16,8 +16,9 @@ from adastate_jax.data.videos import ClipConfig
 from adastate_jax.errors import UserError, one_line, shown
 from adastate_jax.fields import to_dict
 from adastate_jax.generation.embeddings import Embed, StoredTextEncoder, random_embed
+from adastate_jax.generation.placement import Placement, find_device, in_eight_bits, spared, stream_mesh
 from adastate_jax.generation.shipped import find_model
-from adastate_jax.generation.trained import Trained, load_bundle, load_run
+from adastate_jax.generation.trained import load_bundle, load_run, trained_config
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
@@ -25,14 +26,14 @@ from adastate_jax.models.text import ByteTokenizer, TextConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig
 from adastate_jax.models.wan_codec import WanCodec
-from adastate_jax.sharding import init_sharded, make_mesh, refuse_too_large
+from adastate_jax.sharding import init_sharded, make_mesh, refuse_too_large, replicated
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry
 from adastate_jax.streaming.continuation import max_given_frames
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.rollout import rollout
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.training.frozen import embed_prompts
-from adastate_jax.weights.parts import has_part, load_part
+from adastate_jax.weights.parts import has_part, load_part, part_config
 
 # What converted networks are taken to be where no configuration says it: see configs/wan_1_3b.py.
 _WAN_SIZE = ClipConfig(height=480, width=832, num_frames=81)
@@ -49,8 +50,9 @@ class Model:
         codec: between latents and video.
         embed: texts → embeddings [B, T, text_dim], zero past each text.
         fits: whether nothing of a text is cut off.
-        mesh: devices that the weights are split over.
+        mesh: devices that the transformer is split over.
         origin: where it is from, for people.
+        codec_mesh: the codec's devices; None is `mesh`.
     """
 
     config: Config
@@ -60,6 +62,16 @@ class Model:
     fits: Callable[[str], bool]
     mesh: jax.sharding.Mesh
     origin: str = "memory"
+    codec_mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        if self.codec_mesh is None:
+            object.__setattr__(self, "codec_mesh", self.mesh)
+
+    @property
+    def name(self) -> str:
+        """What people call it, which says nothing of the machine: of its file or folder, the name."""
+        return Path(self.origin.split(",")[0]).stem
 
     def __repr__(self) -> str:
         """Where it is from, its networks, and how it streams: a line each."""
@@ -72,7 +84,8 @@ class Model:
         return (
             f"Model from {one_line(self.origin)}\n"
             f"  transformer of {weights / 1e6:.3g} M weights ({network.num_layers} layers of {network.dim}, "
-            f"{network.param_dtype}); videos of {height}×{width} pixels by the {config.decoder} decoder\n"
+            f"{network.quantization or network.param_dtype}); videos of {height}×{width} pixels by the "
+            f"{config.decoder} decoder\n"
             f"  anchor {anchor['name']}{f' ({settings})' if settings else ''}; chunks of {stream.chunk_frames} latent "
             f"frames, a window of {stream.past_frames}, denoising steps {steps}"
         )
@@ -90,6 +103,10 @@ def load(
     text_cache: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     text_mesh: jax.sharding.Mesh | None = None,
+    weights: str | None = None,
+    devices: int | None = None,
+    decoder_device: str | None = None,
+    low_memory: bool = False,
 ) -> Model:
     """Loads a model to generate with.
 
@@ -107,9 +124,11 @@ def load(
         mesh: devices that the weights are split over; None is what `config` says, or one device.
         text_mesh: devices that a converted text encoder is split over; None is the host's processor, which encodes
             while the accelerator generates.
+        weights, devices, decoder_device, low_memory: see `Placement`; `devices` instead of `mesh`.
 
     Raises:
-        UserError: a file or folder is missing or damaged, or does not match the others.
+        UserError: a file or folder is missing or damaged, or does not match the others; or there is no such device, or
+            not so many, or they do not divide the transformer.
 
     >>> load("tiny").config.data.kind
     'worlds'
@@ -120,6 +139,9 @@ def load(
     Traceback (most recent call last):
     adastate_jax.errors.UserError: nowhere: no such folder; name one that train or convert wrote, or tiny
     """
+    placement = Placement(weights, devices, decoder_device, low_memory)
+    if mesh is not None and devices is not None:
+        raise UserError("devices: the mesh says how many; leave one of them out")
     if isinstance(config, str | Path):
         config = parse_config([f"--config={config}"])
     if config is not None and decoder is not None:
@@ -130,42 +152,75 @@ def load(
     if random_weights:
         if path is not None or config is None:
             raise UserError("random_weights: needs a configuration, and no folder")
-        return _random_model(config, mesh or _mesh(config))
+        return _quantized(_random_model(_Places(placement, mesh, text_mesh), config), placement)
     if path is None:
         raise UserError("name a folder that train or convert wrote, or tiny")
     path = find_model(path)
+    places = _Places(placement, mesh, text_mesh)
     if has_part(path, "transformer"):
         text_cache = Path(text_cache) if text_cache else path / "text_cache"
-        return _load_parts(path, config, decoder, text_cache, mesh or _mesh(config), text_mesh)
+        return _quantized(_load_parts(places, path, config, decoder, text_cache), placement)
     if config or decoder:
         raise UserError(f"{path}: what was trained here has its own configuration and decoder; name no others")
-    mesh = mesh or _mesh(config)
-    config, trained = load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
-    if config.data.encoded:
-        return _load_encoders(config, trained, text_cache, mesh, text_mesh)
-    embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
-    return Model(config, trained.student, trained.frozen.codec, embed, fits, mesh, trained.origin)
+    return _quantized(_load_trained(places, path, text_cache), placement)
 
 
-def _load_parts(
-    folder: Path,
-    config: Config | None,
-    decoder: str | None,
-    text_cache: Path,
-    mesh: jax.sharding.Mesh,
-    text_mesh: jax.sharding.Mesh | None,
-) -> Model:
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Which devices each network comes to lie on.
+
+    Attributes:
+        given, text: meshes that the caller named for the transformer and for a converted text encoder.
+    """
+
+    placement: Placement
+    given: jax.sharding.Mesh | None
+    text: jax.sharding.Mesh | None
+
+    def transformer(self, config: Config | None, trained_here: bool = False) -> jax.sharding.Mesh:
+        if self.given is not None:
+            return self.given
+        if self.placement.devices is not None:
+            return stream_mesh(config, self.placement.devices, trained_here)
+        try:
+            return make_mesh(**dataclasses.asdict(config.mesh)) if config else make_mesh()
+        except ValueError as error:
+            raise UserError(f"config.mesh: {error}") from None
+
+    def codec(self, transformer: jax.sharding.Mesh) -> jax.sharding.Mesh:
+        name = self.placement.decoder_device
+        return transformer if name is None else make_mesh(devices=[find_device(name)])
+
+    def settings(self, config: Config) -> Config:
+        return spared(config) if self.placement.low_memory else config
+
+    def text_encoder(self, folder: Path, config: Config, cache: Path) -> StoredTextEncoder:
+        return StoredTextEncoder(folder, config.text, cache, self.text, keep=not self.placement.low_memory)
+
+
+def _quantized(model: Model, placement: Placement) -> Model:
+    if placement.quantization is None:
+        return model
+    return dataclasses.replace(model, student=in_eight_bits(model.student, placement.quantization, model.mesh))
+
+
+def _load_parts(places: _Places, folder: Path, config: Config | None, decoder: str | None, text_cache: Path) -> Model:
     """The model of a folder of converted networks."""
+    given = config
     if config is None:
-        student = load_part(folder, "transformer", DiTConfig(**_HALF), mesh, sizes=False)
-        config = _wan_config(student.config, decoder or ("wan" if has_part(folder, "vae") else "tiny"))
+        config = _wan_config(
+            part_config(folder, "transformer", DiTConfig(**_HALF)),
+            decoder or ("wan" if has_part(folder, "vae") else "tiny"),
+        )
     elif config.decoder == "patch":
         raise UserError(f"{folder}: holds no codec of patches; set config.decoder to wan or tiny")
-    else:
-        student = load_part(folder, "transformer", config.network("student"), mesh)
-    embed = StoredTextEncoder(folder, config.text, text_cache, text_mesh)
-    codec = _load_codec(folder, config, mesh)
-    return Model(config, student, codec, embed, embed.fits, mesh, f"{folder}, converted networks")
+    config = places.settings(config)
+    mesh = places.transformer(config)
+    codec_mesh = places.codec(mesh)
+    student = load_part(folder, "transformer", config.network("student"), mesh, sizes=given is not None)
+    embed = places.text_encoder(folder, config, text_cache)
+    codec = _load_codec(folder, config, codec_mesh)
+    return Model(config, student, codec, embed, embed.fits, mesh, f"{folder}, converted networks", codec_mesh)
 
 
 def _load_codec(folder: Path, config: Config, mesh: jax.sharding.Mesh) -> WanCodec:
@@ -175,23 +230,27 @@ def _load_codec(folder: Path, config: Config, mesh: jax.sharding.Mesh) -> WanCod
     return WanCodec(decoder, encoder)
 
 
-def _load_encoders(
-    config: Config,
-    trained: Trained,
-    text_cache: str | Path | None,
-    mesh: jax.sharding.Mesh,
-    text_mesh: jax.sharding.Mesh | None,
-) -> Model:
-    """The model of a run that trained on embeddings and latents: its student, and the networks that made these."""
+def _load_trained(places: _Places, path: Path, text_cache: str | Path | None) -> Model:
+    """The model of a folder that `train` wrote, or of a bundle."""
+    wanted = places.placement.devices and trained_config(path)
+    mesh = places.transformer(wanted, trained_here=wanted is not None and not wanted.data.encoded)
+    config, trained = load_bundle(path, mesh) if path.is_file() else load_run(path, mesh)
+    codec_mesh = places.codec(mesh)
+    if not config.data.encoded:
+        codec = trained.frozen.codec
+        codec = codec if codec_mesh is mesh else jax.device_put(codec, replicated(codec_mesh))
+        embed, fits = functools.partial(embed_prompts, trained.frozen), ByteTokenizer(config.text.text_length).fits
+        return Model(config, trained.student, codec, embed, fits, mesh, trained.origin, codec_mesh)
+    # It was trained on embeddings and latents; the networks that made these stand elsewhere.
     if not config.data.encoders:
         raise UserError(
             f"{trained.origin}: was trained on embeddings alone, with no config.data.encoders to generate with; put "
             "its student beside a text_encoder and a vae with python -m adastate_jax.convert"
         )
-    folder = Path(config.data.encoders)
-    embed = StoredTextEncoder(folder, config.text, Path(text_cache or folder / "text_cache"), text_mesh)
-    codec = _load_codec(folder, config, mesh)
-    return Model(config, trained.student, codec, embed, embed.fits, mesh, trained.origin)
+    folder, config = Path(config.data.encoders), places.settings(config)
+    embed = places.text_encoder(folder, config, Path(text_cache or folder / "text_cache"))
+    codec = _load_codec(folder, config, codec_mesh)
+    return Model(config, trained.student, codec, embed, embed.fits, mesh, trained.origin, codec_mesh)
 
 
 def _wan_config(model: DiTConfig, decoder: str) -> Config:
@@ -211,21 +270,19 @@ def _wan_config(model: DiTConfig, decoder: str) -> Config:
         raise UserError(f"these networks need a configuration: {error}") from None
 
 
-def _mesh(config: Config | None) -> jax.sharding.Mesh:
-    try:
-        return make_mesh(**dataclasses.asdict(config.mesh)) if config else make_mesh()
-    except ValueError as error:
-        raise UserError(f"config.mesh: {error}") from None
+def _random_model(places: _Places, config: Config) -> Model:
+    config = places.settings(config)
+    mesh = places.transformer(config)
+    codec_mesh = places.codec(mesh)
 
-
-def _random_model(config: Config, mesh: jax.sharding.Mesh) -> Model:
-    def network(build, part: int):
+    def network(build, part: int, mesh: jax.sharding.Mesh):
         key = jax.random.fold_in(jax.random.key(config.seed), part)
         return init_sharded(lambda key: build(nnx.Rngs(key)), mesh, key)
 
-    student = network(lambda rngs: DiT(config.network("student"), rngs=rngs), 0)
+    student = network(lambda rngs: DiT(config.network("student"), rngs=rngs), 0, mesh)
     embed, fits = random_embed(config.text), ByteTokenizer(config.text.text_length).fits
-    return Model(config, student, _random_codec(config, network, mesh), embed, fits, mesh, "random weights")
+    codec = _random_codec(config, network, codec_mesh)
+    return Model(config, student, codec, embed, fits, mesh, "random weights", codec_mesh)
 
 
 def _random_codec(config: Config, network, mesh: jax.sharding.Mesh) -> PatchCodec | WanCodec:
@@ -233,11 +290,12 @@ def _random_codec(config: Config, network, mesh: jax.sharding.Mesh) -> PatchCode
         size, channels = 3 * config.codec.patch**2, config.codec.channels
         refuse_too_large(jax.ShapeDtypeStruct((size, channels), np.float64), mesh)
         basis, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, channels)))
-        return PatchCodec(jnp.zeros(size), jnp.asarray(basis, jnp.float32), jnp.ones(channels))
-    encoder = network(lambda rngs: VAE(config.vae, rngs=rngs), 1)
+        codec = PatchCodec(np.zeros(size, np.float32), np.float32(basis), np.ones(channels, np.float32))
+        return jax.device_put(codec, replicated(mesh))
+    encoder = network(lambda rngs: VAE(config.vae, rngs=rngs), 1, mesh)
     decoder = encoder
     if config.decoder == "tiny":
-        decoder = network(lambda rngs: TinyVAE(config.tiny_vae, rngs=rngs, parts=("decoder",)), 2)
+        decoder = network(lambda rngs: TinyVAE(config.tiny_vae, rngs=rngs, parts=("decoder",)), 2, mesh)
     return WanCodec(decoder, encoder)
 
 

@@ -83,7 +83,9 @@ def write_prompt_set(job: Job, file: Path, negative: Sequence[str] | None, text_
     )
     with progress("embed", sum(map(len, texts.values())), unit="prompt", compiles=True) as bar:
         made = write_data_set(job.output, plan, _Encoder(job, tokenizer, texts, mesh, bar).make, nbytes, bar.update)
-    print(f"{job.output}" + ("" if made else " is complete; nothing is left to do"), file=sys.stderr)
+    if not made:
+        print(f"{job.output} is complete; nothing is left to do", file=sys.stderr)
+    print(job.output)
 
 
 class _Encoder:

@@ -13,11 +13,17 @@ import numpy as np
 
 from adastate_jax import __version__
 from adastate_jax.errors import UserError
-from adastate_jax.streaming.prompts import Cue
+from adastate_jax.streaming.cues import Cue
 
 # Options of the sample command, under the names that they have there and as keys.
-_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "image", "video")
+_TEXTS = ("prompt", "anchor", "checkpoint", "config", "decoder", "weights", "image", "video")
+_FILES = ("checkpoint", "image", "video", "config")
 _NUMBERS = {"seed": int, "seconds": float, "scale": int}
+
+
+def named_from_anywhere(path: str | Path) -> str:
+    """A file's or folder's path from the root on, so that it is found from another folder, too; what is none stays."""
+    return str(Path(path).absolute() if Path(path).exists() else path)
 
 
 def made_with() -> str:
@@ -57,20 +63,40 @@ def describe(
         kept["schedule"] = json.dumps([dataclasses.asdict(cue) for cue in cues])
     if start:
         kept["start"] = start
-    for name in ("checkpoint", "image", "video", "config"):  # so that it is found from another folder, too
-        if name in kept and Path(kept[name]).exists():
-            kept[name] = str(Path(kept[name]).absolute())
+    kept |= {name: named_from_anywhere(kept[name]) for name in _FILES if name in kept}
     return {**kept, "model": model, "made_with": made_with(), "command": shlex.join(command)}
+
+
+def describe_takes(
+    head: Mapping[str, Any], command: Sequence[str], takes: Sequence[Mapping[str, Any]] = (), **options: object
+) -> dict[str, str]:
+    """The metadata of a session's video, from what a session's file says of the model and of its takes.
+
+    Args:
+        command: as in `describe`.
+        takes: none of a video that is not complete yet.
+        options: of the sample command that replays it, beside.
+    """
+    kept = {name: str(value) for name, value in {**head, **options}.items() if value is not None}
+    if takes:
+        kept["takes"] = json.dumps(list(takes))
+    return {**kept, "command": shlex.join(command)}
 
 
 def recall(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The options that `describe` put into metadata, with `overrides`, `schedule` (JSON), `model` and `start`.
 
+    Of a session's video it is `takes` (JSON) instead of a prompt or a schedule, and `format`.
+
     Raises:
         UserError: the metadata are of no video of this package, or damaged.
     """
-    if "model" not in metadata or "made_with" not in metadata or not {"prompt", "schedule"} & metadata.keys():
-        raise UserError(f"{path}: does not say how it was made; name a video that the sample command wrote")
+    said = {"prompt", "schedule", "takes"} & metadata.keys()
+    if "model" not in metadata or "made_with" not in metadata or not said:
+        raise UserError(
+            f"{path}: does not say how it was made; name a video that the sample command wrote, or of a session its "
+            "session.json with --session"
+        )
     found: dict[str, Any] = {name: metadata[name] for name in _TEXTS if name in metadata}
     try:
         found |= {name: kind(metadata[name]) for name, kind in _NUMBERS.items() if name in metadata}
@@ -81,5 +107,5 @@ def recall(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(f"{path}: what it says of how it was made is damaged; name another video") from None
     found |= {name: Path(found[name]) for name in ("checkpoint", "image", "video") if name in found}
     found["random_weights"] = metadata.get("random_weights") == "true"
-    others = {name: metadata.get(name, "") for name in ("schedule", "model", "start", "made_with")}
+    others = {name: metadata.get(name, "") for name in ("schedule", "model", "start", "made_with", "takes", "format")}
     return {**found, **others, "overrides": overrides}

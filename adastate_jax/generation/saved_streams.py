@@ -21,7 +21,7 @@ from adastate_jax.generation.settings import Settings, check_model
 from adastate_jax.generation.video_stream import SingleVideo, VideoState, VideoStream, initial_state
 from adastate_jax.seals import is_sealed, seal, verify
 from adastate_jax.streaming.continuation import max_given_frames
-from adastate_jax.streaming.prompts import Cue
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.texts import read_json
 
 _DESCRIPTION = "stream.json"

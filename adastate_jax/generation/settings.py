@@ -12,7 +12,7 @@ from adastate_jax.checks import MOST_SECONDS, is_number, is_whole
 from adastate_jax.errors import UserError, shown
 from adastate_jax.generation.loading import Model
 from adastate_jax.media import FPS
-from adastate_jax.streaming.prompts import Cue, check_schedule
+from adastate_jax.streaming.cues import Cue, check_schedule
 from adastate_jax.texts import is_text
 
 

@@ -30,3 +30,11 @@ def shipped_config(name: str) -> dict[str, Any]:
     with (_BUNDLED / f"{name}.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return json.loads(header["__metadata__"]["config"])
+
+
+def vocabulary() -> str:
+    """What the model that ships with the package was trained on."""
+    from adastate_jax.data.worlds import WorldConfig, caption_pattern
+
+    worlds = WorldConfig(**shipped_config("tiny")["data"]["worlds"])
+    return f"The model tiny knows these words alone, and of a picture keeps one frame:\n  {caption_pattern(worlds)}"

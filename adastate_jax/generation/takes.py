@@ -24,7 +24,8 @@ from adastate_jax.generation.saved_streams import fingerprint
 from adastate_jax.generation.video_stream import VideoStream, stream
 from adastate_jax.media import FPS
 from adastate_jax.media.pictures import encode_png
-from adastate_jax.streaming.prompts import Cue, check_schedule, obstacle
+from adastate_jax.streaming.cues import Cue, check_schedule
+from adastate_jax.streaming.prompts import obstacle
 from adastate_jax.texts import read_json
 
 MOST_PANELS = 2
@@ -208,6 +209,7 @@ def session_head(model: Model) -> dict[str, Any]:
         "made_with": made_with(),
         "fps": FPS,
         "size": list(model.config.data.size),
+        "checkpoint": model.name,
     }
 
 
@@ -221,9 +223,17 @@ def read_session(path: str | Path, model: Model) -> tuple[Take, ...]:
     """The takes of a session's file.
 
     Raises:
-        UserError: it cannot be read, is of no session, damaged, or was made with another model.
+        UserError: it cannot be read, or as `session_takes`.
     """
-    found = read_json(path, _FIX)
+    return session_takes(read_json(path, _FIX), path, model)
+
+
+def session_takes(found: Any, path: str | Path, model: Model) -> tuple[Take, ...]:
+    """The takes in what a session's file holds, or what its video says of itself.
+
+    Raises:
+        UserError: it is of no session, damaged, or was made with another model.
+    """
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise UserError(f"{path}: is no session; {_FIX}")
     if found.get("model") != fingerprint(model):

@@ -20,15 +20,17 @@ from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError, one_line, shortlist
 from adastate_jax.fields import build, to_dict
 from adastate_jax.files import whole_file
-from adastate_jax.models.dit import DiT
+from adastate_jax.models.adapters import Adapters
+from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.texts import parse_json
-from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, with_shardings
+from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, student_sizes, with_shardings
+from adastate_jax.training.networks import Source, left_behind, load_all_adapters, load_source
 from adastate_jax.weights.safetensors_file import SafeTensors, write_safetensors
 from adastate_jax.weights.slots import leaf_name, leaves
 from adastate_jax.weights.tensors import FLOATING
 
-# Where a run's folder keeps the weights to generate with, the best first: (stage, part of its checkpoint, what it is).
-_STUDENTS = (("distill", "student/ema", "distilled"), ("initialize", "ema", "initialised"))
+# Which stages of a run leave weights to generate with, the best first, and what they are.
+_STUDENTS = (("distill", "distilled"), ("initialize", "initialised"))
 _HALF = np.dtype(np.float16)
 
 
@@ -42,6 +44,11 @@ class Trained:
     origin: str = dataclasses.field(default="", metadata={"static": True})
 
 
+def trained_config(path: Path) -> Config:
+    """The configuration of a folder that `train` wrote, or of a bundle; raises UserError if it is neither."""
+    return _bundled_config(SafeTensors(path), path) if path.is_file() else load_config(path / "config.json")
+
+
 def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
     """Configuration and student of a folder that `train` wrote; the distilled one, or before that the initialised one.
 
@@ -51,7 +58,16 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         UserError: the folder is no such one or damaged, or no student has been trained yet.
     """
     config = load_config(path / "config.json")
-    for stage, part, adjective in _STUDENTS:
+    source, origin = _student_of(path, config)
+    student = load_source(source, student_sizes(config), mesh)
+    frozen = with_shardings(abstract_frozen(config), mesh)
+    frozen = load_tree(path / "frozen", frozen) if jax.tree.leaves(frozen) else frozen
+    return config, Trained(student, frozen, origin)
+
+
+def _student_of(path: Path, config: Config) -> tuple[Source, str]:
+    """Where a run's folder keeps the student to generate with, and what that is."""
+    for stage, adjective in _STUDENTS:
         step = latest_step(path / stage)
         if step is None:
             continue
@@ -60,11 +76,24 @@ def load_run(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
             print(one_line(note), file=sys.stderr)
         steps = getattr(config, stage).steps
         origin = f"{path}, {adjective} student at step {step}" + (f" of {steps}" if step != steps else "")
-        student = load_tree(path / stage / str(step), with_shardings(abstract_dit(config), mesh), part)
-        frozen = with_shardings(abstract_frozen(config), mesh)
-        frozen = load_tree(path / "frozen", frozen) if jax.tree.leaves(frozen) else frozen
-        return config, Trained(student, frozen, origin)
+        return left_behind(config, path, stage, step), origin
     raise UserError(f"{path}: holds no causal student yet; train the stages initialize or distill first")
+
+
+def load_run_adapters(path: Path, mesh: jax.sharding.Mesh) -> tuple[Adapters, DiTConfig, Path]:
+    """All that a run, and the runs that it goes on from, trained of its student as adapters.
+
+    Returns:
+        The adapters; the sizes of the network, and where the weights lie that they are of.
+
+    Raises:
+        UserError: as `load_run`; or the student was trained whole.
+    """
+    source, _ = _student_of(path, load_config(path / "config.json"))
+    if source.base is None:
+        raise UserError(f"{path}: its student was trained whole, not as adapters; take it with --to=safetensors")
+    adapters, base = load_all_adapters(source, mesh)
+    return adapters, source.config, base.path
 
 
 def write_bundle(config: Config, trained: Trained, output: Path, replace: bool = True) -> Path:
@@ -101,10 +130,8 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
         UserError: the file is no bundle or damaged, or a weight is not finite.
     """
     opened = SafeTensors(path)
-    if "config" not in opened.metadata:
-        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote")
+    config = _bundled_config(opened, path)
     text, stored = opened.metadata["config"], opened.stored()
-    config = build(Config, parse_json(text, f"{path}: its configuration"), str(path))
     like = with_shardings(_abstract(config), mesh)
     wanted = {name: leaf.shape for name, leaf in leaves(like).items()}
     found = {name: tensor.shape for name, tensor in stored.items() if tensor.dtype in FLOATING}
@@ -125,6 +152,12 @@ def load_bundle(path: Path, mesh: jax.sharding.Mesh) -> tuple[Config, Trained]:
 
     trained = jax.tree_util.tree_map_with_path(place, like)
     return config, dataclasses.replace(trained, origin=str(path))
+
+
+def _bundled_config(opened: SafeTensors, path: Path) -> Config:
+    if "config" not in opened.metadata:
+        raise UserError(f"{path}: holds no configuration; name a file that bundle wrote")
+    return build(Config, parse_json(opened.metadata["config"], f"{path}: its configuration"), str(path))
 
 
 @functools.lru_cache(maxsize=4)

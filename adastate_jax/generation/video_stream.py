@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adastate_jax.errors import UserError, shown
+from adastate_jax.fields import to_dict
 from adastate_jax.generation import restart
 from adastate_jax.generation.loading import Model, decode_checked, encode_frames, num_given_frames, stream_config
 from adastate_jax.generation.settings import (
@@ -23,9 +24,11 @@ from adastate_jax.generation.settings import (
 )
 from adastate_jax.media import FPS
 from adastate_jax.models.wan_codec import WanCodec
+from adastate_jax.sharding import replicated
 from adastate_jax.streaming.carry import Chunk, initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue, check_schedule, read_schedule
 from adastate_jax.streaming.prompted import PromptedCarry, initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule, check_schedule, read_schedule, schedule
+from adastate_jax.streaming.prompts import Schedule, schedule
 from adastate_jax.texts import is_text
 
 
@@ -74,7 +77,24 @@ class VideoStream(Iterator[np.ndarray]):
         # A rollout that begins with a picture is decoded by itself; without an encoder there is no such picture.
         codec = model.codec
         self._decodes_afresh = stream.anchor.restarts and isinstance(codec, WanCodec) and codec.encoder is not None
+        if self._decodes_afresh and model.codec_mesh != model.mesh:
+            raise UserError(
+                f"anchor {settings.anchor or 'of the configuration'}: decodes and encodes between its chunks: leave "
+                "the decoder on the transformer's devices"
+            )
         self._chunks = self._follow(plan)
+
+    def __repr__(self) -> str:
+        """What it shows, how long and large it is, and how far."""
+        settings, (height, width) = self.settings, self.model.config.data.size
+        frames = "frames without end" if settings.num_frames is None else f"{settings.num_frames} frames"
+        prompts = ", then ".join(shown(texts[0] if len(texts) == 1 else list(texts)) for texts in settings.prompts)
+        anchor = settings.anchor or to_dict(self._stream)["anchor"]["name"]
+        done = min(self._num_frames(self._chunk), settings.num_frames or sys.maxsize)
+        return (
+            f"VideoStream of {prompts}: {frames}, of {height}×{width} pixels, seed {settings.seed}, anchor {anchor}; "
+            f"{done} are generated"
+        )
 
     def _embed(self, prompts: Sequence[str]) -> jax.Array:
         with jax.set_mesh(self.model.mesh):
@@ -183,20 +203,25 @@ class VideoStream(Iterator[np.ndarray]):
             self.state = dataclasses.replace(self.state, ahead=None)
             return
         carry, chunk = found
-        frames, decoder, self._finite = decode_checked(
-            self.model.codec, chunk.content, self.state.decoder, self._chunk == 0
-        )
-        if self._decodes_afresh and chunk.overlap is not None:
-            start = self.model.codec.decode_start(chunk.overlap.shape[0], *chunk.overlap.shape[2:4])
-            anew, decoder, finite = decode_checked(self.model.codec, chunk.overlap, start, True)
-            frames = restart.join_rollouts(frames, anew, self.model.config.time_factor)
-            self._finite &= finite
-        if self.settings.num_frames is not None:
-            frames = frames[:, : self.settings.num_frames - self._num_frames(self._chunk)]
+        with jax.set_mesh(self.model.codec_mesh):  # the next chunk need not wait for a decoder that lies elsewhere
+            frames, decoder, self._finite = self._decode(chunk)
+            if self.settings.num_frames is not None:
+                frames = frames[:, : self.settings.num_frames - self._num_frames(self._chunk)]
         frames.copy_to_host_async()
         self._chunk += 1
         self._decoder["cache"] = decoder
         self.state = dataclasses.replace(self.state, carry=carry, decoder=decoder, ahead=frames)
+
+    def _decode(self, chunk: Chunk) -> tuple[jax.Array, Any, jax.Array]:
+        """The chunk's frames, the decoder's cache behind them, and whether all are finite."""
+        codec, content = self.model.codec, _moved(chunk.content, self.model, self.model.codec_mesh)
+        frames, decoder, finite = decode_checked(codec, content, self.state.decoder, self._chunk == 0)
+        if self._decodes_afresh and chunk.overlap is not None:
+            start = codec.decode_start(chunk.overlap.shape[0], *chunk.overlap.shape[2:4])
+            anew, decoder, anew_finite = decode_checked(codec, chunk.overlap, start, True)
+            frames = restart.join_rollouts(frames, anew, self.model.config.time_factor)
+            finite &= anew_finite
+        return frames, decoder, finite
 
     def _num_frames(self, chunk: int) -> int:
         """Video frames before a chunk."""
@@ -297,6 +322,9 @@ class SingleVideo(Iterator[np.ndarray]):
     def __init__(self, video: VideoStream):
         self.video = video
 
+    def __repr__(self) -> str:
+        return repr(self.video).replace("VideoStream", "SingleVideo", 1)
+
     def __next__(self) -> np.ndarray:
         return next(self.video)[0]
 
@@ -308,8 +336,9 @@ class SingleVideo(Iterator[np.ndarray]):
 def _begin(model: Model, settings: Settings, start: np.ndarray | None) -> VideoStream:
     given = jnp.zeros((settings.batch, 0, *model.config.latent_shape))
     if start is not None:
-        with jax.set_mesh(model.mesh):
+        with jax.set_mesh(model.codec_mesh):
             given = _encode_start(model, start, settings)
+        given = _moved(given, model, model.mesh)
         given = jnp.broadcast_to(given, (settings.batch, *given.shape[1:]))
     return VideoStream(model, settings, initial_state(model, settings, given))
 
@@ -320,8 +349,15 @@ def initial_state(model: Model, settings: Settings, given: jax.Array) -> VideoSt
     with jax.set_mesh(model.mesh):
         keys = seed_keys(settings.seed, settings.batch)
         carry = initial_carry(model.student.config, config, keys, *latent_shape[:2])
+        carry = initial_prompted(carry, config, latent_shape)
+    with jax.set_mesh(model.codec_mesh):
         decoder = model.codec.decode_start(settings.batch, *latent_shape[:2])
-        return VideoState(initial_prompted(carry, config, latent_shape), decoder, given)
+    return VideoState(carry, _moved(decoder, model, model.codec_mesh), given)
+
+
+def _moved(tree: Any, model: Model, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays on the devices of `mesh`, where the decoder has devices of its own; else as they are."""
+    return tree if model.codec_mesh == model.mesh else jax.device_put(tree, replicated(mesh))
 
 
 def _encode_start(model: Model, start: np.ndarray, settings: Settings) -> jax.Array:

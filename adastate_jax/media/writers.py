@@ -146,6 +146,11 @@ class _Unfinished(Exception):
     """Why a file that got no frame, or not all of them, is removed."""
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file's name is of a picture in a folder that is a video, which another video may replace."""
+    return _PICTURES.fullmatch(name) is not None
+
+
 def _kind_of(path):
     """The encoder for what a path names; UserError for an ending that none has."""
     suffix = Path(path).suffix.lower()
@@ -167,7 +172,7 @@ def _refuse_special(path):
 
 
 def _whole_pictures(path, replace):
-    return files.whole_folder(path, lambda name: replace and _PICTURES.fullmatch(name) is not None)
+    return files.whole_folder(path, lambda name: replace and is_picture(name))
 
 
 # --- encoders -----------------------------------------------------------------------------------------------------

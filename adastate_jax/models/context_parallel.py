@@ -74,7 +74,7 @@ def self_attention(
         return einops.rearrange(output, "b (f s) heads d -> b f s heads d", f=frames), kept
 
     mesh = current_mesh()
-    if not _splits_tokens(mesh):
+    if not splits_tokens():
         return whole(query, live.key, live.value, rotation, context)
     tokens, kept_spec = _token_spec(query, mesh), _kept_spec(query, mesh)
     heads = query.shape[3] // (mesh.shape["model"] if activation_axes("heads", query.shape[3], mesh) else 1)
@@ -122,7 +122,7 @@ def cross_attention(query: jax.Array, text: KeyValues, backend: str) -> jax.Arra
         return einops.rearrange(output, "b (f s) heads d -> b f s heads d", f=frames)
 
     mesh = current_mesh()
-    if not _splits_tokens(mesh):
+    if not splits_tokens():
         return whole(query, text)
     tokens, kept_spec = _token_spec(query, mesh), _kept_spec(query, mesh)
     axis = 2 if kept_spec[3] is None else 3
@@ -133,7 +133,9 @@ def cross_attention(query: jax.Array, text: KeyValues, backend: str) -> jax.Arra
     return jax.shard_map(local, in_specs=(tokens, kept_spec), out_specs=tokens, check_vma=False)(query, text)
 
 
-def _splits_tokens(mesh) -> bool:
+def splits_tokens() -> bool:
+    """Whether the current mesh splits every frame's tokens."""
+    mesh = current_mesh()
     return mesh is not None and mesh.shape[_AXIS] > 1
 
 

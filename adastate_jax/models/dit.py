@@ -20,7 +20,7 @@ from adastate_jax.checks import require_at_least_one, require_dtypes, require_po
 from adastate_jax.diffusion import MAX_TIMESTEP, clean_to_flow, draw_normal
 from adastate_jax.models import attention as attention_lib
 from adastate_jax.models.attention import Attend, Context, KeyValues
-from adastate_jax.models.context_parallel import constrain_kept, cross_attention, self_attention
+from adastate_jax.models.context_parallel import constrain_kept, cross_attention, self_attention, splits_tokens
 from adastate_jax.models.linear import Linear
 from adastate_jax.models.quantized import QUANTIZATIONS, QuantizedLinear
 from adastate_jax.models.rope import rotation
@@ -117,6 +117,15 @@ def _rms_norm(x: jax.Array, norm: nnx.RMSNorm) -> jax.Array:
     return (y * (inverse * norm.scale[...].astype(jnp.float32).reshape(x.shape[-2:]))).astype(x.dtype)
 
 
+def _apart(x: jax.Array) -> jax.Array:
+    """x, which a TPU is to compute in a kernel of its own.
+
+    TPU v6e's compiler would make one kernel of both products of the feed-forward, which is slower than the two. A GPU
+    computes what stands between them with the first.
+    """
+    return jax.lax.optimization_barrier(x) if attention_lib.target_device().platform == "tpu" else x
+
+
 def _xavier(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     return (draw_normal(key, shape) * math.sqrt(2 / sum(shape))).astype(dtype)
 
@@ -162,19 +171,27 @@ class Attention(nnx.Module):
             self.norm_query, self.norm_key = norm(), norm()
         self.num_heads = config.num_heads
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        x = einops.rearrange(x, "... (heads d) -> ... heads d", heads=self.num_heads)
-        return constrain(x, "batch", None, *(("tokens",) if x.ndim == 5 else ()), "heads")
+    def _heads(self, project, x: jax.Array) -> jax.Array:
+        """[B, …, D] → [B, …, heads, head_dim], projected."""
+        # Attention takes the frames' tokens in one row. Where it can, so does the projection: a TPU otherwise lays its
+        # result out frame by frame, and then again.
+        shape = x.shape[:-1]
+        if x.ndim == 4 and not splits_tokens():
+            x = einops.rearrange(x, "b f s d -> b (f s) d")
+        x = einops.rearrange(project(x), "... (heads d) -> ... heads d", heads=self.num_heads)
+        return constrain(x, "batch", None, *(("tokens",) if x.ndim == 5 else ()), "heads").reshape(
+            *shape, *x.shape[-2:]
+        )
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, …, D] → [B, …, heads, head_dim]; … are F frames and S tokens of each, or T tokens."""
-        query = self._heads(self.query(x))
+        query = self._heads(self.query, x)
         return _rms_norm(query, self.norm_query) if self.normalize else query
 
     def keys_values(self, x: jax.Array) -> KeyValues:
         """[B, …, D] → keys and values [B, …, heads, head_dim]; … as for `queries`."""
-        key = self._heads(self.key(x))
-        return KeyValues(_rms_norm(key, self.norm_key) if self.normalize else key, self._heads(self.value(x)))
+        key = self._heads(self.key, x)
+        return KeyValues(_rms_norm(key, self.norm_key) if self.normalize else key, self._heads(self.value, x))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[B, …, heads, head_dim] → [B, …, D], through the output projection."""
@@ -226,7 +243,7 @@ class Block(nnx.Module):
         x = x + self.cross_attention.merge(checkpoint_name(y, "attention_output"))
 
         y = (_layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(dtype)
-        x = gated(x, ffn_gate, self.ffn_out(jax.nn.gelu(self.ffn_in(y), approximate=True)))
+        x = gated(x, ffn_gate, self.ffn_out(jax.nn.gelu(_apart(self.ffn_in(y)), approximate=True)))
         return x, kept
 
 

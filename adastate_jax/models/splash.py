@@ -63,10 +63,7 @@ def _splash(
     if context is None:
         key, value = (heads_major(x, -key_tokens % key_block) for x in (key, value))
     else:
-        key, value = (
-            jnp.concatenate([heads_major(live, 0), laid_out], axis=2)
-            for live, laid_out in ((key, context.key), (value, context.value))
-        )
+        key, value = (_joined(heads_major(key, 0), context.key), _joined(heads_major(value, 0), context.value))
 
     def tiled(query: jax.Array, key: jax.Array, value: jax.Array, query_block: int) -> jax.Array:
         segments = None
@@ -101,6 +98,19 @@ def _splash(
         attend.defvjp(functools.partial(jax.vjp, padded), lambda pullback, gradient: pullback(gradient))
         output = attend(query, key, value)
     return einops.rearrange(output, "b heads t d -> b t heads d")
+
+
+def _joined(live: jax.Array, laid_out: jax.Array) -> jax.Array:
+    """[B, heads, T, head_dim] and [B, heads, S, head_dim] → [B, heads, T + S, head_dim].
+
+    Each is written into its place in an array of nothing: what makes the live ones can write them there itself. A TPU's
+    compiler turns a concatenation into the larger of two arrays filled up with zeros, over all of both.
+    """
+    tokens = live.shape[2]
+    whole = jax.lax.empty((*live.shape[:2], tokens + laid_out.shape[2], live.shape[3]), live.dtype)
+    for part, start in ((live, 0), (laid_out, tokens)):
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
+    return whole
 
 
 def _exact_side(queries: int) -> int | None:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from adastate_jax.checks import require_at_least_one, require_dtypes
 from adastate_jax.models.attention import attention
-from adastate_jax.models.linear import stated_precision
+from adastate_jax.models.convolution import causal_convolution, doubling_convolution
 from adastate_jax.models.video_layers import (
     PARTS,
     Blocks,
@@ -101,11 +101,7 @@ class VAEConfig:
 
 
 class CausalConv(nnx.Module):
-    """Convolution over three frames, the newest being the current one, and `space` × `space` pixels around each.
-
-    It runs as one spatial convolution per frame of the window, each rounded to `dtype`, and adds these up in float32:
-    on CPU two to three times as fast as a convolution over all three axes, and faster than one of the stacked frames.
-    """
+    """Convolution over three frames, the newest being the current one, and `space` × `space` pixels around each."""
 
     def __init__(self, inputs: int, outputs: int, config: VAEConfig, *, space=3, stride=1, dtype=None, rngs: nnx.Rngs):
         shape = (3, space, space, inputs, outputs)
@@ -116,21 +112,8 @@ class CausalConv(nnx.Module):
 
     def __call__(self, x: jax.Array, memory: Memory) -> jax.Array:
         """[B, F, H, W, inputs] → [B, F / stride, H, W, outputs]; F is a multiple of the stride."""
-        batch, frames = x.shape[:2]
-        joined = memory.extend(x, 3 - self.stride).astype(self.dtype)
-        kernel = self.kernel[...].astype(self.dtype)
-        y = self.bias[...].astype(jnp.float32)
-        for offset in range(3):
-            seen = joined[:, offset : offset + frames - self.stride + 1 : self.stride]
-            y = y + jax.lax.conv_general_dilated(
-                einops.rearrange(seen, "b f h w c -> (b f) h w c"),
-                kernel[offset],
-                window_strides=(1, 1),
-                padding="SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                precision=stated_precision(self.dtype),
-            ).astype(jnp.float32)
-        return einops.rearrange(y.astype(self.dtype), "(b f) h w c -> b f h w c", b=batch)
+        seen = memory.extend(x, 3 - self.stride)
+        return causal_convolution(seen, self.kernel[...], self.bias[...], self.stride, self.dtype)
 
 
 class ChannelNorm(nnx.Module):
@@ -198,7 +181,7 @@ class Upsample(nnx.Module):
             memory.keep(x, 2)
         elif self.temporal:
             x = einops.rearrange(self.time_conv(x, memory), "b f h w (two c) -> b (f two) h w c", two=2)
-        return self.conv(einops.repeat(x, "b f h w c -> b f (h down) (w across) c", down=2, across=2))
+        return doubling_convolution(x, self.conv.kernel[...], self.conv.bias[...], self.conv.dtype)
 
 
 class Downsample(nnx.Module):

@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from adastate_jax.errors import UserError
 from adastate_jax.serving.protocol import Pictures, unpack
-from adastate_jax.streaming.prompts import Cue
+from adastate_jax.streaming.cues import Cue
 
 _PATIENCE = 120.0  # seconds without any message, while programs compile
 _MOST_ANSWER = 1 << 22  # bytes of a message from the server

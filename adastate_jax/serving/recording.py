@@ -6,6 +6,7 @@ finds.
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import time
@@ -16,11 +17,14 @@ import numpy as np
 
 from adastate_jax.errors import UserError, writing
 from adastate_jax.files import write_text
+from adastate_jax.generation.provenance import describe_takes
 from adastate_jax.generation.takes import Step, Take, take_to_dict
 from adastate_jax.media import enlarge, fitted
 from adastate_jax.media.growing import GrowingVideo
 from adastate_jax.serving.session import Session, digest
 from adastate_jax.texts import read_json
+
+_log = logging.getLogger(__name__)
 
 VIDEO, SESSION, _ACCESS = "video.mp4", "session.json", "access.json"
 _NAME = re.compile("[0-9a-f]{16}")
@@ -36,8 +40,11 @@ class Recording:
 
     def __init__(self, folder: Path, session: Session, head: dict[str, Any], fps: int):
         self.folder = folder
-        self._video = GrowingVideo(folder / VIDEO, fps)
+        # Its own command would name folders, and the token.
+        self._command = ["python", "-m", "adastate_jax.serve", f"--checkpoint={head['checkpoint']}"]
+        self._video = GrowingVideo(folder / VIDEO, fps, describe_takes(head, self._command))
         self._size: tuple[int, int] | None = None
+        self._scale = 1
         self._finished: list[dict[str, Any]] = []  # takes
         self._take: Take | None = None
         self._timings: list[tuple[float, float]] = []
@@ -57,15 +64,21 @@ class Recording:
         self._write(controls, None)
 
     def end(self, reason: str, controls: list[dict[str, Any]]) -> None:
-        """Closes the video, and says why the session ended."""
+        """Closes the video, has it say how it was made, and says why the session ended."""
         self._video.close()
+        try:
+            self._video.describe(describe_takes(self._head, self._command, self._takes(), scale=self._scale))
+        except UserError as error:  # it takes room for a second one; the first stays
+            _log.warning("%s", error)
         self._write(controls, reason)
 
+    def _takes(self) -> list[dict[str, Any]]:
+        return [*self._finished, *([take_to_dict(self._take)] if self._take else [])]
+
     def _write(self, controls: list[dict[str, Any]], reason: str | None) -> None:
-        takes = [*self._finished, *([take_to_dict(self._take)] if self._take else [])]
         found = self._head | {
             "ended": reason,
-            "takes": takes,
+            "takes": self._takes(),
             "controls": controls,
             "timings_ms": {"network": [one for one, _ in self._timings], "decoded": [one for _, one in self._timings]},
         }
@@ -74,8 +87,8 @@ class Recording:
 
     def _fit(self, frames: np.ndarray) -> np.ndarray:
         """Frames [F, h, w, 3] enlarged by a whole number; in a later take of another width, fitted into the first's."""
-        scale = max(1, -(-_SMALLEST // frames.shape[1]))
-        frames = enlarge(frames, scale)
+        self._scale = max(1, -(-_SMALLEST // frames.shape[1]))
+        frames = enlarge(frames, self._scale)
         self._size = self._size or frames.shape[1:3]
         return fitted(frames, *self._size)
 

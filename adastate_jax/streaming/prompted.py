@@ -86,6 +86,13 @@ def _behind(window: KeyValues, fresh: KeyValues) -> KeyValues:
     return concatenate(kept, fresh.tokens(fresh.num_tokens - replaced, replaced))
 
 
+def state_from_window(cache: Cache) -> Cache:
+    """Makes the newest frames of the window the adaptive state."""
+    tokens = cache.anchor.num_tokens
+    state = cache.window.tokens(cache.window.num_tokens - tokens, tokens)
+    return dataclasses.replace(cache, anchor=state)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "reread"), donate_argnames="carry")
 def _recache(
     model: DiT,
@@ -101,11 +108,8 @@ def _recache(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="carry")
 def _reset_state(carry: RolloutCarry, config: StreamConfig) -> RolloutCarry:
-    """Makes the newest frames of the window the adaptive state."""
-    window = carry.cache.window
-    tokens = carry.cache.anchor.num_tokens
-    state = window.tokens(window.num_tokens - tokens, tokens)
-    return dataclasses.replace(carry, cache=dataclasses.replace(carry.cache, anchor=state))
+    """`state_from_window` of a carry."""
+    return dataclasses.replace(carry, cache=state_from_window(carry.cache))
 
 
 @jax.jit

@@ -36,6 +36,16 @@ def micro_batches(batch: Any, count: int, axis: int = 0) -> Any:
     return jax.tree.map(split, batch)
 
 
+def join_micro_batches(parts: Any, axis: int = 0) -> Any:
+    """The batch that `micro_batches` split: [count, ..., B / count, ...] → [..., B, ...]."""
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, axis + 1)
+        return constrain(x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :]), *[None] * axis, "batch")
+
+    return jax.tree.map(join, parts)
+
+
 def accumulate(
     gradients_of: Callable[[Any], Any], batch: Any, count: int, split: Callable[[Any, int], Any] = micro_batches
 ) -> Any:
@@ -49,13 +59,34 @@ def accumulate(
     Returns:
         The tree; in float32 where it is a sum.
     """
+    return accumulate_and_keep(lambda part: (gradients_of(part), None), batch, count, split, lambda kept: kept)[0]
+
+
+def accumulate_and_keep(
+    gradients_of: Callable[[Any], tuple[Any, Any]],
+    batch: Any,
+    count: int,
+    split: Callable[[Any, int], Any],
+    join: Callable[[Any], Any],
+) -> tuple[Any, Any]:
+    """`accumulate`, and what else is made of each micro-batch, which belongs to its samples.
+
+    Args:
+        gradients_of: micro-batch → (what is averaged, what is kept).
+        join: kept of the micro-batches, stacked → of all samples.
+
+    Returns:
+        The mean, and what was kept.
+    """
     if count == 1:
         return gradients_of(batch)
     parts = split(batch, count)
-    first = jax.eval_shape(gradients_of, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    averaged, _ = jax.eval_shape(gradients_of, one)
 
-    def step(total: Any, part: Any) -> tuple[Any, None]:
-        return add_in_float32(total, gradients_of(part)), None
+    def step(total: Any, part: Any) -> tuple[Any, Any]:
+        new, kept = gradients_of(part)
+        return add_in_float32(total, new), kept
 
-    total, _ = jax.lax.scan(step, zeros_in_float32(first), parts)
-    return jax.tree.map(lambda x: x / count, total)
+    total, kept = jax.lax.scan(step, zeros_in_float32(averaged), parts)
+    return jax.tree.map(lambda x: x / count, total), join(kept)

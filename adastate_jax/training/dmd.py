@@ -13,20 +13,23 @@ import numpy as np
 
 from adastate_jax.config.stages import DistillConfig, num_chunks
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean, warp
+from adastate_jax.models.adapters import join
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
 from adastate_jax.streaming.carry import ChunkNoise
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.training.accumulation import accumulate, micro_batches
+from adastate_jax.training.accumulation import accumulate_and_keep, micro_batches
 from adastate_jax.training.guidance import guided_pass
-from adastate_jax.training.pretrain import flow_loss
-from adastate_jax.training.self_rollout import (
-    Rollout,
-    draw_rollout_noise,
-    gradient_pass,
-    rollout_latents,
-    self_rollout,
+from adastate_jax.training.long_rollout import (
+    CarriedRollout,
+    Part,
+    Start,
+    join_carried,
+    roll_out_part,
+    split_carried,
 )
+from adastate_jax.training.pretrain import flow_loss
+from adastate_jax.training.self_rollout import draw_rollout_noise, gradient_pass, record_frames
 from adastate_jax.training.state import TrainState, apply_gradients
 
 # --- losses ---------------------------------------------------------------------------------------------------------
@@ -90,8 +93,9 @@ class Draws:
     Attributes:
         noise: of the student's rollout, see `draw_rollout_noise`.
         exit_step: where every chunk of it stops denoising, int32 [] in 0 … T − 1.
-        score_noise: of the scores, or of the critic's flow matching, [B, N, H, W, C].
+        score_noise: of the scores, or of the critic's flow matching, of all frames that these see, [B, N, H, W, C].
         sigma: their noise level, one per sample [B].
+        start: where in a longer rollout its scored part begins; None is a rollout that is scored whole.
     """
 
     # Of the rollout.
@@ -102,49 +106,92 @@ class Draws:
     score_noise: jax.Array
     sigma: jax.Array
 
+    # Of what lies before it.
+    start: Start | None = None
+
 
 def draw_update(
-    key: jax.Array, batch: int, config: DistillConfig, stream: StreamConfig, latent_shape: tuple[int, int, int]
+    key: jax.Array,
+    batch: int,
+    config: DistillConfig,
+    stream: StreamConfig,
+    latent_shape: tuple[int, int, int],
+    part: Part | None = None,
+    chunk: jax.Array | None = None,
+    rollout_key: jax.Array | None = None,
 ) -> Draws:
     """What an update with this key draws for `batch` samples: one exit step for all, noise and level for each.
 
-    latent_shape: (H, W, C).
+    Args:
+        latent_shape: (H, W, C).
+        part: of the rollout that is scored, static; None is all of it.
+        chunk: number of the part's first chunk, int32 [].
+        rollout_key: of the update that the rollout began with; None is this one.
     """
-    rollout_key, noise_key, level_key = jax.random.split(key, 3)
-    exit_key, chunk_key = jax.random.split(rollout_key)
-    keys = jax.random.split(chunk_key, batch)
-    shape = (batch, config.rollout_frames, *latent_shape)
+    own_key, noise_key, level_key = jax.random.split(key, 3)
+    begun_key = own_key if rollout_key is None else jax.random.split(rollout_key, 3)[0]
+    keys = jax.random.split(jax.random.split(begun_key)[1], batch)
+    sigma = score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config)  # of u in (0, 1]
+    shape = (batch, config.clip_frames, *latent_shape)
+    if part is None:
+        noise, start = draw_rollout_noise(keys, stream, latent_shape, num_chunks(config.rollout_frames, stream)), None
+    else:
+        noise = draw_rollout_noise(keys, stream, latent_shape, part.chunks, chunk)
+        start = Start(chunk, None if part.goes_on else keys, part)
     return Draws(
-        noise=draw_rollout_noise(keys, stream, latent_shape, num_chunks(config.rollout_frames, stream)),
-        exit_step=jax.random.randint(exit_key, (), 0, len(stream.sigmas)),
+        noise=noise,
+        exit_step=jax.random.randint(jax.random.split(own_key)[0], (), 0, len(stream.sigmas)),
         score_noise=constrain(draw_normal(noise_key, shape), "batch"),
-        sigma=score_sigma(1.0 - jax.random.uniform(level_key, (batch,)), config),  # of u in (0, 1]
+        # Computed apart from what it is used in: the network is told 1000 σ, and a program that joins the two products
+        # tells it another last bit, in which a step would then differ with its mesh and its micro-batches.
+        sigma=jax.lax.optimization_barrier(sigma),
+        start=start,
     )
 
 
-def _rollout_for(student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig) -> Rollout:
-    student_text = jax.lax.stop_gradient(student.text_keys_values(text))
-    return self_rollout(student, student_text, draws.noise, draws.exit_step, stream)
-
-
 def critic_gradients(
-    critic: DiT, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig
-) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
+    critic: Any, student: DiT, text: jax.Array, draws: Draws, stream: StreamConfig, base: DiT | None = None
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """The critic's gradients: flow matching on a fresh rollout of the student.
 
     Args:
+        critic, base: what is trained of it, and what is not, see `adapters.join`.
         text: embeddings [B, T, text_dim].
 
     Returns:
-        The gradients, the rollout's content latents [B, N, H, W, C], and `loss`.
+        The gradients, the content latents that are scored [B, N, H, W, C], and `loss`.
     """
-    latents = rollout_latents(_rollout_for(student, text, draws, stream), stream)
-    loss, gradients = jax.value_and_grad(flow_loss)(critic, latents, draws.score_noise, draws.sigma, text)
-    return gradients, latents, {"loss": loss}
+    return _critic_gradients(critic, student, text, draws, stream, None, base)[:3]
+
+
+def _critic_gradients(
+    critic: Any,
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    stream: StreamConfig,
+    carried: CarriedRollout | None,
+    base: DiT | None,
+) -> tuple[Any, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
+    """`critic_gradients` of a rollout that may go on, and what the next update goes on from."""
+    record, clip, after = roll_out_part(student, text, draws.noise, draws.exit_step, stream, draws.start, carried)
+    seen = clip.shape[1] - record_frames(record, stream)
+
+    def loss_function(trained):
+        return flow_loss(join(trained, base), clip, draws.score_noise, draws.sigma, text, first_frame=seen)
+
+    loss, gradients = jax.value_and_grad(loss_function)(critic)
+    return gradients, clip, {"loss": loss}, after
 
 
 def critic_step(
-    state: TrainState, student: DiT, text: jax.Array, draws: Draws, config: DistillConfig, stream: StreamConfig
+    state: TrainState,
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the critic.
 
@@ -153,26 +200,55 @@ def critic_step(
         student: its weights are not changed.
         text: embeddings [B, T, text_dim].
         draws: of this update.
+        base: the frozen weights that the state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
+    (state, _), metrics = critic_segment_step((state, None), student, text, draws, config, stream, base)
+    return state, metrics
 
-    def of_part(part: tuple[jax.Array, Draws]):
-        gradients, _, scalars = critic_gradients(state.params, student, *part, stream)
-        return gradients, scalars
 
-    gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)
+def critic_segment_step(
+    states: tuple[TrainState, CarriedRollout | None],
+    student: DiT,
+    text: jax.Array,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+    base: DiT | None = None,
+) -> tuple[tuple[TrainState, CarriedRollout | None], dict[str, jax.Array]]:
+    """`critic_step` on the next segment of a rollout.
+
+    Args:
+        states: the critic's, and the rollout as the update before left it, which is not looked at where another begins.
+
+    Returns:
+        Both as this update leaves them, and the scalars.
+    """
+    state, carried = states
+
+    def of_part(part: tuple[jax.Array, Draws, CarriedRollout | None]):
+        text, draws, carried = part
+        gradients, _, scalars, after = _critic_gradients(state.params, student, text, draws, stream, carried, base)
+        return (gradients, scalars), after
+
+    given = text, draws, carried
+    (gradients, scalars), after = accumulate_and_keep(of_part, given, config.accumulate, _micro_updates, join_carried)
     state, metrics = apply_gradients(state, gradients, config.critic)
-    return state, {**scalars, **metrics}
+    return (state, after), {**scalars, **metrics}
 
 
-def _micro_updates(batch: tuple[jax.Array, Draws], count: int) -> tuple[jax.Array, Draws]:
-    """Prompts and draws of micro-batches, stacked: one exit step for all."""
-    text, draws = batch
+def _micro_updates(batch: tuple[jax.Array, Draws, CarriedRollout | None], count: int) -> Any:
+    """Prompts, draws and carried rollouts of micro-batches, stacked: one exit step and one place for all."""
+    text, draws, carried = batch
     of_each = micro_batches((draws.score_noise, draws.sigma), count)
-    exit_steps = jnp.broadcast_to(draws.exit_step, (count,))
-    return micro_batches(text, count), Draws(micro_batches(draws.noise, count, axis=2), exit_steps, *of_each)
+    exit_steps, start = jnp.broadcast_to(draws.exit_step, (count,)), draws.start
+    if start is not None:
+        chunks = jnp.broadcast_to(start.chunk, (count,))
+        start = Start(chunks, micro_batches(start.keys, count), start.part)
+    noise = micro_batches(draws.noise, count, axis=2)
+    return micro_batches(text, count), Draws(noise, exit_steps, *of_each, start), split_carried(carried, count)
 
 
 def student_gradients(
@@ -192,14 +268,15 @@ def student_gradients(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
 
     Returns:
-        The gradients, the rollout's content latents [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|).
+        The gradients, the clip that was scored [B, N, H, W, C], and `loss` and `dmd_gradient_norm` (mean |g|; NaN
+        if a score is not finite, whose gradient is zero where it is NaN).
     """
     null = teacher.text_keys_values(null_text)
-    return _student_gradients(student, critic, teacher, text, null, draws, config, stream)
+    return _student_gradients(student, critic, teacher, text, null, draws, config, stream, None, None)[:3]
 
 
 def _student_gradients(
-    student: DiT,
+    student: Any,
     critic: DiT,
     teacher: DiT,
     text: jax.Array,
@@ -207,11 +284,17 @@ def _student_gradients(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
-) -> tuple[DiT, jax.Array, dict[str, jax.Array]]:
-    """`student_gradients` with the teacher's keys and values of the negative prompt."""
-    record = _rollout_for(student, text, draws, stream)
-    latents, sigma = rollout_latents(record, stream), draws.sigma
-    noisy = add_noise(latents, draws.score_noise, jnp.broadcast_to(sigma[:, None], latents.shape[:2]))
+    base: DiT | None,
+    carried: CarriedRollout | None,
+) -> tuple[Any, jax.Array, dict[str, jax.Array], CarriedRollout | None]:
+    """`student_gradients` with the teacher's keys and values of the negative prompt, of a rollout that may go on.
+
+    base: see `adapters.join`.
+    """
+    network = join(student, base)
+    record, clip, after = roll_out_part(network, text, draws.noise, draws.exit_step, stream, draws.start, carried)
+    sigma, frames = draws.sigma, record_frames(record, stream)
+    noisy = add_noise(clip, draws.score_noise, jnp.broadcast_to(sigma[:, None], clip.shape[:2]))
     clean_fake = clean_estimate(critic, noisy, sigma, text)
     clean_real = guided_pass(
         lambda text: _estimate(teacher, noisy, sigma, text),
@@ -219,15 +302,23 @@ def _student_gradients(
         null_text,
         config.guidance_scale,
     )
-    gradient = dmd_gradient(latents, clean_fake, clean_real)
+    gradient = dmd_gradient(clip, clean_fake, clean_real)[:, clip.shape[1] - frames :]
     weights = horizon_weights(config.rollout_frames, config.horizon_alpha, config.horizon_normalize)
+    if draws.start is not None:
+        first_frame = draws.start.chunk * stream.chunk_frames
+        weights = jax.lax.dynamic_slice_in_dim(jnp.asarray(weights), first_frame, frames)
 
-    def loss_function(params):
-        x = gradient_pass(params, params.text_keys_values(text), record, stream, config.cache_gradient)
+    def loss_function(trained):
+        network = join(trained, base)
+        how = config.cache_gradient, config.cache_gradient_chunks
+        x = gradient_pass(network, network.text_keys_values(text), record, stream, *how)
         return dmd_loss(x, gradient, weights)
 
     loss, gradients = jax.value_and_grad(loss_function)(student)
-    return gradients, latents, {"loss": loss, "dmd_gradient_norm": jnp.abs(gradient).mean()}
+    # A score that is NaN moves nothing, and its loss is zero: without this, a run would go on and learn nothing of it.
+    finite = jnp.isfinite(clean_fake).all() & jnp.isfinite(clean_real).all()
+    norm = jnp.where(finite, jnp.abs(gradient).mean(), jnp.nan)
+    return gradients, clip, {"loss": loss, "dmd_gradient_norm": norm}, after
 
 
 def student_step(
@@ -240,6 +331,7 @@ def student_step(
     draws: Draws,
     config: DistillConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student.
 
@@ -249,20 +341,42 @@ def student_step(
         text, null_text: embeddings of the prompts [B, T, text_dim] and of the negative prompt [1, T, text_dim].
         iteration: of the stage, int32 [].
         draws: of this update.
+        base: the frozen weights that the student's state has adapters of, see `adapters.join`.
 
     Returns:
-        The new state, and `loss`, `dmd_gradient_norm` (mean |g|) and `gradient_norm`.
+        The new state, and `loss`, `dmd_gradient_norm` (see `student_gradients`) and `gradient_norm`.
     """
+    networks = (state, None), critic, teacher
+    (state, _), metrics = student_segment_step(*networks, text, null_text, iteration, draws, config, stream, base)
+    return state, metrics
+
+
+def student_segment_step(
+    states: tuple[TrainState, CarriedRollout | None],
+    critic: DiT,
+    teacher: DiT,
+    text: jax.Array,
+    null_text: jax.Array,
+    iteration: jax.Array,
+    draws: Draws,
+    config: DistillConfig,
+    stream: StreamConfig,
+    base: DiT | None = None,
+) -> tuple[tuple[TrainState, CarriedRollout | None], dict[str, jax.Array]]:
+    """`student_step` on the next segment of a rollout; `states` as in `critic_segment_step`."""
+    state, carried = states
     null = teacher.text_keys_values(null_text)
 
-    def of_part(part: tuple[jax.Array, Draws]):
-        text, draws = part
-        gradients, _, scalars = _student_gradients(state.params, critic, teacher, text, null, draws, config, stream)
-        return gradients, scalars
+    def of_part(part: tuple[jax.Array, Draws, CarriedRollout | None]):
+        text, draws, carried = part
+        networks = state.params, critic, teacher
+        gradients, _, scalars, after = _student_gradients(*networks, text, null, draws, config, stream, base, carried)
+        return (gradients, scalars), after
 
-    gradients, scalars = accumulate(of_part, (text, draws), config.accumulate, _micro_updates)
+    given = text, draws, carried
+    (gradients, scalars), after = accumulate_and_keep(of_part, given, config.accumulate, _micro_updates, join_carried)
     state, metrics = apply_student_gradients(state, gradients, iteration, config)
-    return state, {**scalars, **metrics}
+    return (state, after), {**scalars, **metrics}
 
 
 def apply_student_gradients(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adastate_jax.config.run import Config
+from adastate_jax.models.adapters import Adapters, LoRAConfig, create_adapters
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.patch_codec import PatchCodec
 from adastate_jax.models.text import ByteTokenizer, TextEncoder, encode_tokens
@@ -31,9 +32,20 @@ def abstract_network(network: DiTConfig) -> DiT:
     return jax.eval_shape(lambda: DiT(network, rngs=nnx.Rngs(0)))
 
 
+def abstract_adapters(network: DiTConfig, lora: LoRAConfig) -> Adapters:
+    """The shapes of a transformer's adapters."""
+    return jax.eval_shape(lambda: create_adapters(network, lora, jax.random.key(0)))
+
+
+def student_sizes(config: Config) -> DiTConfig:
+    """The student as it generates: whole, also where adapters were trained of one in eight bits."""
+    network = config.network("student")
+    return dataclasses.replace(network, quantization="") if config.student.lora.rank else network
+
+
 def abstract_dit(config: Config) -> DiT:
-    """The student's shapes, without weights."""
-    return abstract_network(config.network("student"))
+    """The shapes of the student that generates, without weights."""
+    return abstract_network(student_sizes(config))
 
 
 def abstract_frozen(config: Config) -> Frozen:

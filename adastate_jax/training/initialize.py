@@ -3,6 +3,7 @@ block-causal mask, or chunk after chunk against a stream's cache."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from adastate_jax.config.stages import InitializeConfig, stream_of_clips
 from adastate_jax.diffusion import MAX_TIMESTEP, add_noise, draw_normal, flow_to_clean
+from adastate_jax.models.adapters import join
 from adastate_jax.models.attention import KeyValues, attend_block_causal
 from adastate_jax.models.dit import DiT
 from adastate_jax.sharding import constrain
@@ -108,6 +110,13 @@ def _twice(keys_values: KeyValues | None) -> KeyValues | None:
 def teacher_forced_pass(
     model: DiT, latents: jax.Array, sigma: jax.Array, text: jax.Array, stream: StreamConfig, clean: jax.Array
 ) -> jax.Array:
+    """`teacher_forced_flow` as clean estimates x̂_0 of the noisy clip [B, N, H, W, C]."""
+    return flow_to_clean(teacher_forced_flow(model, latents, sigma, text, stream, clean), latents, sigma)
+
+
+def teacher_forced_flow(
+    model: DiT, latents: jax.Array, sigma: jax.Array, text: jax.Array, stream: StreamConfig, clean: jax.Array
+) -> jax.Array:
     """All chunks one after another, each against the cache that the stream would hold after the clean ones before it.
 
     A static anchor stands for a hidden state. Gradients reach the clean frames' keys and values. Without an anchor it
@@ -121,7 +130,7 @@ def teacher_forced_pass(
         clean: clean copy of the clip.
 
     Returns:
-        Clean estimates x̂_0 of the noisy clip [B, N, H, W, C].
+        Flow of the noisy clip [B, N, H, W, C].
 
     Raises:
         ValueError: see `stream_of_clips`.
@@ -137,13 +146,37 @@ def teacher_forced_pass(
 
     def step(cache: cache_lib.Cache, chunk: tuple[jax.Array, jax.Array], phase: Phase):
         layout = layout_of(phase, stream)
-        context = read_context(model.config, cache, stream, layout, chunk[0])
-        estimate, fresh = denoise(model, *chunk, text_keys_values, layout, _twice(context))
+        live, level = chunk
+        context = _twice(read_context(model.config, cache, stream, layout, live))
+        flow, fresh = model(live, MAX_TIMESTEP * level, text_keys_values, layout.live, None, context)
         fresh = jax.tree.map(lambda x: x[:, 1::2], fresh)
-        return cache_lib.advance(cache, anchor, layout, fresh, phase.first_frame), estimate[::2]
+        return cache_lib.advance(cache, anchor, layout, fresh, phase.first_frame), flow[::2]
 
-    estimates = _chunk_after_chunk(step, cache, (jnp.moveaxis(both, 1, 0), jnp.moveaxis(levels, 1, 0)), stream)
-    return jnp.moveaxis(estimates, 0, 1).reshape(latents.shape)
+    flows = _chunk_after_chunk(step, cache, (jnp.moveaxis(both, 1, 0), jnp.moveaxis(levels, 1, 0)), stream)
+    return jnp.moveaxis(flows, 0, 1).reshape(latents.shape)
+
+
+def causal_flow(
+    model: DiT,
+    latents: jax.Array,
+    sigma: jax.Array,
+    text: jax.Array,
+    clean: jax.Array,
+    context: str,
+    stream: StreamConfig,
+) -> jax.Array:
+    """Flow of all chunks of a noisy clip [B, N, H, W, C], each seeing of the earlier ones what `context` says.
+
+    Args:
+        latents, clean: the clip with noise and without, [B, N, H, W, C].
+        sigma: noise level per frame [B, N].
+        text: embeddings [B, T, text_dim].
+        context: of `InitializeConfig`, but for `state`.
+    """
+    if context == "stream":
+        return teacher_forced_flow(model, latents, sigma, text, stream, clean)
+    shown = clean if context == "clean" else None
+    return block_causal_pass(model, latents, sigma, text, stream.chunk_frames, stream.past_frames, shown)
 
 
 def _chunk_after_chunk(
@@ -220,6 +253,7 @@ def initialize_step(
     key: jax.Array,
     config: InitializeConfig,
     stream: StreamConfig,
+    base: DiT | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the student: every chunk, at a step of its own, predicts the trajectory's end; `state`: at each.
 
@@ -227,19 +261,20 @@ def initialize_step(
         trajectory: kept states [B, T + 1, N, H, W, C], at the student's T levels, then clean.
         text: embeddings [B, T, text_dim].
         key: of this step.
+        base: the frozen weights that the state has adapters of, see `adapters.join`.
 
     Returns:
         The new state, and `loss` and `gradient_norm`.
     """
     draw, predict, axis = (
-        (_draw_state_noise, _predict_at_each_level, 2)
+        (_draw_noise_of_trajectory, _predict_at_each_level, 2)
         if config.context == "state"
         else (_draw_levels, _predict_at_one_level, 0)
     )
 
     def gradients_of(part: tuple[jax.Array, jax.Array, jax.Array]):
         def loss_function(params):
-            estimate, clean = predict(params, *part, config, stream)
+            estimate, clean = predict(join(params, base), *part, config, stream)
             return jnp.square(estimate - clean).mean()
 
         return jax.value_and_grad(loss_function)(state.params)
@@ -251,7 +286,19 @@ def initialize_step(
     loss, gradients = accumulate(
         gradients_of, (trajectory, text, draw(key, trajectory, stream)), config.accumulate, split
     )
-    state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
+    return apply_update(state, loss, gradients, config)
+
+
+def apply_update(
+    state: TrainState, loss: jax.Array, gradients: Any, config: InitializeConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The optimizer's step, and the average: the student itself before step `ema_start`.
+
+    Returns:
+        The new state, and `loss` and `gradient_norm`.
+    """
+    decay = jnp.where(state.step >= config.ema_start, config.ema_decay, 0.0) if config.ema_start else config.ema_decay
+    state, metrics = apply_gradients(state, gradients, config.optimizer, decay)
     return state, {"loss": loss, **metrics}
 
 
@@ -262,12 +309,15 @@ def _draw_levels(key: jax.Array, trajectory: jax.Array, stream: StreamConfig) ->
     return constrain(jnp.repeat(step, stream.chunk_frames, axis=1), "batch")
 
 
-def _draw_state_noise(key: jax.Array, trajectory: jax.Array, stream: StreamConfig) -> jax.Array:
-    """Noise of the hidden state, of each chunk and level [K, T, B, F_s, H, W, C]."""
-    batch, kept, frames, *latent_shape = trajectory.shape
-    chunks = frames // stream.chunk_frames
-    noise = draw_normal(key, (chunks, kept - 1, batch, stream.anchor.state_frames, *latent_shape))
-    return constrain(noise, None, None, "batch")
+def _draw_noise_of_trajectory(key: jax.Array, trajectory: jax.Array, stream: StreamConfig) -> jax.Array:
+    return draw_state_noise(key, trajectory[:, -1], stream)
+
+
+def draw_state_noise(key: jax.Array, clips: jax.Array, stream: StreamConfig) -> jax.Array:
+    """Noise of the hidden state beside clips [B, N, H, W, C], of each chunk and level [K, T, B, F_s, H, W, C]."""
+    batch, frames, *latent_shape = clips.shape
+    shape = (frames // stream.chunk_frames, len(stream.sigmas), batch, stream.anchor.state_frames, *latent_shape)
+    return constrain(draw_normal(key, shape), None, None, "batch")
 
 
 def _predict_at_one_level(
@@ -277,10 +327,7 @@ def _predict_at_one_level(
     clean = trajectory[:, -1]
     noisy = jnp.take_along_axis(trajectory, step[:, None, :, None, None, None], axis=1)[:, 0]
     sigma = jnp.asarray(stream.sigmas, jnp.float32)[step]
-    if config.context == "stream":
-        return teacher_forced_pass(model, noisy, sigma, text, stream, clean), clean
-    context = clean if config.context == "clean" else None
-    flow = block_causal_pass(model, noisy, sigma, text, stream.chunk_frames, stream.past_frames, context)
+    flow = causal_flow(model, noisy, sigma, text, clean, config.context, stream)
     return flow_to_clean(flow, noisy, sigma), clean
 
 

@@ -16,6 +16,8 @@ from adastate_jax.checkpoint import Checkpoints
 from adastate_jax.console import progress
 from adastate_jax.errors import UserError
 from adastate_jax.training.metrics import Metrics
+from adastate_jax.training.profile import Profile
+from adastate_jax.training.spans import is_busy
 
 
 def run_stage(
@@ -30,6 +32,7 @@ def run_stage(
     log_every: int,
     save_every: int,
     compiling: Callable[[int], bool],
+    profile: Profile | None = None,
 ) -> Any:
     """Runs a training stage from its newest checkpoint to its last step.
 
@@ -40,7 +43,9 @@ def run_stage(
         step_function: (state, batch, step) → (state, scalars on the device); may donate the state.
         batches: first step → iterator of (step, batch).
         steps: of the stage in all.
+        metrics: also told where the time goes.
         compiling: whether the call at a step compiles, for the display; asked once per step, in order.
+        profile: which steps are traced.
 
     Returns:
         The state after the last step, which is also the newest checkpoint.
@@ -52,12 +57,18 @@ def run_stage(
     """
     first = distributed.from_first(lambda: checkpoints.latest) or 0
     state = checkpoints.load(like) if first else create()
+    jax.block_until_ready(state)
     metrics.rewind(name, first)
+    spans = metrics.spans
+    spans.lap("start")
+    if profile is not None:
+        profile.begin(name, first)
     pending: list[tuple[int, Mapping[str, jax.Array]]] = []
 
     def flush() -> dict[str, float]:
         records = [(step, {key: float(value) for key, value in scalars.items()}) for step, scalars in pending]
         pending.clear()
+        spans.lap("step")
         for step, scalars in records:
             for key, value in scalars.items():
                 if not math.isfinite(value):
@@ -76,16 +87,23 @@ def run_stage(
         progress(name, steps, first) as bar,
         contextlib.ExitStack() as unsaved,
     ):
-        stop = None
+        stop, scalars = None, {}
         for step, batch in stream:
+            spans.lap("step" if is_busy(scalars) else "data")
+            if profile is not None:
+                profile.before(name, step, scalars, spans)
             if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
                 lockstep.untimed()
             state, scalars = step_function(state, batch, step)
             pending.append((step, scalars))
             if compiles:
+                spans.lap("compile")
                 jax.block_until_ready(scalars)
                 bar.set_description(name)
+            if profile is not None:
+                profile.after(name, step, scalars, spans)
+            spans.lap("step")
             bar.update(1)
             stop = stop or unsaved.enter_context(interrupts.deferred("stopping as soon as all is saved"))
             done = step + 1
@@ -98,8 +116,11 @@ def run_stage(
                 if pending:
                     flush()  # a state is saved only after every loss before it was seen to be finite
                 checkpoints.save(done, state)
+                spans.lap("save")
             if done == steps or stops:
                 checkpoints.wait()
+                spans.lap("save")
+                metrics.close(name, step)
                 break  # leaving `unsaved` raises `Stopped` if that was asked for
     checkpoints.wait()
     return state

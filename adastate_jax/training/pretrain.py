@@ -13,7 +13,13 @@ from adastate_jax.training.state import TrainState, apply_gradients
 
 
 def flow_loss(
-    model: DiT, latents: jax.Array, noise: jax.Array, sigma: jax.Array, text: jax.Array, weight: jax.Array | float = 1.0
+    model: DiT,
+    latents: jax.Array,
+    noise: jax.Array,
+    sigma: jax.Array,
+    text: jax.Array,
+    weight: jax.Array | float = 1.0,
+    first_frame: int = 0,
 ) -> jax.Array:
     """Flow-matching loss of a bidirectional pass: mean of weight · ‖v − (ε − x_0)‖² over everything.
 
@@ -22,6 +28,7 @@ def flow_loss(
         sigma: noise level of each sample [B].
         text: embeddings [B, T, text_dim].
         weight: per sample [B], or one number.
+        first_frame: frames before it are seen, and are not in the loss.
     """
     sigma = jnp.broadcast_to(sigma[:, None], latents.shape[:2])
     flow, _ = model(
@@ -30,7 +37,7 @@ def flow_loss(
         model.text_keys_values(text),
         np.arange(latents.shape[1]),
     )
-    error = jnp.square(flow - (noise - latents.astype(jnp.float32))).mean(axis=(1, 2, 3, 4))
+    error = jnp.square(flow - (noise - latents.astype(jnp.float32)))[:, first_frame:].mean(axis=(1, 2, 3, 4))
     return (weight * error).mean()
 
 
@@ -56,16 +63,17 @@ def pretrain_step(
 
     def gradients_of(part: tuple[jax.Array, ...]):
         sigma = part[2]
-        return jax.value_and_grad(flow_loss)(state.params, *part, _level_weight(sigma, config))
+        return jax.value_and_grad(flow_loss)(state.params, *part, level_weight(sigma, config.weighting, config.shift))
 
     loss, gradients = accumulate(gradients_of, (latents, noise, sigma, text), config.accumulate)
     state, metrics = apply_gradients(state, gradients, config.optimizer, config.ema_decay)
     return state, {"loss": loss, **metrics}
 
 
-def _level_weight(sigma: jax.Array, config: PretrainConfig) -> jax.Array | float:
-    if config.weighting == "bell":
-        return training_weight(MAX_TIMESTEP * sigma, config.shift)
-    if config.weighting == "clean":
+def level_weight(sigma: jax.Array, weighting: str, shift: float) -> jax.Array | float:
+    """Loss weight of noise levels of any shape, see `PretrainConfig.weighting`."""
+    if weighting == "bell":
+        return training_weight(MAX_TIMESTEP * sigma, shift)
+    if weighting == "clean":
         return jnp.minimum(1.0, jnp.square(sigma / 0.3))
     return 1.0

@@ -12,8 +12,9 @@ import numpy as np
 
 from adastate_jax.models.attention import concatenate
 from adastate_jax.models.dit import DiT
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.presets import PRESETS
-from adastate_jax.streaming.prompts import Cue, Schedule, schedule
+from adastate_jax.streaming.prompts import Schedule, schedule
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.verification import witness
 from adastate_jax.verification.record import (

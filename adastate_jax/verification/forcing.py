@@ -147,9 +147,9 @@ def causvid(fixture: Fixture) -> Records:
         rollouts, shared = _rollouts(fixture, model, text, codec, stream)
         yield fixture.network(f"{case}.latents", channels_first(rollouts, 3))
         pictures = rollouts[1:, :, :1]
-        yield fixture.codec(f"{case}.image_latents", channels_first(pictures, 3))
+        yield fixture.decoded(f"{case}.image_latents", channels_first(pictures, 3))
         if case == "four_step":
-            yield fixture.codec(f"{case}.shared_frames", channels_first(shared, 2))
+            yield fixture.decoded(f"{case}.shared_frames", channels_first(shared, 2))
 
 
 def _causvid_stream(case: str, options: Mapping[str, Any]) -> StreamConfig:

@@ -61,6 +61,7 @@ def wan_dit_diffusers(fixture: Fixture) -> Records:
         cross_attn_norm=theirs["cross_attn_norm"],
         dtype=fixture.settings.dtype,
         attention=fixture.settings.attention,
+        quantization=fixture.settings.weights,
     )
     official = {dit_name_from_diffusers(name): tensor for name, tensor in tensors.items()}
     yield from _two_inputs(fixture, load_dit(config, official, str(fixture.path)))

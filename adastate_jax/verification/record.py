@@ -13,8 +13,10 @@ from flax import nnx
 
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT, DiTConfig
+from adastate_jax.models.quantized import quantize_network
 from adastate_jax.models.text import TextConfig
 from adastate_jax.models.vae import VAEConfig
+from adastate_jax.sharding import make_mesh
 from adastate_jax.weights.dit import dit_table
 from adastate_jax.weights.safetensors_file import SafeTensors
 from adastate_jax.weights.slots import load_official
@@ -25,6 +27,8 @@ ARITHMETIC_TOLERANCE = 1e-6  # of the largest magnitude expected
 # 0.027 and the text encoder, whose logits are not divided by √head_dim, 0.052.
 BFLOAT16_TOLERANCE = 0.03
 BFLOAT16_CODEC_TOLERANCE = 0.1
+# The same of the transformer with weights in eight bits, and of what is decoded of it; rollouts reach 0.02 and 0.12.
+EIGHT_BIT_TOLERANCES = {"int8": 0.04, "float8": 0.2}
 
 
 class BrokenFixtureError(Exception):
@@ -33,10 +37,11 @@ class BrokenFixtureError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the networks run: compute dtype, and a backend of `models/attention.py`."""
+    """How the networks run: compute dtype, a backend of `models/attention.py`, and the transformer's quantization."""
 
     dtype: str = "float32"
     attention: str = "xla"
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +140,17 @@ class Fixture(Mapping[str, np.ndarray]):
 
     def network(self, name: str, actual: Any) -> Check:
         """A check of `out.{name}`, from the transformer."""
+        if self.settings.weights:
+            return self.group(name, {name: actual}, EIGHT_BIT_TOLERANCES[self.settings.weights], relative=True)
         return self.networks(name, {name: actual})
 
     def codec(self, name: str, actual: Any) -> Check:
         """A check of `out.{name}`, from the text encoder or a video autoencoder."""
         return self.networks(name, {name: actual}, BFLOAT16_CODEC_TOLERANCE)
+
+    def decoded(self, name: str, actual: Any) -> Check:
+        """A check of `out.{name}`, that a video autoencoder makes of what the transformer generates."""
+        return self.network(name, actual) if self.settings.weights else self.codec(name, actual)
 
     def arithmetic(self, name: str, actual: Any) -> Check:
         """A check of `out.{name}` at the tolerance of schedules and losses, which run in float32 whatever the dtype."""
@@ -205,6 +216,7 @@ def dit_config(config: Mapping[str, Any], settings: Settings = Settings()) -> Di
         cross_attn_norm=config["cross_attn_norm"],
         dtype=settings.dtype,
         attention=settings.attention,
+        quantization=settings.weights,
     )
 
 
@@ -244,8 +256,10 @@ def abstract(network: Callable[..., Any], config: Any, **options: Any) -> Any:
 
 
 def load_dit(config: DiTConfig, tensors: Mapping[str, np.ndarray], source: str) -> DiT:
-    """The transformer with these official weights."""
-    return load_official(abstract(DiT, config), dit_table(config), tensors, source)
+    """The transformer with these official weights, quantised if its configuration says so."""
+    plain = dataclasses.replace(config, quantization="")
+    network = load_official(abstract(DiT, plain), dit_table(plain), tensors, source)
+    return quantize_network(network, config.quantization, make_mesh()) if config.quantization else network
 
 
 def channels_last(latents: np.ndarray, axis: int) -> np.ndarray:

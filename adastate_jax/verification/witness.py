@@ -16,9 +16,10 @@ from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import Chunk, ChunkNoise, RolloutCarry, initial_carry, seed_keys
 from adastate_jax.streaming.continuation import given_chunk
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.layout import Layout
 from adastate_jax.streaming.prompted import read_again
-from adastate_jax.streaming.prompts import Cue, Plan, Schedule
+from adastate_jax.streaming.prompts import Plan, Schedule
 from adastate_jax.streaming.rollout import rollout_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of
 from adastate_jax.verification.record import compiled

@@ -1,4 +1,5 @@
-"""Adapters: finds what a file changes, under the names of every tool, and adds it to the weights it belongs to.
+"""Adapters in files: finds what one changes, under the names of every tool, and adds it to the weights it belongs to;
+and writes one that these tools read.
 
 A change is a pair of factors (LoRA), or a whole difference of a weight, a bias, a norm's gain or a modulation, as
 adapters have that were extracted from a distilled model (`.diff`, `.diff_b`, `.diff_m`).
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from adastate_jax.errors import UserError, shortlist, shown
+from adastate_jax.models.adapters import Adapters
+from adastate_jax.models.dit import DiTConfig
 from adastate_jax.texts import parse_json
 from adastate_jax.weights.identify import Network
 from adastate_jax.weights.kinds import KINDS
@@ -157,6 +160,34 @@ def merge_lora(network: Network, path: str | Path, alpha: float | None = None, s
         add(target, module, _difference(path, f"{module}'s {leaf}", tensor, strength, network.tensors[target]))
     merged = {target: MergedTensor(network.tensors[target], tuple(found)) for target, found in changes.items()}
     return dataclasses.replace(network, tensors={**network.tensors, **merged})
+
+
+# What tools that read a set of names want in front of each.
+_PUBLISHED_PREFIX = {"official": "diffusion_model", "diffusers": "transformer"}
+
+
+def published_factors(adapters: Adapters, config: DiTConfig, names: str) -> dict[str, np.ndarray]:
+    """A transformer's adapters under published names: `….lora_A.weight` and `….lora_B.weight` of every layer, float32.
+
+    The scale is in the second factor, so that alpha is the rank, for which no file needs to say anything.
+
+    Args:
+        names: `official` (as ComfyUI reads them) or `diffusers`.
+    """
+    kind, found = KINDS["transformer"], {}
+    for official, slot in kind.slots(config).items():
+        adapter = adapters.get(slot.entry.path.removesuffix("/kernel")) if slot.entry.path.endswith("/kernel") else None
+        if adapter is None:
+            continue
+        down, up = (np.asarray(x if slot.layer is None else x[slot.layer]) for x in (adapter.down, adapter.up))
+        module = kind.namings[names].from_official(official, config).removesuffix(".weight")
+        first = np.ascontiguousarray(slot.entry.to_official(down))
+        second = np.float32(adapter.scale) * up.T
+        found[f"{_PUBLISHED_PREFIX[names]}.{module}.lora_A.weight"] = first
+        found[f"{_PUBLISHED_PREFIX[names]}.{module}.lora_B.weight"] = second.reshape(
+            *second.shape, *(1,) * (first.ndim - 2)
+        )
+    return found
 
 
 def _base_names(network: Network) -> dict[str, str]:

@@ -51,16 +51,23 @@ def load_part(folder: Path, kind: str, config: Any, mesh: jax.sharding.Mesh | No
         UserError: it is missing or damaged, or it has other sizes.
     """
     path = _part_folder(folder, kind)
-    settings = {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
-    network = load_converted(path, kind, mesh, **settings)
+    network = load_converted(path, kind, mesh, **_settings(config))
     if sizes:
         _refuse_unlike(path, kind, network.config, config)
     return network
 
 
-def part_config(folder: Path, kind: str) -> Any:
-    """The configuration of a network of the folder, whose weights stay unread; raises UserError if it is missing."""
-    return converted_config(_part_folder(folder, kind), kind)
+def part_config(folder: Path, kind: str, config: Any = None) -> Any:
+    """The configuration of a network of the folder, whose weights stay unread; raises UserError if it is missing.
+
+    config: dtypes and other settings that it would be loaded with; None is as it was converted.
+    """
+    found = converted_config(_part_folder(folder, kind), kind)
+    return found if config is None else dataclasses.replace(found, **_settings(config))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _FREE_FIELDS if hasattr(config, name)}
 
 
 def refuse_other_sizes(folder: Path, kind: str, config: Any) -> None:

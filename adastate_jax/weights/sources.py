@@ -78,8 +78,7 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
     elif file.suffix in TORCH_SUFFIXES:
         tensors, taken = _select_part(load_torch_file(file), part, file)
     else:
-        endings = ", ".join((".safetensors", *TORCH_SUFFIXES))
-        raise UserError(f"{path}: unknown kind of file; known are folders and files that end in {endings}")
+        raise _unknown_kind(path)
     tokenizer = tokenizer_of(tensors)
     tensors, packed = unpacked(tensors, "" if taken else part, path)
     taken = taken or packed
@@ -89,6 +88,17 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
         raise UserError(f"{path}: holds no tensors")
     settings = _read_settings(file.parent / config_name)
     return Source(path, _unwrapped(tensors, path), settings, header, taken, metadata, tokenizer)
+
+
+def refuse_unknown_kind(path: Path) -> None:
+    """Raises UserError for a file of which its name says that `open_source` cannot open it."""
+    if path.is_file() and not path.name.endswith((".index.json", ".safetensors", *TORCH_SUFFIXES)):
+        raise _unknown_kind(path)
+
+
+def _unknown_kind(path: Path) -> UserError:
+    endings = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    return UserError(f"{path}: unknown kind of file; known are folders and files that end in {endings}")
 
 
 def _single_checkpoint(folder: Path) -> Path:

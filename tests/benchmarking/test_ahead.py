@@ -164,6 +164,10 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--compile-for", "v5p-16"], "v5p-16: name a chip and how many, .* v5p-16 has 8 chips: v5p:2x2x2"),
+        (["--compile-for", "v5p-8"], "has 4 chips: v5p:2x2x1"),
+        (["--compile-for", "v5litepod-64"], "has 64 chips: v5e:8x8"),
+        (["--compile-for", "v6e-8"], "has 8 chips: v6e:2x4"),
         (["--compile-for", "v9:1"], "v9:1: name a chip and how many, .* known are v5e, v5p, v6e, h100, h200"),
         (["--compile-for", "v5e"], "v5e: name a chip and how many"),
         (["--compile-for", "h100:0"], "h100:0: name a chip and how many"),
@@ -194,7 +198,7 @@ def test_another_file_is_not_compared_with(text, tmp_path):
 @pytest.mark.parametrize(("name", "extra"), [("v5e:1", r"jax\[tpu\]"), ("h100:1", r"jax\[cuda12\]")])
 def test_what_is_not_installed_is_named(name, extra, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=f'{name}: to compile for it, pip install "{extra}=='):
+    with pytest.raises(UserError, match=f'{name}: to compile for it, .* is not installed: pip install "{extra}=='):
         targets.find_target(name)
 
 

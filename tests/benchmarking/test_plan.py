@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,7 +12,8 @@ from small_targets import CONFIG, HOST, SMALL, here
 
 from adastate_jax import train
 from adastate_jax.benchmarking import plan as planning
-from adastate_jax.benchmarking.plan import COUNTED_SHARE, changes, count, fitting, plan, variants
+from adastate_jax.benchmarking.counting import COUNTED_SHARE, changes, count, fitting, variants
+from adastate_jax.benchmarking.plan import plan
 from adastate_jax.benchmarking.workloads import make_workload
 from adastate_jax.config.files import parse_config
 from adastate_jax.errors import UserError
@@ -56,6 +60,30 @@ def test_more_devices_hold_less_each():
     assert four.flops == one.flops
 
 
+def test_longer_rollouts_are_counted_and_can_be_compiled():
+    """Their record is a part's, not the rollout's; what goes on is counted to the byte; the update can be traced."""
+    config, record = configured(fsdp=4, model=2), "rollout's keys and values"
+    whole, window, segments = (
+        dataclasses.replace(config, distill=dataclasses.replace(config.distill, rollout_frames=15, **fields))
+        for fields in (
+            {},
+            {"scored_frames": 6},
+            {"scored_frames": 6, "continue_rollout": True, "overlap_frames": 3},
+        )
+    )
+    counted = [count("student", each, TEACHER).parts for each in (whole, window, segments)]
+    assert counted[2][record] < counted[1][record] < counted[0][record] / 2
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    workload = make_workload("student", segments, TEACHER, mesh)
+    carried = jax.tree.leaves(workload.arguments[0][1])
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in carried)
+    assert counted[2]["rollout that goes on"] == size
+    with jax.set_mesh(mesh):
+        own, _ = jax.eval_shape(workload.function, *workload.arguments)
+    for made, given in zip(*map(jax.tree.leaves, (own, workload.arguments[0])), strict=True):
+        assert (made.shape, made.dtype) == (given.shape, given.dtype)
+
+
 def test_what_is_computed_again_is_not_kept():
     kept = {}
     for remat in ("none", "block", "attention"):
@@ -81,7 +109,7 @@ def chip(monkeypatch):
 
     def of(memory: float):
         monkeypatch.setattr(planning, "read_target", lambda name: (dataclasses.replace(HOST, memory=memory), [8]))
-        monkeypatch.setattr(planning, "can_compile_for", lambda name: False)
+        monkeypatch.setattr(planning, "missing_compiler", lambda name: "libtpu is not installed")
 
     return of
 
@@ -102,7 +130,7 @@ def test_what_fits_is_left_as_it_is(chip, tmp_path):
     assert (settings.steps, settings.critic_ratio) == (100, 2)
     iterations = 100 * updates["critic"]["seconds"] + 50 * updates["student"]["seconds"]
     assert record["asked"]["device_hours"] == pytest.approx(iterations * 8 / 3600)
-    assert "only counted" in planning.table(record)
+    assert "\ncounted, not compiled: libtpu is not installed\n" in planning.table(record)
 
 
 def test_what_does_not_fit_gets_the_nearest_that_does(chip, tmp_path):
@@ -134,10 +162,22 @@ def test_what_fits_nowhere_is_refused(chip, tmp_path):
     assert "take more chips" in planning.table(record)
 
 
+SIZES = {
+    "peak_bytes": 2**30,
+    "bound_bytes": 2**31,
+    "resident_bytes": 2**30,
+    "argument_bytes": 2**30,
+    "output_bytes": 2**30,
+    "alias_bytes": 3 * 2**28,
+    "temp_bytes": 2**31,
+}
+EXCHANGE = {"kind": "all-reduce", "axes": "fsdp", "instructions": 1, "runs": 2, "bytes": 2e8, "received_bytes": 3e8}
+
+
 def test_the_compilers_word_counts(monkeypatch, tmp_path):
     """What counting would let through is refused where the compiler refuses it; then come variants that hold less."""
     monkeypatch.setattr(planning, "read_target", lambda name: (HOST, [2]))
-    monkeypatch.setattr(planning, "can_compile_for", lambda name: True)
+    monkeypatch.setattr(planning, "missing_compiler", lambda name: None)
     monkeypatch.setattr(planning, "find_target", lambda name: here(2))
     config = configured(batch=2, data=2)
 
@@ -147,8 +187,7 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
         def describe(workload, target, cache):
             asked.append((workload.name, dict(workload.mesh.shape)))
             if workload.mesh.shape in fitting_meshes:
-                sizes = {"peak_bytes": 2**30, "bound_bytes": 2**31, "resident_bytes": 2**30}
-                return {"fits": "tightly", **sizes}
+                return {"fits": "tightly", "collectives": [EXCHANGE], **SIZES}
             return {"fits": "no", "failure": "Used 2G of 1G hbm."}
 
         monkeypatch.setattr(planning.ahead, "describe", describe)
@@ -157,8 +196,14 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
 
     record, asked = compiler([dataclasses.asdict(config.mesh)])
     assert [name for name, _ in asked] == ["critic", "student"]
-    assert (record["asked"]["fits"], record["nearest"], record["only_counted"]) == ("tightly", None, False)
-    assert "GiB counted, 2.0 compiled (at most 3.0)" in planning.table(record)
+    assert (record["asked"]["fits"], record["nearest"], record["missing"]) == ("tightly", None, None)
+    text = planning.table(record)
+    assert "GiB counted, 2.0 compiled (at most 3.0)" in text
+    assert "GiB: arguments 1.00, results that take no argument's place 0.25, temporaries 2.00, other networks" in text
+    assert "exchange at least 0.30 s, GB: all-reduce along fsdp 0.2" in text
+    settings = config.distill
+    updates = settings.steps + settings.steps // settings.critic_ratio
+    assert record["asked"]["exchange_device_hours"] == pytest.approx(0.3 * updates * 2 / 3600)
 
     record, asked = compiler([dataclasses.asdict(configured(fsdp=2).mesh)])
     assert record["asked"]["fits"] == "no"
@@ -192,11 +237,30 @@ def test_a_configuration_of_one_device_is_spread_over_all(chip, tmp_path):
     assert record["asked"]["counted_bytes"] <= min(need(config) for config in meshes)
 
 
+def test_no_device_is_looked_for():
+    """A process that has planned has started none of JAX's platforms, not the host's either."""
+    program = (
+        "import sys; from adastate_jax import train; from jax._src import xla_bridge; "
+        "code = train.main(sys.argv[1:]); print(sorted(xla_bridge._backends)); sys.exit(code)"
+    )
+    asked = [*SMALL, "--config.distill.batch_size=2", "--plan=h100:2"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *asked],
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
+    assert "h100:2 (NVIDIA H100 SXM x 2, 79.1 GiB each)" in done.stdout
+    assert "plan: count meshes" in done.stderr
+
+
 def test_the_command_plans_without_a_work_directory(chip, capsys):
     chip(2**40)
     assert train.main([*SMALL, "--config.distill.batch_size=8", "--plan=chip:8", "--share=0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "chip:8 (this processor x 8), times at 50 % of the data sheet's rate" in printed
+    assert "chip:8 (this processor x 8, 1024.0 GiB each), times at 50 % of the data sheet's rate" in printed
     assert "device-hours" in printed
     with pytest.raises(UserError, match=r"--share=2\.0: must lie in"):
         train.main([*SMALL, "--plan=chip:8", "--share=2"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adastate_jax.benchmarking.program import Collective, read_program, sizes
+from adastate_jax.benchmarking.program import Collective, read_program, received_bytes, sizes
 from adastate_jax.sharding import make_mesh
 
 SQUARE = jnp.ones((32, 32))
@@ -111,11 +111,15 @@ def test_collectives_are_told_by_mesh_axis(kind, axes, exchange, result):
         ("mesh['x'=2,'y'=4] {'y':(1)2}", "fsdp"),
         ("mesh['x'=2,'y'=4] {'x','y':(2)2}", "data+model"),
         ("mesh['x'=8] {'x'}", "data+fsdp+model"),
+        ("mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'x'}", "fsdp+model"),
+        ("mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'z'}", "data"),
+        ("mesh['x'=2,'y'=2,'z'=2], device_ids=([2,2,2]T(0,2,1)) {'z'}", "fsdp"),
         ("[4,2]<=[8]", "model"),
         ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
         ("[2,4]<=[2,4]T(0,1)", "fsdp+model"),
         ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
-        ("{{0,1,2},{3,4,5},{6,7}}", "?"),
+        ("{{0,1},{2,3},{4},{5},{6},{7}}", "part of model"),
+        ("{{0,1,2},{3,4,5},{6,7}}", "part of data+fsdp+model"),
         ("{}", "data+fsdp+model"),
     ],
 )
@@ -123,6 +127,28 @@ def test_groups_are_read_in_every_notation(groups, axes):
     line = f"  ROOT %r = f32[2]{{0}} all-reduce(%a), replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
     program = read_program(f"ENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}\n")
     assert program.collectives(make_mesh(2, 2, 2)) == [Collective("all-reduce", axes, 1, 1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "size", "received"),
+    [
+        ("f32[8] all-gather(%a)", "all-gather", 32, 16),
+        ("(f32[4], f32[8]) all-gather-start(%a)", "all-gather", 32, 16),
+        ("((f32[4], f32[2]), (f32[8], f32[4])) all-gather-start(%a, %b)", "all-gather", 48, 24),
+        ("(f32[8], f32[4]) all-reduce-start(%a, %b)", "all-reduce", 48, 48),
+        ("((f32[8], f32[4]), (f32[4], f32[2])) reduce-scatter-start(%a, %b)", "reduce-scatter", 24, 24),
+        ("((f32[8]{0:T(8)}), f32[4]) reduce-scatter-start(%a)", "reduce-scatter", 16, 16),
+        ("(f32[8], f32[8]) all-to-all(%a, %b)", "all-to-all", 64, 32),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", "collective-permute", 32, 32),
+    ],
+)
+def test_results_alone_count(line, kind, size, received):
+    """However many arrays one collective exchanges at once, started or not; and what a device has to wait for."""
+    groups = "source_target_pairs={{0,1},{1,0}}" if "permute" in kind else "replica_groups={{0,1}}"
+    program = read_program(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %r = {line}, {groups}\n}}\n")
+    mesh = make_mesh(fsdp=2)
+    assert program.collectives(mesh) == [Collective(kind, "fsdp", 1, 1, size)]
+    assert received_bytes(program.collectives(mesh)[0], mesh) == received
 
 
 TEXT = """HloModule jit_step, is_scheduled=true

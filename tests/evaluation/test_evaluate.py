@@ -48,7 +48,10 @@ def test_folders_become_groups_of_a_report(videos, tmp_path, capsys):
     assert all(video["metrics"]["seam_ratio"] is not None for video in content["videos"])
     assert len(content["skipped"]) == 1
     assert "empty.mp4: it is empty (0 bytes)" in captured.err
-    lines = captured.out.splitlines()
+    *lines, name = captured.out.splitlines()
+    assert name == str(tmp_path / "report" / "report.html")
+    assert captured.err.startswith("starting to measure\n")
+    assert captured.err.splitlines()[-1] == "writing the report"
     assert [line.split(":")[0] for line in lines] == ["adaptive/samples", "static/samples"]
     assert all("motion" in line and "drift" in line for line in lines)
     assert "12/12 " in captured.err  # the progress bar counts the frames of both
@@ -83,7 +86,7 @@ def test_a_report_is_lost_to_no_other(videos, tmp_path, monkeypatch, capsys):
     clip = videos / "static" / "samples" / "frozen.mp4"
     for name in ("report", "report-2"):
         assert exit_code(clip, "--jobs=1") == 0
-        assert capsys.readouterr().err.splitlines()[-1] == f"{name}/report.html"
+        assert capsys.readouterr().out.splitlines()[-1] == f"{name}/report.html"
     before = Path("report/report.html").stat().st_mtime_ns
     monkeypatch.setattr(evaluate, "measure_files", lambda *_: pytest.fail("it was measured"))
     assert exit_code(clip, "--output=report") == 2
@@ -94,6 +97,7 @@ def test_a_report_is_lost_to_no_other(videos, tmp_path, monkeypatch, capsys):
     assert Path("report/report.html").stat().st_mtime_ns > before
     Path("report/notes.txt").write_text("mine")
     capsys.readouterr()
+    monkeypatch.setattr(evaluate, "measure_files", lambda *_: pytest.fail("it was measured"))
     assert exit_code(clip, "--output=report", "--overwrite", "--jobs=1") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--output=report: cannot be written (it holds 'notes.txt', which is of another kind)" in error
@@ -201,7 +205,11 @@ def test_groups_are_named_by_what_tells_them_apart(tmp_path, monkeypatch):
     groups = [group for _, group in evaluate.find_videos([tmp_path / "a", tmp_path / "b", tmp_path / "b/y/0.mp4"])]
     assert groups == ["a/x", "b/x", "y"]
     monkeypatch.chdir(tmp_path)
-    assert evaluate.find_videos([Path("top.mp4")]) == [(Path("top.mp4"), tmp_path.name)]
+    top = Path("top.mp4")
+    assert evaluate.find_videos([top]) == [(top, "current folder")]
+    assert evaluate.find_videos([Path(), top])[-1] == (top, tmp_path.name)
+    named = evaluate.find_videos([top, Path("a/x/0.mp4")])
+    assert [group for _, group in named] == ["current folder", "x"]
 
 
 # --- export -------------------------------------------------------------------------------------------------------

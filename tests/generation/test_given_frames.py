@@ -16,9 +16,10 @@ from adastate_jax.generation import loading as generate
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.continuation import max_given_frames
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.presets import named_stream
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Schedule
+from adastate_jax.streaming.prompts import Schedule
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
 

@@ -53,7 +53,11 @@ def test_a_direction_that_cannot_be_leaves_the_stream_as_it_was(model):
     with pytest.raises(ada.UserError, match="at second 30"):
         planned.direct(PROMPTS[2])
     short = ada.stream(model, PROMPTS[0], seconds=0.25)
+    said = "SingleVideo of 'a camera pans left': 4 frames, of 32×32 pixels, seed 0, anchor adaptive; %d are generated"
+    assert repr(short) == said % 0
     assert len(list(short)) == 2
+    assert repr(short) == said % 4
+    assert repr(planned).startswith("SingleVideo of 'a camera pans left', then 'a red ball': frames without end, of ")
     with pytest.raises(ada.UserError, match="ends before"):
         short.direct(PROMPTS[1])
 

@@ -21,7 +21,7 @@ from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming.carry import initial_carry, seed_keys
-from adastate_jax.streaming.prompts import Cue
+from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
 from adastate_jax.streaming.sinks import RestartAnchor

@@ -1,7 +1,8 @@
-"""Two real processes on this machine: they agree, they share checkpoints with one, and they train what one trains."""
+"""Two and four real processes on this machine: they agree, share checkpoints with one, and train what one trains."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from adastate_jax import distributed
 from adastate_jax.checkpoint import load_tree, save_tree
 from adastate_jax.errors import UserError
 from adastate_jax.sharding import make_mesh
+from adastate_jax.training.metrics import read_metrics, read_times
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
@@ -53,28 +55,30 @@ def local(processes: int, devices: int, command: list[str], cache: Path) -> subp
     return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=False)
 
 
-def test_two_processes_agree_and_share_checkpoints_with_one(tmp_path):
-    """What one wrote loads in two, what two wrote in one, to the bit; damage to what either wrote is named."""
+def test_several_processes_agree_and_share_checkpoints(tmp_path):
+    """What one wrote loads in four, what these wrote in two, and all of it in one, to the bit; damage is named."""
     mesh = make_mesh(fsdp=2)
     made = tree(mesh)
-    save_tree(tmp_path / "one", made)
-    done = local(2, 2, [str(ROOT / "tests" / "launch_worker.py"), str(tmp_path)], tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    ends = [line for line in done.stdout.splitlines() if line.endswith("is done")]  # Gloo speaks on stdout, too
-    assert sorted(ends) == ["[0] process 0 is done", "[1] process 1 is done"]
-    for folder in (tmp_path / "two", tmp_path / "numbered" / "4"):
-        assert same(load_tree(folder, made), made)
-    assert [path.name for path in (tmp_path / "numbered").iterdir()] == ["4"]
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "own", "numbered", "cache"}
-    seal = json.loads((tmp_path / "two" / "seal.json").read_text())
+    trees = tmp_path / "trees"
+    trees.mkdir()
+    save_tree(trees / "one", made)
+    for processes, name in ((4, "four"), (2, "two")):
+        worker = [str(ROOT / "tests" / "launch_worker.py"), str(trees), name]
+        done = local(processes, 4 // processes, worker, tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        for index in range(processes):  # Gloo speaks on stdout, too, perhaps on the same line
+            assert done.stdout.count(f"process {index} is done") == 1, done.stdout + done.stderr
+        assert same(load_tree(trees / name, made), made)
+    assert {path.name for path in trees.iterdir()} == {"one", "two", "four"}
+    seal = json.loads((trees / "two" / "seal.json").read_text())
     written = [name for name in seal if "/ocdbt.process_" in name and "/d/" in name]
     assert {name.split("/")[1] for name in written} == {"ocdbt.process_0", "ocdbt.process_1"}  # each wrote its own
     for name in written:
-        file = tmp_path / "two" / name
+        file = trees / "two" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError, match=file.name):
-            load_tree(tmp_path / "two", made)
+            load_tree(trees / "two", made)
         file.write_bytes(content)
 
 
@@ -84,28 +88,86 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compilations")
 
 
-def test_two_processes_train_what_one_trains(cache, tmp_path):
-    """Losses to 1e-6; the first alone speaks."""
+def test_two_processes_train_what_one_trains_and_one_goes_on_with_it(cache, tmp_path):
+    """Losses to 1e-6; the first alone speaks. What was cut behind its second step goes on as one process the same."""
     two = local(2, 1, [*TRAIN, f"--workdir={tmp_path / 'two'}", "--config.mesh.fsdp=2"], cache)
     assert two.returncode == 0, two.stderr
     lines = two.stderr.splitlines()
     assert any(line.startswith("[0] pretrain") for line in lines)
-    assert not any(line.startswith("[1] pretrain") or "Traceback" in line for line in lines)
-    one = subprocess.run(
-        [sys.executable, *TRAIN, f"--workdir={tmp_path / 'one'}"],
+    assert not any(line.startswith(("[1] pretrain", "[1] time")) or "Traceback" in line for line in lines)
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "pretrain" / "4")
+    found = [losses(tmp_path / "two")]
+    for name in ("one", "resumed"):
+        one = subprocess.run(
+            [sys.executable, *TRAIN, f"--workdir={tmp_path / name}"],
+            cwd=ROOT,
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert one.returncode == 0, one.stderr
+        found.append(losses(tmp_path / name))
+    assert len(found[0]) == 4
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
+    times = read_times(tmp_path / "resumed" / "metrics.jsonl")
+    assert sum(record.get("seconds_repeated", 0.0) for record in times) > 0
+
+
+def losses(workdir: Path) -> list[tuple[int, float, float]]:
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [(record["step"], record["loss"], record["gradient_norm"]) for record in records]
+
+
+WATCHED = """
+import sys, time
+from adastate_jax import distributed, lockstep
+from adastate_jax.console import run_command
+def main(arguments):
+    distributed.start(timeout=int(arguments[0]))
+    with lockstep.watched():
+        print("ready", flush=True)
+        time.sleep(300)
+run_command(main)
+"""
+
+
+def test_the_first_is_killed_and_the_others_name_it(cache):
+    """JAX would abort them; a line of ours comes first, with our exit code."""
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-c", WATCHED, "100"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(cache), text=True, **pipes) as launcher:
+        ready = [launcher.stdout.readline() for _ in range(2)]
+        assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
+        time.sleep(3)
+        start = time.monotonic()
+        os.kill(processes_of(launcher.pid)[0], signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=100)
+    assert time.monotonic() - start < 60
+    lines = [line for line in errors.splitlines() if line.startswith("[1] error: ")]
+    assert len(lines) == 1, errors
+    assert "error: process 0 on " in lines[0]
+    assert "is dead: nobody listens where it held the coordination service; the same command goes on" in lines[0]
+    assert launcher.returncode == 137
+    assert "[0] ended with 137" in errors
+
+
+def test_a_process_whose_partner_never_comes_says_so(cache):
+    alone = {"ADASTATE_COORDINATOR": "127.0.0.1:1", "ADASTATE_PROCESSES": "2", "ADASTATE_PROCESS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, "2"],
         cwd=ROOT,
-        env=environment(cache),
+        env={**environment(cache), **alone},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert one.returncode == 0, one.stderr
-    found = [
-        [(record["step"], record["loss"], record["gradient_norm"]) for record in map(json.loads, text.splitlines())]
-        for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
-    ]
-    assert len(found[0]) == 4
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "process 1 of 2 at 127.0.0.1:1: did not find each other within 2 s" in line
+    assert "--start-timeout" in line
 
 
 def processes_of(launcher: int) -> list[int]:
@@ -125,7 +187,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
     command.append(f"--workdir={tmp_path}")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(cache), stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+    while not metrics.exists() or len(read_metrics(metrics)) < 4:
         assert launcher.poll() is None, launcher.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -137,7 +199,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
         assert f"[{name}] stopped; the same command resumes {tmp_path}" in errors
     assert "Traceback" not in errors
     [saved] = (int(path.name) for path in (tmp_path / "pretrain").iterdir())
-    assert metrics.read_bytes().count(b"\n") == saved >= 4
+    assert len(read_metrics(metrics)) == saved >= 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import time
+from pathlib import Path
 
 import anyio
 import av
@@ -19,7 +20,9 @@ from small_run import small_config
 from starlette.websockets import WebSocketDisconnect
 
 import adastate_jax as ada
-from adastate_jax.generation.takes import read_session, replay
+from adastate_jax.generation.provenance import recall
+from adastate_jax.generation.takes import read_session, replay, session_takes
+from adastate_jax.media import read_metadata
 from adastate_jax.serving.app import MOST_PICTURE_BYTES, Allowed
 from adastate_jax.serving.limits import Door
 from adastate_jax.serving.live import Live
@@ -190,6 +193,22 @@ def test_a_session_from_its_first_picture_to_its_replay(server, model, tmp_path)
     with av.open(io.BytesIO(video)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         assert sum(1 for _ in container.decode(video=0)) == sum(len(step.frames) for step in steps)
+    (tmp_path / "video.mp4").write_bytes(video)
+    said = recall(tmp_path / "video.mp4", read_metadata(tmp_path / "video.mp4"))
+    assert (said["checkpoint"], said["scale"]) == (Path(model.name), 192 // model.config.data.size[0])
+    assert session_takes({**said, "takes": json.loads(said["takes"])}, "video.mp4", model) == takes
+
+
+def test_a_video_that_is_not_complete_says_less(server, tmp_path):
+    with steered(server, seed=3) as (session, socket):
+        socket.until("state", state="running")
+        socket.show(3)
+        (tmp_path / "video.mp4").write_bytes(server.recording(session, "video.mp4").content)
+        said = read_metadata(tmp_path / "video.mp4")
+        assert said["model"] == json.loads(server.recording(session, "session.json").content)["model"]
+        with pytest.raises(ada.UserError, match=r"does not say how it was made; .* its session.json with --session"):
+            recall(tmp_path / "video.mp4", said)
+        socket.control("stop")
 
 
 def test_the_picture_leads_its_viewer_by_one_chunk(server):

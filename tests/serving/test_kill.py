@@ -59,7 +59,7 @@ def test_recordings_outlive_a_server_that_is_killed(tmp_path):
         with av.open(io.BytesIO(again.fetch("video.mp4"))) as container:
             frames = sum(1 for _ in container.decode(video=0))
         chunks = len(said["timings_ms"]["network"])
-        assert chunks >= 6  # those that were shown, but for the one that was on its way to the disk
+        assert chunks >= 3  # seven were shown; of those, four at most wait to be recorded
         assert frames >= 3 * (chunks - 1)
         (tmp_path / "session.json").write_text(json.dumps(said))
         (take,) = read_session(tmp_path / "session.json", ada.load(tmp_path / "run"))

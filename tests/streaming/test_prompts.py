@@ -13,13 +13,14 @@ from adastate_jax.errors import UserError
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming import prompted, prompts
+from adastate_jax.streaming import prompted
 from adastate_jax.streaming.carry import initial_carry, seed_keys
+from adastate_jax.streaming.cues import Cue, parse_schedule, read_schedule
 from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
-from adastate_jax.streaming.prompts import Cue, Reread, Schedule, chunk_of, parse_schedule, schedule
+from adastate_jax.streaming.prompts import Reread, Schedule, chunk_of, schedule
 from adastate_jax.streaming.rollout import rollout, stream
 from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of, sigmas_of
 from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
@@ -75,10 +76,10 @@ def test_a_bad_schedule_is_refused_by_entry(text, complaint):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"absent.txt: cannot be read"):
-        prompts.read_schedule(tmp_path / "absent.txt")
+        read_schedule(tmp_path / "absent.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        prompts.read_schedule(tmp_path / "binary")
+        read_schedule(tmp_path / "binary")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def test_a_new_prompt_compiles_nothing(student, embeddings, on_a_mesh, compiled)
     if on_a_mesh:
         student = jax.device_put(student, jax.NamedSharding(make_mesh(), jax.P()))
         given = jnp.ones((2, 4, *LATENT_SHAPE))
-    schedule = scheduled(*enumerate(prompts.TRANSITIONS, 3))
+    schedule = scheduled(*enumerate(TRANSITIONS, 3))
     cues, carry = [embeddings[cue % 2] for cue in range(len(schedule.cues))], start(config)
     del compiled[:]
     for chunks in (4, None):

@@ -9,7 +9,8 @@ import random
 import pytest
 
 from adastate_jax.errors import UserError, one_line
-from adastate_jax.streaming.prompts import TRANSITIONS, Cue, parse_schedule, read_schedule
+from adastate_jax.streaming.cues import Cue, parse_schedule, read_schedule
+from adastate_jax.streaming.names import TRANSITIONS
 
 WELL_FORMED = 200
 MUTATIONS = 400

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LATENT_SHAPE, SMALL
-from small_rollouts import CHUNKS, KEYS, STREAMS, record_of
+from small_rollouts import CHUNKS, KEYS, STREAMS, differ, naive_latents, record_of, weighted
 
 from adastate_jax.config.stages import CACHE_GRADIENTS, DistillConfig, OptimizerConfig, num_chunks
-from adastate_jax.diffusion import MAX_TIMESTEP, add_noise
+from adastate_jax.diffusion import MAX_TIMESTEP
 from adastate_jax.models.attention import KeyValues, attention, concatenate
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.rope import rotate
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.carry import draw_noise, initial_carry
-from adastate_jax.streaming.denoising import denoise, live_noise, read_context, split_live
+from adastate_jax.streaming.denoising import denoise, read_context, split_live
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
 from adastate_jax.training.dmd import (
     dmd_gradient,
@@ -31,54 +31,6 @@ from adastate_jax.training.self_rollout import draw_rollout_noise, gradient_pass
 from adastate_jax.training.state import create_state
 
 DRAW = jax.jit(draw_update, static_argnums=(1, 2, 3, 4))
-
-
-def naive_latents(student, text, exit_step, stream, cache_gradient="stop"):
-    """The rollout as the paper tells it: one loop, the exit pass with gradient, the cache carried along."""
-    frozen = jax.lax.stop_gradient(student)
-    text_kv = student.text_keys_values(text)
-    frozen_text = jax.lax.stop_gradient(text_kv)
-    carry = initial_carry(SMALL, stream, KEYS, *LATENT_SHAPE[:2])
-    contents = []
-    for index in range(CHUNKS):
-        phase = phase_of(index, stream)
-        layout = layout_of(phase, stream)
-        noise = live_noise(draw_noise(carry, stream, LATENT_SHAPE), layout)
-        context = read_context(SMALL, carry.cache, stream, layout, noise[0])
-        live = noise[0]
-        for step in range(exit_step):
-            fixed = jax.lax.stop_gradient(context)
-            clean, _ = denoise(frozen, live, stream.sigmas[step], frozen_text, layout, fixed)
-            live = add_noise(clean, noise[step + 1], stream.sigmas[step + 1])
-        live = jax.lax.stop_gradient(live)
-        clean, exit_fresh = denoise(student, live, stream.sigmas[exit_step], text_kv, layout, context)
-        contents.append(split_live(clean, layout).content)
-        fixed = jax.lax.stop_gradient(context)
-        _, fresh = denoise(frozen, jax.lax.stop_gradient(clean), 0.0, frozen_text, layout, fixed)
-        if cache_gradient != "stop":
-            fresh = jax.tree.map(lambda v, path: v + path - jax.lax.stop_gradient(path), fresh, exit_fresh)
-        cache = cache_lib.advance(carry.cache, stream.anchor, layout, fresh, phase.first_frame)
-        if cache_gradient == "window":
-            cache = dataclasses.replace(cache, anchor=jax.lax.stop_gradient(cache.anchor))
-        carry = dataclasses.replace(carry, cache=cache, chunk=carry.chunk + 1)
-    return jnp.concatenate(contents, axis=1)
-
-
-def weighted(latents):
-    """A loss that treats every latent differently."""
-    weights = np.random.default_rng(0).standard_normal(latents.shape).astype(np.float32)
-    return (weights * latents).mean() + jnp.square(latents).mean()
-
-
-def differ(a, b) -> float:
-    """Largest difference of two gradients, of each leaf relative to its largest entry."""
-    # A bias that moves all keys by the same hardly changes a softmax: where b is but rounding noise, so may a be.
-    noise = 1e-3 * max(float(jnp.abs(y).max()) for y in jax.tree.leaves(b))
-
-    def leaf(x, y) -> float:
-        return float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), noise))
-
-    return max(jax.tree.leaves(jax.tree.map(leaf, a, b)))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +247,7 @@ def test_student_step_follows_the_weighted_difference_of_the_scores(student, tex
 
     @jax.jit
     def expected(student):
-        record = self_rollout(student, student.text_keys_values(text), draws.noise, draws.exit_step, stream)
+        record = self_rollout(student, student.text_keys_values(text), draws.noise, draws.exit_step, stream)[0]
         latents = rollout_latents(record, stream)
         said, unsaid = (x.mean(axis=(1, 2))[:, None, None, None, None] for x in (text, null_text))
         fake, real = critic.clean + said, teacher.clean + said + config.guidance_scale * (said - unsaid)
@@ -319,6 +271,27 @@ def test_student_step_follows_the_weighted_difference_of_the_scores(student, tex
     ):
         np.testing.assert_array_equal(copied, new)  # no average before ema_start
         np.testing.assert_allclose(averaged, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_teacher_that_says_nothing_shows(student, text, accumulate):
+    """The teacher's score of the last frame is NaN: it moves nothing, and a scalar is NaN, which ends a run."""
+    stream, frames = STREAMS["adaptive"], 3
+    config = DistillConfig(batch_size=2, rollout_frames=frames, accumulate=accumulate)
+    draws = DRAW(jax.random.key(4), 2, config, stream, LATENT_SHAPE)
+    opinion = Opinion(jax.random.normal(jax.random.key(1), (frames, *LATENT_SHAPE)))
+    teacher = dataclasses.replace(opinion, clean=2 * opinion.clean)
+    state = create_state(student, config.student, False)
+
+    @jax.jit
+    def step(state, teacher):
+        return student_step(state, opinion, teacher, text, text[:1], jnp.int32(0), draws, config, stream)
+
+    _, scalars = step(state, teacher)
+    assert all(np.isfinite(value) for value in scalars.values())
+    _, scalars = step(state, dataclasses.replace(teacher, clean=teacher.clean.at[-1].set(jnp.nan)))
+    assert np.isnan(scalars["dmd_gradient_norm"])
+    assert np.isfinite(scalars["gradient_norm"])
 
 
 def test_score_levels_are_clipped():

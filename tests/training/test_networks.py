@@ -1,6 +1,7 @@
 """Teacher, critic and student from wherever their weights lie: found, refused by name, read into place."""
 
 import dataclasses
+import shutil
 import tracemalloc
 
 import jax
@@ -12,6 +13,7 @@ from small_wan import write_network
 
 from adastate_jax.checkpoint import save_tree
 from adastate_jax.config.files import save_config
+from adastate_jax.config.mesh import MeshConfig
 from adastate_jax.config.networks import NetworkConfig
 from adastate_jax.config.run import Config, DataConfig
 from adastate_jax.config.stages import InitializeConfig
@@ -20,6 +22,8 @@ from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.quantized import quantize_network
 from adastate_jax.models.text import TextConfig
 from adastate_jax.sharding import make_mesh
+from adastate_jax.texts import read_json
+from adastate_jax.train import _refuse_other_data
 from adastate_jax.training.networks import check_networks, find_weights, load_weights
 from adastate_jax.training.stages.run import abstract_states
 from adastate_jax.weights import converted
@@ -141,6 +145,33 @@ def test_weights_that_are_not_there_or_of_another_network_are_one_line(folder, w
     assert "\n" not in str(raised.value)
 
 
+def test_a_teacher_that_is_swapped_between_two_calls_is_refused(folder, tmp_path):
+    """Its path stays, its weights do not. A folder of an earlier version, which noted no teacher, takes it as it is."""
+    teacher = tmp_path / "teacher"
+    write_network(teacher, "transformer", MODEL, np.random.default_rng(1), "--set=num_heads=2")
+    stage = NetworkConfig(weights=str(folder / "run" / "distill"))
+    config = make_config(stages=("distill",), teacher=NetworkConfig(weights=str(teacher)), student=stage)
+    workdir, names = tmp_path / "run", {"clips": "worlds/a"}
+    workdir.mkdir()
+    _refuse_other_data(workdir, names)
+    for _ in range(2):
+        found = check_networks(config, workdir)
+        _refuse_other_data(workdir, names, found)
+    assert read_json(workdir / "data.json", "") == {**names, **found}
+    _refuse_other_data(workdir, names)  # stages that ask for no teacher
+    assert read_json(workdir / "data.json", "") == {**names, **found}
+    shutil.rmtree(teacher)
+    write_network(teacher, "transformer", MODEL, np.random.default_rng(2), "--set=num_heads=2")
+    with pytest.raises(
+        UserError, match=r"its teacher\.weights have changed since it was begun: .transformer/\w+. is now"
+    ):
+        _refuse_other_data(workdir, names, check_networks(config, workdir))
+
+    of_a_stage = dataclasses.replace(config, teacher=NetworkConfig(weights=str(folder / "run" / "pretrain")))
+    assert check_networks(of_a_stage, workdir)["teacher.weights"].startswith("pretrain/7/")
+    assert check_networks(dataclasses.replace(config, teacher=NetworkConfig()), folder / "run") == {}  # its own
+
+
 def test_a_missing_weights_file_is_named(folder, tmp_path):
     write_network(tmp_path / "weights" / "critic", "transformer", MODEL, np.random.default_rng(0), "--set=num_heads=2")
     (tmp_path / "weights" / "critic" / "weights.safetensors").unlink()
@@ -162,6 +193,17 @@ def test_the_critic_is_a_copy_of_the_teacher_and_the_student_of_the_last_stage(f
     for name, seed in (("teacher", 1), ("critic", 1), ("student", 3)):
         loaded = load_weights(config, run, name, mesh, trained=True)
         jax.tree.map(np.testing.assert_array_equal, loaded, make_dit(MODEL, seed))
+
+
+def test_a_text_encoder_that_is_not_there_need_not_be_divided():
+    """Where embeddings are read, no device of the mesh holds the text encoder."""
+    text, mesh = dataclasses.replace(TEXT, ffn_dim=15), MeshConfig(model=2)
+    with pytest.raises(ValueError, match=r"text\.ffn_dim 15 must be a multiple of mesh\.model = 2"):
+        make_config(text=text, mesh=mesh)
+    model = dataclasses.replace(MODEL, in_channels=16, out_channels=16)
+    data = DataConfig(kind="none", embeddings="prompts")
+    config = Config(text=text, mesh=mesh, model=model, data=data, decoder="wan", stages=("initialize", "distill"))
+    assert config.mesh.model == 2
 
 
 def test_a_teacher_of_a_stage_is_read_in_bfloat16_and_in_eight_bits(folder):

@@ -30,7 +30,7 @@ def read(monkeypatch, tmp_path):
     found = {}
     monkeypatch.setattr(Run, "network", lambda *_: None)
     monkeypatch.setattr(
-        Run, "run_stage", lambda run, name, create, step_function, read, steps, compiling: found.update(read=read)
+        Run, "run_stage", lambda run, name, create, step_function, read, steps, compiling, like: found.update(read=read)
     )
     nothing = dict.fromkeys(("clips", "captions", "critic_prompts", "frozen", "empty_text", "negative_text", "metrics"))
     distill_stage.distill(Run(CONFIG, tmp_path, make_mesh(), prompts=list("abcdefgh"), **nothing))

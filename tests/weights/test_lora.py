@@ -3,17 +3,20 @@
 import dataclasses
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from adastate_jax.convert import main
+from adastate_jax.models.adapters import LoRAConfig, create_adapters, merge
 from adastate_jax.models.dit import DiTConfig
-from adastate_jax.weights.dit import dit_name_to_diffusers
+from adastate_jax.weights.dit import dit_name_to_diffusers, dit_table
 from adastate_jax.weights.identify import identify
 from adastate_jax.weights.kinds import KINDS
-from adastate_jax.weights.lora import merge_lora
+from adastate_jax.weights.lora import merge_lora, published_factors
+from adastate_jax.weights.slots import leaves, load_official
 from adastate_jax.weights.sources import open_source
 
 torch = pytest.importorskip("torch")
@@ -251,3 +254,19 @@ def test_rows_are_those_of_the_whole(tmp_path, base):
     )
     np.testing.assert_allclose(np.concatenate([tensor.rows(0, 5), tensor.rows(5, 128)]), whole, rtol=1e-6, atol=1e-6)
     assert dataclasses.replace(tensor, changes=()).rows(0, 128).tolist() == base[f"{CONV}.weight"].tolist()
+
+
+@pytest.mark.parametrize("names", ["official", "diffusers"])
+def test_adapters_that_were_trained_are_published_and_read_back(tmp_path, base, names):
+    """Of every linear layer, the convolution of patches among them: read back, they are what a run merges."""
+    adapters = create_adapters(CONFIG, LoRAConfig(RANK, ALPHA, (".*",)), jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + np.random.default_rng(1).standard_normal(x.shape, np.float32), adapters)
+    adapter = file_of(tmp_path, published_factors(adapters, CONFIG, names))
+    weights = {name: tensor.numpy() for name, tensor in base.items()}
+    network = load_official(KINDS["transformer"].abstract(CONFIG), dit_table(CONFIG), weights, "base")
+    expected = leaves(merge(network, adapters))
+    found = leaves(load_official(network, dit_table(CONFIG), read(merge_lora(network_of(tmp_path), adapter)), "merged"))
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=1e-5, atol=1e-4, err_msg=name)
+    changed = [name for name, leaf in leaves(network).items() if np.abs(found[name] - leaf).max() > 0.1]
+    assert {name.removesuffix("/kernel") for name in changed} == {*adapters}

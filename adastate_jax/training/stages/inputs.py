@@ -30,6 +30,7 @@ from adastate_jax.models.patch_codec import PatchCodec, fit_patch_codec
 from adastate_jax.models.text import PieceTokenizer, TextEncoder
 from adastate_jax.sharding import init_sharded
 from adastate_jax.training.frozen import Frozen, abstract_frozen, embed_prompts, with_shardings
+from adastate_jax.training.long_rollout import place_of
 from adastate_jax.training.networks import start_of
 from adastate_jax.training.stages.run import Run, key_of
 from adastate_jax.weights.parts import fingerprint, refuse_other_sizes
@@ -215,9 +216,16 @@ def update_prompts(run: Run, iteration: int) -> dict[str, tuple[Sequence[str], i
     """Which texts the networks that an iteration updates draw from, and which batch of them.
 
     Updates that share their prompts take one batch after another; with prompts of its own, each network counts its own
-    updates. Either way an epoch shows each prompt once.
+    updates. Either way an epoch shows each prompt once. Updates that go on with one rollout share its prompts: the
+    rollout takes a batch, or two where its prompt changes on the way.
     """
     config = run.config.distill
+    if config.continue_rollout:
+        found = {}
+        for name, number in config.update_numbers(iteration).items():
+            place = place_of(number, config, run.config.stream, run.config.seed)
+            found[name] = run.prompts, 2 * place.rollout + place.changed if config.prompt_change else place.rollout
+        return found
     if run.critic_prompts is None:
         return {name: (run.prompts, number) for name, number in config.update_numbers(iteration).items()}
     found = {"critic": (run.critic_prompts, iteration)}

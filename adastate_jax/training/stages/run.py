@@ -1,6 +1,7 @@
 """What all stages of a run share: its settings, its work directory, and what earlier stages left there."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,18 +12,21 @@ import numpy as np
 from flax import nnx
 
 from adastate_jax.checkpoint import Checkpoints, latest_step
-from adastate_jax.config.networks import trained_sizes
+from adastate_jax.config.networks import NETWORKS, trained_sizes
 from adastate_jax.config.run import Config
+from adastate_jax.config.stages import RANDOM, OptimizerConfig
 from adastate_jax.data.batches import example_indices, prefetch
 from adastate_jax.errors import UserError
+from adastate_jax.models.adapters import create_adapters
 from adastate_jax.models.dit import DiT
 from adastate_jax.models.text import ByteTokenizer
-from adastate_jax.sharding import local_rows, replicated, shard_batch, tree_shardings
-from adastate_jax.training.frozen import Frozen, with_shardings
+from adastate_jax.sharding import init_sharded, local_rows, replicated, shard_batch, tree_shardings
+from adastate_jax.training.frozen import Frozen, abstract_adapters, abstract_network, with_shardings
 from adastate_jax.training.loop import run_stage
 from adastate_jax.training.metrics import Metrics
 from adastate_jax.training.networks import load_weights
-from adastate_jax.training.state import create_state
+from adastate_jax.training.profile import Profile
+from adastate_jax.training.state import TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Run:
         prompts, critic_prompts: texts that distillation's updates draw from; None for the critic is the student's.
         frozen: codec and text encoder.
         empty_text, negative_text: embeddings of the empty and the negative prompt [1, T, text_dim].
+        profile: which steps are traced.
     """
 
     config: Config
@@ -48,6 +53,7 @@ class Run:
     empty_text: jax.Array
     negative_text: jax.Array
     metrics: Metrics
+    profile: Profile | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -60,6 +66,32 @@ class Run:
     def network(self, name: str) -> DiT:
         """The frozen teacher, as its configuration says; or critic or student as they enter distillation, float32."""
         return load_weights(self.config, self.workdir, name, self.mesh, trained=name != "teacher")
+
+    def base(self, name: str, stage: str) -> DiT | None:
+        """The frozen weights that a stage trains adapters of critic or student of; None where it trains all weights."""
+        if not getattr(self.config, name).lora.rank:
+            return None
+        start = stage == "initialize"
+        return load_weights(self.config, self.workdir, name, self.mesh, trained=False, start=start)
+
+    def new_state(self, name: str, optimizer: OptimizerConfig, ema: bool, stage: str) -> TrainState:
+        """Critic or student before a stage's first update: its weights, or adapters that change nothing yet."""
+        if (lora := getattr(self.config, name).lora).rank:
+            network = self.config.network(name)
+            key = jax.random.fold_in(self.key(stage), _ADAPTERS + NETWORKS.index(name))
+
+            def adapters(key: jax.Array) -> TrainState:
+                return create_state(create_adapters(network, lora, key), optimizer, ema)
+
+            return init_sharded(adapters, self.mesh, key)
+        function = functools.partial(create_state, optimizer=optimizer, ema=ema)
+        start = stage == "initialize"
+        if start and self.config.initialize.weights == RANDOM:
+            network = trained_sizes(self.config.network(name))
+            return init_sharded(lambda key: function(DiT(network, rngs=nnx.Rngs(key))), self.mesh, self.key("weights"))
+        weights = load_weights(self.config, self.workdir, name, self.mesh, trained=True, start=start)
+        abstract = jax.eval_shape(function, weights)
+        return jax.jit(function, out_shardings=tree_shardings(abstract, self.mesh))(weights)
 
     def refuse_removed(self) -> None:
         """Raises UserError if the work directory is gone: what is written on would be a folder of half a run."""
@@ -93,13 +125,17 @@ class Run:
         read: Callable[[int], Any],
         steps: int,
         compiling: Callable[[int], bool],
+        like: Any = None,
     ) -> Any:
-        """`loop.run_stage` with this run's settings."""
+        """`loop.run_stage` with this run's settings.
+
+        like: shapes of the state with shardings, where they are more than `abstract_states` has of the stage.
+        """
         logging = self.config.logging
         with Checkpoints(self.workdir / name, logging.keep) as checkpoints:
             return run_stage(
                 name,
-                with_shardings(abstract_states(self.config)[name], self.mesh),
+                with_shardings(abstract_states(self.config)[name], self.mesh) if like is None else like,
                 create,
                 step_function,
                 self.batches(read),
@@ -109,8 +145,11 @@ class Run:
                 logging.log_every,
                 logging.save_every,
                 compiling,
+                self.profile,
             )
 
+
+_ADAPTERS = 2**31  # added to a network's number, of the keys that adapters are drawn with: no step is as large
 
 KEYS = ("frozen", "pretrain", "trajectories", "initialize", "distill", "weights")
 
@@ -139,8 +178,9 @@ def abstract_states(config: Config) -> dict[str, Any]:
     """Shapes of what each stage trains, under the names of the stages."""
 
     def state(name, optimizer, ema):
-        network = trained_sizes(config.network(name))
-        return jax.eval_shape(lambda: create_state(DiT(network, rngs=nnx.Rngs(0)), optimizer, ema))
+        network, lora = trained_sizes(config.network(name)), getattr(config, name).lora
+        weights = abstract_adapters(network, lora) if lora.rank else abstract_network(network)
+        return jax.eval_shape(lambda weights: create_state(weights, optimizer, ema), weights)
 
     return {
         "pretrain": state("teacher", config.pretrain.optimizer, True),

@@ -79,7 +79,7 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
                 distributed.from_first(functools.partial(write_trajectories, file(index), drawn, sealed))
                 bar.set_description("trajectories")
                 bar.update(per_file)
-
+    run.metrics.spans.lap("data")
     return read_trajectories(folder, per_file, (len(stream.sigmas) + 1, *shape))
 
 
