@@ -1,28 +1,77 @@
 """The second study: a world whose reference goes stale; see docs/reproduction.md.
 
+python -m studies.changing_world train --folder=runs/changing_world    # or, one run of it:
 python -m adastate_jax.train --config=configs/changing_world.py:teacher --workdir=runs/changing_world/teacher
-python -m adastate_jax.train --config=configs/changing_world.py:ARM --config.seed=0 --workdir=runs/changing_world/ARM-0
+python -m adastate_jax.train --config=configs/changing_world.py:anchored --workdir=runs/changing_world/anchored
+python -m adastate_jax.train --config=configs/changing_world.py:anchored/static --workdir=runs/changing_world/X
 
-A camera pans over clay in one of four directions, past balls or boxes, one every sixteen frames and out of sight for
-eleven, while the landscape's hue turns. In half of the videos the subjects' colour is replaced while one is in view, at
-the first one and then at every one with even odds; what comes back has the colour that was seen last. No caption tells
-the colour or that it changes. Of the sixteen captions four are in no training video.
+A camera pans over clay or darker peat in one of four directions, past balls, one every sixteen frames and out of sight
+for eleven, while the landscape's hue turns. In half of the videos the balls' colour is replaced while one is in view,
+at the first one and then at every one with even odds; what comes back has the colour that was seen last. No caption
+tells the colour or that it changes. Of the sixteen captions four are in no training video.
+
+`teacher` is pretrained; a start (`STARTS`) is a student that is initialised on the teacher's trajectories; all else is
+an arm, distilled: `START/ANCHOR` and what else differs (`FACTORS`), as in `recurrent/adaptive/state_2/rollout_4`.
 """
 
 import ml_collections
 
 from adastate_jax.config import default_config
 
-# One of each way, each sense twice, each shape twice: every word of theirs is known from other captions.
+# One of each way, each sense twice, each landscape twice: every word of theirs is known from other captions.
 WITHHELD = (
     "a camera pans left over clay with a ball while the colours turn forwards",
-    "a camera pans right over clay with a box while the colours turn backwards",
+    "a camera pans right over peat with a ball while the colours turn backwards",
     "a camera pans up over clay with a ball while the colours turn backwards",
-    "a camera pans down over clay with a box while the colours turn forwards",
+    "a camera pans down over peat with a ball while the colours turn forwards",
 )
 
+# How students are initialised: against a static anchor's stream; without an anchor, with a window of all of a training
+# video; and with the hidden state, through its recurrence. `tenth`: in a tenth of the steps, from the teacher, or (the
+# last) from the student that is anchored.
+STARTS = {
+    "anchored": {"stream.anchor.name": "static"},
+    "unanchored": {"stream.anchor.name": "none", "stream.past_frames": 18, "initialize.context": "clean"},
+    "recurrent": {"initialize.context": "state", "initialize.batch_size": 8},  # four levels: as many losses as of 32
+    "recurrent_tenth": {
+        "initialize.context": "state",
+        "initialize.batch_size": 8,
+        "initialize.steps": 150,
+        "initialize.trajectories": 1024,
+        "initialize.optimizer.warmup_steps": 10,
+        "initialize.optimizer.decay_steps": 150,
+    },
+}
+STARTS["anchored_tenth"] = {
+    **STARTS["recurrent_tenth"],
+    "initialize.weights": "runs/changing_world/anchored/initialize",
+    "initialize.optimizer.learning_rate": 3e-4,
+}
 
-def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
+ANCHORS = {
+    "none": {"stream.anchor.name": "none"},
+    "none_long": {"stream.anchor.name": "none", "stream.past_frames": 18},
+    "static": {"stream.anchor.name": "static"},
+    "ema": {"stream.anchor.name": "ema", "stream.anchor.frames": 3},
+    "memory": {"stream.anchor.name": "memory", "stream.anchor.sink_frames": 1},
+    "ping_pong": {"stream.anchor.name": "ping_pong", "stream.anchor.frames": 3},
+    "adaptive": {},
+}
+
+CRITIC_RATIO = 3  # critic updates, so iterations, for each of the student
+FACTORS = {
+    "window": {"distill.cache_gradient": "window"},
+    "straight_through": {"distill.cache_gradient": "straight_through"},
+    **{
+        f"state_{chunks}": {"distill.cache_gradient": "state", "distill.cache_gradient_chunks": chunks}
+        for chunks in (1, 2, 4)
+    },
+    **{f"rollout_{n}": {"distill.rollout_frames": 21 * n, "distill.scored_frames": 21} for n in (2, 4)},
+    **{f"updates_{n}": {"distill.steps": CRITIC_RATIO * n} for n in (1000, 3000)},
+}
+
+
+def get_config(arm: str = "teacher") -> ml_collections.ConfigDict:
     config = default_config()
 
     config.data.kind = "worlds"
@@ -30,8 +79,8 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.data.worlds.height = config.data.worlds.width = 16
     config.data.worlds.num_frames = 21
     config.data.worlds.motions = ("pan left", "pan right", "pan up", "pan down")
-    config.data.worlds.palettes = ("clay",)
-    config.data.worlds.shapes = ("ball", "box")
+    config.data.worlds.palettes = ("clay", "peat")
+    config.data.worlds.shapes = ("ball",)
     config.data.worlds.colours = ("yellow", "cyan", "magenta")  # alike in brightness, and their mean is none of them
     config.data.worlds.name_colour = False
     config.data.worlds.speed = (3.0, 3.0)  # 3 pixels a frame
@@ -86,23 +135,46 @@ def get_config(arm: str = "adaptive") -> ml_collections.ConfigDict:
     config.initialize.guidance_scale = 0.0
     config.initialize.context = "stream"
 
-    config.distill.steps = 450
+    config.distill.steps = 200 * CRITIC_RATIO
     config.distill.batch_size = 16
     config.distill.rollout_frames = 21
     config.distill.guidance_scale = 0.0
-    config.distill.critic_ratio = 3
+    config.distill.critic_ratio = CRITIC_RATIO
     config.distill.student.learning_rate = 2e-4
     config.distill.critic.learning_rate = 1e-3  # a critic that lags lets the student drop colours
     config.distill.ema_decay = 0.98
     config.distill.ema_start = 50
 
-    config.sample.anchors = ("none", "static")
-    config.sample.count = 8
     config.logging.log_every = 50
-    config.logging.save_every = 1000
+    config.logging.save_every = 500
     config.logging.keep = 1
 
+    start, *rest = arm.split("/")
     if arm == "teacher":
-        config.stream.anchor = {"name": "static"}  # the paper starts from a student that anchors on the first frame too
-        config.stages = ("pretrain", "initialize", "sample")
+        config.stages = ("pretrain",)
+    elif start in STARTS and not rest:
+        config.stages = ("initialize",)
+        config.start_from = "runs/changing_world/teacher"
+        _set_fields(config, STARTS[start])
+    elif start in STARTS and rest[0] in ANCHORS and set(rest[1:]) <= set(FACTORS):
+        config.stages = ("distill",)
+        config.start_from = f"runs/changing_world/{start}"
+        for fields in (ANCHORS[rest[0]], *(FACTORS[name] for name in rest[1:])):
+            _set_fields(config, fields)
+    else:
+        raise ValueError(
+            f"unknown arm {arm!r}; teacher, or one of {', '.join(STARTS)}; distilled, /ANCHOR behind it, one of "
+            f"{', '.join(ANCHORS)}; and any of {', '.join(f'/{name}' for name in FACTORS)}"
+        )
     return config
+
+
+def _set_fields(config, fields):
+    if "stream.anchor.name" in fields:
+        config.stream.anchor = {}  # another strategy has other settings
+    for path, value in fields.items():
+        group = config
+        *names, last = path.split(".")
+        for name in names:
+            group = group[name]
+        group[last] = value

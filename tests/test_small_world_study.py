@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -13,20 +12,21 @@ import pytest
 from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import load
-from studies.small_world import arms, memory, read_columns, write_rows
+from studies import runs
+from studies.rows import read_columns, write_rows
+from studies.small_world import TEXT, arms, memory
 from studies.small_world import measure as measuring
 from studies.small_world import report as reporting
 from studies.small_world import train as training
 from studies.small_world.__main__ import main
 from studies.small_world.report import (
     MEASURES,
-    _summary_of,
     collapsed,
     compared_with_truth,
     paired_difference,
     report,
-    summarize,
 )
+from studies.statistics import summarize, summary_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +68,7 @@ def test_some_students_are_measured_with_the_streams_of_other_anchors(tmp_path):
 
 def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(training, "_train_one", lambda folder, name, seed: trained.append((name, seed)))
+    monkeypatch.setattr(training, "_train_run", lambda folder, name, seed: trained.append((name, seed)))
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
     training.train(tmp_path, ["none", "recurrent_start"], [0, 1, 1], jobs=1)
     assert trained == [
@@ -147,10 +147,10 @@ def test_memory_is_what_chance_leaves_open():
     found = compared_with_truth(columns_of(["truth"] * 4, identity=[1, 1, 0.5, 1], chance=[0.25, 0.75, 0.5, 1]))
     np.testing.assert_allclose(found["memory"], [1, 1, 0, np.nan])
     # In the mean: (0.75 + 0.25 + 0) / (0.75 + 0.25 + 0.5)
-    assert _summary_of(found, "memory", np.arange(4))[0] == pytest.approx(1 / 1.5)
+    assert summary_of(found, "memory", np.arange(4))[0] == pytest.approx(1 / 1.5)
     # Who shows fewer colours is not taken for forgetful.
     same = compared_with_truth(columns_of(["truth"] * 4, identity=[1] * 4, chance=[0.9, 0.8, 0.9, 0.99]))
-    assert _summary_of(same, "memory", np.arange(4))[0] == 1
+    assert summary_of(same, "memory", np.arange(4))[0] == 1
 
 
 def test_the_interval_of_variety_is_that_of_its_pairs():
@@ -160,7 +160,7 @@ def test_the_interval_of_variety_is_that_of_its_pairs():
         colours = rng.choice(3, size=(4, 32), p=(0.65, 0.25, 0.1))
         apart = (colours[:, :, None] != colours[:, None]).sum(axis=2) / 31
         columns = columns_of(["truth"] * 128, variety=apart.ravel(), caption=np.repeat(np.arange(4), 32))
-        _, _, low, high = _summary_of(
+        _, _, low, high = summary_of(
             {"variety": reporting._by_video(columns)} | {k: columns[k] for k in ("seed", "video")},
             "variety",
             np.arange(128),
@@ -233,7 +233,7 @@ def test_a_collapsed_run_is_named():
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"arm": "none", "video": 1, "pan": 0.123456}, {"arm": "ema", "video": 2, "pan": float("nan")}]
     write_rows(tmp_path / "rows.csv.gz", rows)
-    columns = read_columns(tmp_path / "rows.csv.gz")
+    columns = read_columns(tmp_path / "rows.csv.gz", TEXT)
     assert list(columns["arm"]) == ["none", "ema"]
     np.testing.assert_allclose(columns["pan"], [0.1235, np.nan])
 
@@ -339,7 +339,7 @@ def test_the_attention_table_tells_the_frames_of_a_part_apart(tmp_path):
         for frame, (part, share) in enumerate(frames)
     ]
     write_rows(tmp_path / "attention.csv.gz", rows)
-    columns = reporting._without(read_columns(tmp_path / "attention.csv.gz"), {("dark", 0): "too dark"})
+    columns = reporting._without(read_columns(tmp_path / "attention.csv.gz", TEXT), {("dark", 0): "too dark"})
     table = reporting._attention_table(columns)
     assert table[4:] == ["| ema | 0.30 ± 0.10 |  | 0.06 ± 0.02 | 0.24 ± 0.08 | 0.30 ± 0.10 |"]
 
@@ -365,12 +365,12 @@ def test_what_is_measured_is_not_measured_again(config, tmp_path, monkeypatch):
         write_rows(tmp_path / "measured" / f"{name}.attention.csv.gz", [{"arm": name, "part": "window"}])
     write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
     measuring.measure(tmp_path, jobs=2, results=tmp_path / "results")
-    columns = read_columns(tmp_path / "results" / "videos.csv.gz")
+    columns = read_columns(tmp_path / "results" / "videos.csv.gz", TEXT)
     assert list(columns["arm"]) == [
         *("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0"),
         "none-1",
     ]
-    assert list(read_columns(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
+    assert list(read_columns(tmp_path / "results" / "swaps.csv.gz", TEXT)["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
     # Unless it was trained again since.
     later = (tmp_path / "measured" / "none-1.npy").stat().st_mtime + 10
@@ -425,15 +425,13 @@ def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypa
     step = None if missing is None else config.distill.steps - missing
     finished = missing == 0
 
-    def run(command, **options):
+    def run(command, log, environment):
         (tmp_path / "none-1").mkdir()
         save_config(config, tmp_path / "none-1" / "config.json")
-        return subprocess.CompletedProcess(command, 0 if finished else 143)
+        return (0 if finished else 143), 2.0, 1.0
 
-    monkeypatch.setattr(training.subprocess, "run", run)
-    monkeypatch.setattr(
-        training, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999
-    )
+    monkeypatch.setattr(runs, "run_timed", run)
+    monkeypatch.setattr(runs, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999)
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
@@ -452,7 +450,7 @@ def test_a_run_that_fails_is_named(code, told, tmp_path, monkeypatch):
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
-    monkeypatch.setattr(training.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    monkeypatch.setattr(runs, "run_timed", lambda command, log, environment: (code, 2.0, 1.0))
     with pytest.raises(UserError, match=f"none-1: {told}"):
         training.train(tmp_path, ["none"], [1], jobs=1)
 
@@ -464,7 +462,7 @@ def test_no_arm_is_distilled_from_a_teacher_that_hardly_moves(share, refused, co
     (tmp_path / "teacher.seconds").write_text("1")
 
     def videos(folder, prompts, noise):
-        worlds = measuring.worlds_for(config.data.worlds, 21)
+        worlds = measuring.worlds_for(config.data.worlds, 21, 128)
         assert [world.caption for world in worlds] == prompts
         return np.stack([world.video[(share * np.arange(21)).astype(int)] for world in worlds])
 

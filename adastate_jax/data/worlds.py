@@ -54,7 +54,7 @@ class WorldConfig:
     speed: tuple[float, float] = (0.5, 1.0)  # pan and follow: frame widths (or heights) per second
     zoom_speed: tuple[float, float] = (0.5, 1.0)  # natural logarithm of the scale, per second
     motions: tuple[str, ...] = MOTIONS
-    palettes: tuple[str, ...] = tuple(PALETTES)
+    palettes: tuple[str, ...] = tuple(name for name in PALETTES if name != "peat")  # which is clay, but darker
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
     finest: float = 3.0  # pixels of the landscape's smallest details, which fade in up to 8/3 of that
