@@ -3,10 +3,11 @@
 import csv
 import gzip
 import io
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+
+_TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
@@ -29,11 +30,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_columns(path: Path, text: Collection[str]) -> dict[str, np.ndarray]:
-    """Columns of a file of `write_rows`: those named `text` as they are, else float64; none if there is no file."""
-    rows = read_rows(path)
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a file of `write_rows`: those of `_TEXT` as they are, else float64; none if there is no file."""
+    return columns_of(read_rows(path))
+
+
+def columns_of(rows: list[dict[str, str]]) -> dict[str, np.ndarray]:
+    """Columns of rows, see `read_columns`."""
     columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    return {name: x if name in text else x.astype(float) for name, x in columns.items()}
+    return {name: x if name in _TEXT else x.astype(float) for name, x in columns.items()}
 
 
 def rows_where(columns: dict[str, np.ndarray], **where) -> np.ndarray:

@@ -13,8 +13,9 @@ from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import load
 from studies import runs
+from studies.contents import last_seen, read_linearly
 from studies.rows import read_columns, write_rows
-from studies.small_world import TEXT, arms, memory
+from studies.small_world import arms, memory
 from studies.small_world import measure as measuring
 from studies.small_world import report as reporting
 from studies.small_world import train as training
@@ -233,7 +234,7 @@ def test_a_collapsed_run_is_named():
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"arm": "none", "video": 1, "pan": 0.123456}, {"arm": "ema", "video": 2, "pan": float("nan")}]
     write_rows(tmp_path / "rows.csv.gz", rows)
-    columns = read_columns(tmp_path / "rows.csv.gz", TEXT)
+    columns = read_columns(tmp_path / "rows.csv.gz")
     assert list(columns["arm"]) == ["none", "ema"]
     np.testing.assert_allclose(columns["pan"], [0.1235, np.nan])
 
@@ -312,14 +313,14 @@ def test_what_the_caption_tells_is_not_lost_among_the_features():
     rng = np.random.default_rng(0)
     captions, folds = np.arange(200) % 4, np.arange(200) // 100
     labels = np.where(rng.random(200) < 0.75, captions % 3, (captions + 1) % 3)
-    by_caption = memory.read_linearly(np.zeros((200, 0)), labels, captions, folds)
+    by_caption = read_linearly(np.zeros((200, 0)), labels, captions, folds)
     assert (by_caption == captions % 3).all()
     noise = np.concatenate([np.eye(4)[captions], rng.standard_normal((200, 200))], axis=1)
-    assert (memory.read_linearly(noise, labels, captions, folds) == labels).mean() > 0.62
+    assert (read_linearly(noise, labels, captions, folds) == labels).mean() > 0.62
     # And what they do say is found.
     told = np.concatenate([np.eye(3)[labels], noise], axis=1)
-    assert (memory.read_linearly(told, labels, captions, folds) == labels).mean() > 0.8
-    assert (memory.read_linearly(told, labels, captions, np.zeros(200, int)) == -1).all()  # no others to learn from
+    assert (read_linearly(told, labels, captions, folds) == labels).mean() > 0.8
+    assert (read_linearly(told, labels, captions, np.zeros(200, int)) == -1).all()  # no others to learn from
 
 
 def test_attention_is_measured_of_every_frame(config, truth, monkeypatch):
@@ -339,14 +340,14 @@ def test_the_attention_table_tells_the_frames_of_a_part_apart(tmp_path):
         for frame, (part, share) in enumerate(frames)
     ]
     write_rows(tmp_path / "attention.csv.gz", rows)
-    columns = reporting._without(read_columns(tmp_path / "attention.csv.gz", TEXT), {("dark", 0): "too dark"})
+    columns = reporting._without(read_columns(tmp_path / "attention.csv.gz"), {("dark", 0): "too dark"})
     table = reporting._attention_table(columns)
     assert table[4:] == ["| ema | 0.30 ± 0.10 |  | 0.06 ± 0.02 | 0.24 ± 0.08 | 0.30 ± 0.10 |"]
 
 
 def test_the_colour_last_seen():
     found = np.array([[0, -1, 2, -1, -1], [-1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
-    last, unseen = memory._last_seen(found)
+    last, unseen = last_seen(found)
     assert list(last) == [2, 1, -1]
     assert list(unseen[:2]) == [2, 0]
 
@@ -365,12 +366,12 @@ def test_what_is_measured_is_not_measured_again(config, tmp_path, monkeypatch):
         write_rows(tmp_path / "measured" / f"{name}.attention.csv.gz", [{"arm": name, "part": "window"}])
     write_rows(tmp_path / "measured" / "none-1.swaps.csv.gz", [{"arm": "none-1", "swap": "window"}])
     measuring.measure(tmp_path, jobs=2, results=tmp_path / "results")
-    columns = read_columns(tmp_path / "results" / "videos.csv.gz", TEXT)
+    columns = read_columns(tmp_path / "results" / "videos.csv.gz")
     assert list(columns["arm"]) == [
         *("truth-0", "teacher-0", "initialized-0", "initialized:none-0", "initialized:static-0"),
         "none-1",
     ]
-    assert list(read_columns(tmp_path / "results" / "swaps.csv.gz", TEXT)["swap"]) == ["window"]
+    assert list(read_columns(tmp_path / "results" / "swaps.csv.gz")["swap"]) == ["window"]
     assert (tmp_path / "results" / "frames.png").exists()
     # Unless it was trained again since.
     later = (tmp_path / "measured" / "none-1.npy").stat().st_mtime + 10

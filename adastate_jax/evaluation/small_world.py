@@ -109,21 +109,24 @@ def sideways(videos: np.ndarray, upright: np.ndarray) -> np.ndarray:
 
 
 def visits(found: np.ndarray, absence: int) -> dict[str, np.ndarray]:
-    """Each time that subjects are in view, as columns [N]: `video`, its `number` there, `frame`, `entry` and `exit`.
+    """Each time that subjects are in view, as columns [N]: its `video`, its `number` there, and what follows.
 
-    Frames in which none is seen for less than `absence` frames are within a visit; `frame` is its first one, `entry`
-    and `exit` are the colours that it begins and ends with.
+    `frame` is the first one; `entry` and `exit` are the colours that it begins and ends with, and `since` is the frame
+    from which on it has the latter. Less than `absence` frames in which none is seen are within a visit. What is seen
+    in a single frame is none: now and then a patch of the ground has a subject's colour.
 
     Args:
         found: of `subject_colours`, [V, F].
     """
-    columns = {name: [] for name in ("video", "number", "frame", "entry", "exit")}
+    columns = {name: [] for name in ("video", "number", "frame", "entry", "exit", "since")}
     for video, colours in enumerate(found):
         frames = np.flatnonzero(colours >= 0)
-        firsts = np.flatnonzero(np.diff(frames, prepend=-np.inf) > absence)
-        lasts = np.append(firsts[1:], len(frames)) - 1
-        for number, (first, last) in enumerate(zip(frames[firsts], frames[lasts], strict=True)) if len(frames) else ():
-            told = video, number, first, colours[first], colours[last]
+        parts = np.split(frames, np.flatnonzero(np.diff(frames) > absence) + 1)
+        for number, seen in enumerate(part for part in parts if len(part) > 1):
+            shown = colours[seen]
+            others = np.flatnonzero(shown != shown[-1])
+            since = seen[others[-1] + 1] if len(others) else seen[0]
+            told = video, number, seen[0], shown[0], shown[-1], since
             for values, value in zip(columns.values(), told, strict=True):
                 values.append(int(value))
     return {name: np.array(values, int) for name, values in columns.items()}

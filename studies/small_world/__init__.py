@@ -26,7 +26,6 @@ STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "re
 ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the arms that differ in nothing else
 # Students that stream with those arms' anchors too, as `initialized:none`: before distillation, and after one without.
 LENT = ("initialized", "unanchored_none")
-TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
 def arms() -> tuple[list[str], list[str]]:

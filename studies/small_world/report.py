@@ -10,7 +10,7 @@ import numpy as np
 
 from adastate_jax.errors import UserError
 from studies.rows import read_columns, rows_where
-from studies.small_world import ANCHORS, HORIZONS, LENT, TEXT, UNSEEN, once
+from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once
 from studies.statistics import paired_rows, summarize, summary_of
 from studies.tables import cell, head, row
 
@@ -127,7 +127,7 @@ def report(results: Path) -> None:
             of_both = [arm for arm in names if (OVERVIEW[0], arm, horizon) in first]
             lines += ["", *_overview_table(first, of_both, horizon, "The first time, at")]
     for kind, table in (("swaps", _swap_table), ("contents", _contents_table), ("attention", _attention_table)):
-        columns = read_columns(results / f"{kind}.csv.gz", TEXT)
+        columns = read_columns(results / f"{kind}.csv.gz")
         if columns:  # an arm with an anchor, or any student, was measured
             lines += ["", *table(_without(columns, gone))]
     with tempfile.TemporaryDirectory(dir=results) as partial:
@@ -139,7 +139,7 @@ def report(results: Path) -> None:
 
 def _read_videos(results: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, int], str]]:
     """Compared columns of the videos without those of collapsed runs, and these."""
-    columns = compared_with_truth(read_columns(results / "videos.csv.gz", TEXT))
+    columns = compared_with_truth(read_columns(results / "videos.csv.gz"))
     gone = collapsed(columns)
     return _without(columns, gone), gone
 
