@@ -196,11 +196,15 @@ def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_pa
     trained = []
     monkeypatch.setattr(training, "train_one", lambda config, workdir, overrides: trained.append(workdir.name))
     monkeypatch.setattr(training, "check_teacher", lambda folder: trained.append("gates"))
-    training.train_runs(tmp_path, [("recurrent_tenth/adaptive", 0), ("recurrent_tenth/adaptive", 1)], jobs=1)
-    assert trained == [
-        *("teacher", "gates", "anchored", "recurrent_tenth"),
-        *("recurrent_tenth.adaptive-0", "recurrent_tenth.adaptive-1"),
+    training.train_runs(tmp_path, [("anchored_tenth/adaptive", 0), ("recurrent/adaptive", 1)], jobs=1)
+    assert list(dict.fromkeys(trained)) == [
+        *("teacher", "gates", "anchored", "anchored_tenth", "recurrent"),
+        *("recurrent.adaptive-1", "anchored_tenth.adaptive-0"),
     ]
+    ordered = training.starts_ahead([(arm, 0) for arm in plan.SCREENING])
+    assert len(ordered) == len(plan.SCREENING) + len(STARTS) == len(set(ordered))
+    assert ordered[:2] == [("anchored", 0), ("anchored/none", 0)]
+    assert ordered.index(("unanchored", 0)) == ordered.index(("unanchored/none", 0)) - 4
 
 
 def test_many_comparisons_are_corrected():

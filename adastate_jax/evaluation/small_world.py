@@ -112,13 +112,14 @@ def visits(found: np.ndarray, absence: int) -> dict[str, np.ndarray]:
     """Each time that subjects are in view, as columns [N]: its `video`, its `number` there, and what follows.
 
     `frame` is the first one; `entry` and `exit` are the colours that it begins and ends with, and `since` is the frame
-    from which on it has the latter. Less than `absence` frames in which none is seen are within a visit. What is seen
-    in a single frame is none: now and then a patch of the ground has a subject's colour.
+    from which on it has the latter; `switches` is how often a colour is another one than before. Less than `absence`
+    frames in which none is seen are within a visit. What is seen in a single frame is none: now and then a patch of the
+    ground has a subject's colour.
 
     Args:
         found: of `subject_colours`, [V, F].
     """
-    columns = {name: [] for name in ("video", "number", "frame", "entry", "exit", "since")}
+    columns = {name: [] for name in ("video", "number", "frame", "entry", "exit", "since", "switches")}
     for video, colours in enumerate(found):
         frames = np.flatnonzero(colours >= 0)
         parts = np.split(frames, np.flatnonzero(np.diff(frames) > absence) + 1)
@@ -126,7 +127,7 @@ def visits(found: np.ndarray, absence: int) -> dict[str, np.ndarray]:
             shown = colours[seen]
             others = np.flatnonzero(shown != shown[-1])
             since = seen[others[-1] + 1] if len(others) else seen[0]
-            told = video, number, seen[0], shown[0], shown[-1], since
+            told = video, number, seen[0], shown[0], shown[-1], since, (np.diff(shown) != 0).sum()
             for values, value in zip(columns.values(), told, strict=True):
                 values.append(int(value))
     return {name: np.array(values, int) for name, values in columns.items()}

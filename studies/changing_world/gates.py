@@ -20,6 +20,7 @@ GATES = {
     "hue": (0.8, 1.2),
     "landscape": (0.9, 1.0),
     "changing": (0.35, 0.65),
+    "steady": (0.9, 1.0),
     "last after a change": (0.8, 1.0),
     "last without one": (0.8, 1.0),
     "withheld pan": (0.8, 1.2),
@@ -51,8 +52,8 @@ def found_in(videos: np.ndarray, worlds: list[World], config: WorldConfig) -> di
     """Of what the gates are: of videos uint8 [V, F, H, W, 3] of one training length, one for each of the worlds.
 
     Pan and hue are of the truth, `landscape` the share of videos that show theirs; these are of captions that are known
-    from training, and of `withheld` ones. `changing` is the share of videos whose first ball changes its colour, `last`
-    that of the balls which come back as they were seen last.
+    from training, and of `withheld` ones. `changing` is the share of videos whose first ball changes its colour,
+    `steady` that of balls that do so once at most, `last` that of balls which come back as they were seen last.
     """
     found = colours_of(videos, worlds, config)
     rows = list(measure_videos(videos, found, worlds, config))
@@ -68,6 +69,7 @@ def found_in(videos: np.ndarray, worlds: list[World], config: WorldConfig) -> di
     return {
         **{name: float(values[~withheld].mean()) for name, values in columns.items()},
         "changing": float((visits["entry"] != visits["exit"])[begin].mean()),
+        "steady": _mean((visits["switches"] < 2).astype(float)),
         "last after a change": _mean(after[True]),
         "last without one": _mean(after[False]),
         **{f"withheld {name}": float(values[withheld].mean()) for name, values in columns.items()},

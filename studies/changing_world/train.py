@@ -1,9 +1,12 @@
 """Trains the runs of the study in the order of its plan; what is done is skipped, what was stopped goes on."""
 
+import collections
+import itertools
+import threading
 from pathlib import Path
 
 from adastate_jax.config.files import parse_config
-from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, workdir_of
+from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, workdir_of
 from studies.changing_world.gates import check_teacher
 from studies.changing_world.measure import Run, screen
 from studies.changing_world.memory import mean_memory, returns
@@ -18,7 +21,7 @@ def train(folder: Path, jobs: int) -> None:
     Raises:
         UserError: the teacher does not pass its gates, or a run failed or was stopped.
     """
-    train_runs(folder, [*((start, 0) for start in STARTS), *((arm, SCREENING_SEED) for arm in SCREENING)], jobs)
+    train_runs(folder, [(arm, SCREENING_SEED) for arm in SCREENING], jobs)
     final, longest = decide(folder, jobs)
     train_runs(folder, [*final, *longest], jobs)
 
@@ -26,12 +29,33 @@ def train(folder: Path, jobs: int) -> None:
 def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
     """Trains some runs, and before them what they start from."""
     folder.mkdir(parents=True, exist_ok=True)
-    _train_run(folder, "teacher", 0)
+    locks = collections.defaultdict(threading.Lock)
+
+    def train_run(run: Run) -> None:
+        for needed in _needed(run[0]):
+            train_run((needed, 0))
+        with locks[run]:  # others may need it, too
+            _train_run(folder, *run)
+
+    train_run(("teacher", 0))
     check_teacher(folder)
-    starts = dict.fromkeys((_start_of(arm), 0) for arm, _ in runs)
-    before = dict.fromkeys([("anchored", 0), *(run for run in starts if run[0] != "teacher")])
-    train_all(before, lambda run: _train_run(folder, *run), 1)
-    train_all(runs, lambda run: _train_run(folder, *run), jobs)
+    train_all(starts_ahead(runs), train_run, jobs)
+
+
+def starts_ahead(runs: list[Run], ahead: int = 3) -> list[Run]:
+    """The runs by what they start from, each start before the last runs of the one before: no core need wait long."""
+    ordered: list[Run] = []
+    for start, group in itertools.groupby(sorted(runs, key=_place), key=_place):
+        if start:
+            at = max(len(ordered) - ahead, 0)
+            ordered[at:at] = [(STARTS[start - 1], 0)]
+        ordered += group
+    return ordered
+
+
+def _place(run: Run) -> int:
+    """1 and more for the runs that start from one of `STARTS`."""
+    return 0 if once(run[0]) else STARTS.index(_start_of(run[0])) + 1
 
 
 def is_screened(folder: Path) -> bool:
@@ -75,6 +99,12 @@ def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], d
 
 def _start_of(arm: str) -> str:
     return Path(parse_config([f"--config={CONFIG}:{arm}"]).start_from).name
+
+
+def _needed(arm: str) -> list[str]:
+    """What is trained before an arm, the one that it starts from last."""
+    before = ["anchored"] if arm == "anchored_tenth" else []
+    return [] if arm == "teacher" else [*before, _start_of(arm)]
 
 
 def _train_run(folder: Path, arm: str, seed: int) -> None:
