@@ -5,10 +5,10 @@ python -m adastate_jax.train --config=configs/changing_world.py:teacher --workdi
 python -m adastate_jax.train --config=configs/changing_world.py:anchored --workdir=runs/changing_world/anchored
 python -m adastate_jax.train --config=configs/changing_world.py:anchored/static --workdir=runs/changing_world/X
 
-A camera pans over clay or darker peat in one of four directions, past balls, one every sixteen frames and out of sight
-for eleven, while the landscape's hue turns. In half of the videos the balls' colour is replaced while one is in view,
-at the first one and then at every one with even odds; what comes back has the colour that was seen last. No caption
-tells the colour or that it changes. Of the sixteen captions four are in no training video.
+A camera pans to the left or right over clay, or darker loam, peat or basalt, past balls, one every sixteen frames and
+out of sight for eleven, while the landscape's hue turns. In half of the videos the balls' colour is replaced while one
+is in view, at the first one and then at every one with even odds; what comes back has the colour that was seen last. No
+caption tells the colour or that it changes. Of the sixteen captions four are in no training video.
 
 `teacher` is pretrained; a start (`STARTS`) is a student that is initialised on the teacher's trajectories; all else is
 an arm, distilled: `START/ANCHOR` and what else differs (`FACTORS`), as in `recurrent/adaptive/state_2/rollout_4`.
@@ -18,12 +18,12 @@ import ml_collections
 
 from adastate_jax.config import default_config
 
-# One of each way, each sense twice, each landscape twice: every word of theirs is known from other captions.
+# One of each landscape, each way twice, each sense twice: every word of theirs is known from other captions.
 WITHHELD = (
     "a camera pans left over clay with a ball while the colours turn forwards",
-    "a camera pans right over peat with a ball while the colours turn backwards",
-    "a camera pans up over clay with a ball while the colours turn backwards",
-    "a camera pans down over peat with a ball while the colours turn forwards",
+    "a camera pans right over loam with a ball while the colours turn backwards",
+    "a camera pans right over peat with a ball while the colours turn forwards",
+    "a camera pans left over basalt with a ball while the colours turn backwards",
 )
 
 # How students are initialised: against a static anchor's stream; without an anchor, with a window of all of a training
@@ -78,8 +78,8 @@ def get_config(arm: str = "teacher") -> ml_collections.ConfigDict:
     config.data.num_worlds = 8192
     config.data.worlds.height = config.data.worlds.width = 16
     config.data.worlds.num_frames = 21
-    config.data.worlds.motions = ("pan left", "pan right", "pan up", "pan down")
-    config.data.worlds.palettes = ("clay", "peat")
+    config.data.worlds.motions = ("pan left", "pan right")
+    config.data.worlds.palettes = ("clay", "loam", "peat", "basalt")
     config.data.worlds.shapes = ("ball",)
     config.data.worlds.colours = ("yellow", "cyan", "magenta")  # alike in brightness, and their mean is none of them
     config.data.worlds.name_colour = False

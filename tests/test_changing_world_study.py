@@ -51,20 +51,20 @@ def test_each_caption_has_as_many_true_videos(config, truth):
     assert set(config.withheld) < set(captions)
 
 
-def test_the_truth_moves_as_its_caption_says_whichever_way(config, truth):
+def test_the_truth_moves_as_its_caption_says(config, truth):
     worlds, videos = truth
-    rows = list(measure_videos(videos, colours_of(videos, worlds, config), worlds, config))
+    rows = list(measure_videos(videos, colours_of(videos, config), worlds, config))
     assert {row["horizon"] for row in rows} == {1.0, 2.5, 6.0}
     for name in ("pan", "hue"):
         values = np.array([row[name] for row in rows])
         assert abs(values.mean() - 1) < 0.05
         assert values.min() > 0.7
-    assert all(row["landscape"] == 1 for row in rows)
+    assert np.mean([row["landscape"] for row in rows]) > 0.95
 
 
 def test_the_truth_comes_back_as_it_was_last_and_not_first(config, truth):
     worlds, videos = truth
-    found = colours_of(videos, worlds, config)
+    found = colours_of(videos, config)
     rows = [{"arm": "truth", "seed": "0", "noise": "0", **row} for row in measure_visits(found)]
     back = returns(columns_of([{name: str(value) for name, value in row.items()} for row in rows]))
     assert back["was_last"].mean() > 0.99
@@ -215,8 +215,8 @@ def test_many_comparisons_are_corrected():
 
 
 def test_tables_are_made_of_any_arms(config, truth, tmp_path):
-    worlds, videos = truth[0][::6], truth[1][::6]  # of both landscapes
-    found = colours_of(videos, worlds, config)
+    worlds, videos = truth[0][::6], truth[1][::6]  # of all landscapes
+    found = colours_of(videos, config)
     kinds = {"videos": list(measure_videos(videos, found, worlds, config)), "visits": list(measure_visits(found))}
     runs = [("truth", 0), *(("anchored/static", seed) for seed in (0, 1)), ("anchored/adaptive", 0)]
     for kind, rows in kinds.items():

@@ -23,6 +23,8 @@ class Palette:
     avoid: tuple[str, ...]  # subject colours that would vanish into this landscape
 
 
+DARKER = ("loam", "peat", "basalt")  # clay, but for its brightness
+
 PALETTES = {
     "meadow": Palette(
         "green hills",
@@ -73,9 +75,21 @@ PALETTES = {
         0.55,
         ("red", "orange"),
     ),
+    "loam": Palette(
+        "loam",
+        ((0.0, "#2e140c"), (0.35, "#512418"), (0.65, "#753824"), (1.0, "#92553d")),
+        0.55,
+        ("red", "orange"),
+    ),
     "peat": Palette(
         "peat",
-        ((0.0, "#1c0d08"), (0.35, "#331710"), (0.65, "#4a2417"), (1.0, "#5c3626")),
+        ((0.0, "#230f09"), (0.35, "#3e1c13"), (0.65, "#592b1c"), (1.0, "#6f412e")),
+        0.55,
+        ("red", "orange"),
+    ),
+    "basalt": Palette(
+        "basalt",
+        ((0.0, "#1b0b07"), (0.35, "#2f150e"), (0.65, "#442115"), (1.0, "#543123")),
         0.55,
         ("red", "orange"),
     ),

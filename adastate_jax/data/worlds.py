@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from adastate_jax.data.builder import Examples, SequentialBuilder, named_configuration
-from adastate_jax.data.palettes import COLOURS, PALETTES
+from adastate_jax.data.palettes import COLOURS, DARKER, PALETTES
 from adastate_jax.data.world_pixels import paint_ground, paint_subject, subject_followed, subjects_passed_by
 from adastate_jax.errors import UserError
 
@@ -54,7 +54,7 @@ class WorldConfig:
     speed: tuple[float, float] = (0.5, 1.0)  # pan and follow: frame widths (or heights) per second
     zoom_speed: tuple[float, float] = (0.5, 1.0)  # natural logarithm of the scale, per second
     motions: tuple[str, ...] = MOTIONS
-    palettes: tuple[str, ...] = tuple(name for name in PALETTES if name != "peat")  # which is clay, but darker
+    palettes: tuple[str, ...] = tuple(name for name in PALETTES if name not in DARKER)
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
     finest: float = 3.0  # pixels of the landscape's smallest details, which fade in up to 8/3 of that

@@ -1,8 +1,8 @@
 """What a world of `data/worlds.py` shows, read back from its pixels: its pan, its hue and the colour of its subject.
 
-For small frames with a sideways pan (or one that `sideways` lays on its side), a landscape of one hue and subjects on
-the middle row, where optical flow finds nothing to hold on to. Each of these is read off true videos too, so that an
-estimate is always compared with what the same estimator says of the truth.
+For small frames with a sideways pan, a landscape of one hue and subjects on the middle row, where optical flow finds
+nothing to hold on to. Each of these is read off true videos too, so that an estimate is always compared with what the
+same estimator says of the truth.
 """
 
 import numpy as np
@@ -101,11 +101,6 @@ def subject_colours(videos: np.ndarray, colours: tuple[str, ...], radius: float)
     distance = np.linalg.norm(means[..., None, :] - paint, axis=-1).min(axis=2)  # [V, F, colours]
     nearest = distance.argmin(axis=-1)
     return np.where(distance.min(axis=-1) <= _FARTHEST, nearest, -1)
-
-
-def sideways(videos: np.ndarray, upright: np.ndarray) -> np.ndarray:
-    """Square videos [V, F, N, N, 3] with the `upright` ones [V] mirrored at the diagonal: a pan down becomes right."""
-    return np.where(upright[:, None, None, None, None], videos.swapaxes(2, 3), videos)
 
 
 def visits(found: np.ndarray, absence: int) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def measure_cache(model: Model, worlds: list[World]) -> tuple[Iterator[dict[str,
                     parts["anchor"] = as_features(stream.anchor.read(carry.cache.anchor))
                 read.append(parts)
         frames = decode_frames(model.codec, np.concatenate(contents, axis=1), (), True)[0]
-        found.append(colours_of(np.asarray(frames), worlds, config))
+        found.append(colours_of(np.asarray(frames), config))
         features.append(read)
     shares = {chunk: _shares(of_chunk, chunk, model) for chunk, of_chunk in masses.items()}
     return _read(np.concatenate(found), features, prompts), _look(found[0], shares)
@@ -118,7 +118,7 @@ def _look(found: np.ndarray, shares: dict[int, dict[str, np.ndarray]]) -> Iterat
     changed = visits["entry"] != visits["exit"]
     for video, frame in zip(visits["video"][changed], visits["since"][changed], strict=True):
         for chunk, parts in shares.items():
-            apart = chunk - frame // CHUNK
+            apart = int(chunk - frame // CHUNK)
             if -3 <= apart <= LONGEST:
                 for name, of_part in parts.items():
                     sums.setdefault((name, apart), []).append(float(of_part[video]))

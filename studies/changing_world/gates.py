@@ -55,7 +55,7 @@ def found_in(videos: np.ndarray, worlds: list[World], config: WorldConfig) -> di
     from training, and of `withheld` ones. `changing` is the share of videos whose first ball changes its colour,
     `steady` that of balls that do so once at most, `last` that of balls which come back as they were seen last.
     """
-    found = colours_of(videos, worlds, config)
+    found = colours_of(videos, config)
     rows = list(measure_videos(videos, found, worlds, config))
     columns = {name: np.array([row[name] for row in rows]) for name in ("pan", "hue", "landscape")}
     withheld = np.isin([world.caption for world in worlds], config.withheld)

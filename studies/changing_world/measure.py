@@ -22,7 +22,7 @@ from studies.changing_world import (
     workdir_of,
 )
 from studies.changing_world.contents import measure_cache
-from studies.changing_world.worlds import colours_of, laid_sideways, worlds_of_each_caption
+from studies.changing_world.worlds import colours_of, worlds_of_each_caption
 from studies.rollouts import glimpses, roll_out, roll_out_teacher
 from studies.rows import read_rows, write_rows
 from studies.runs import done_file, measure_all
@@ -127,7 +127,7 @@ def measure_run(folder: Path, arm: str, seed: int, part: str) -> str:
         else:
             videos = roll_out(load(workdir), prompts, noise, len(worlds[0].video))
         config = load_config(folder / "teacher" / "config.json").data.worlds
-        found = colours_of(videos, worlds, config)
+        found = colours_of(videos, config)
         write("videos", ({"noise": noise, **row} for row in measure_videos(videos, found, worlds, config)))
         write("visits", ({"noise": noise, **row} for row in measure_visits(found)))
         path = _part_file(folder, arm, seed, part, "npy")
@@ -153,24 +153,23 @@ def measure_videos(
     videos: uint8 [V, F, H, W, 3], each for the caption of one of the `worlds`.
     found: of `colours_of`.
     """
-    pan_truth = np.array([world.pan_x + world.pan_y for world in worlds]) * config.width / config.fps
+    pan_truth = np.array([world.pan_x for world in worlds]) * config.width / config.fps
     hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
     landscapes = np.array([world.palette for world in worlds])
-    brightness = np.array([world.video.mean() for world in worlds])
-    own, other = (
-        np.array([brightness[(landscapes == name) == same].mean() for name in landscapes]) for same in (True, False)
-    )
-    upright, hues = laid_sideways(videos, worlds), small_world.hue(videos)
+    names = sorted(set(landscapes))
+    true_means = np.array([np.mean([x.video.mean() for x in worlds if x.palette == name]) for name in names])
+    hues = small_world.hue(videos)
     for horizon in HORIZONS:
         end = round(horizon * LENGTH)
         if end > videos.shape[1]:
             return
         shown, turned = videos[:, end - LENGTH : end], hues[:, end - LENGTH : end]
         look = {name: values.mean(axis=1) for name, values in small_world.look(shown).items()}
+        nearest = np.abs(look["brightness"][:, None] - true_means).argmin(axis=1)
         means = {
-            "pan": small_world.pan_per_frame(upright[:, end - LENGTH : end], LARGEST_PAN).mean(axis=1) / pan_truth,
+            "pan": small_world.pan_per_frame(shown, LARGEST_PAN).mean(axis=1) / pan_truth,
             "hue": small_world.hue_per_frame(turned).mean(axis=1) / hue_truth,
-            "landscape": (np.abs(look["brightness"] - own) < np.abs(look["brightness"] - other)).astype(float),
+            "landscape": (np.array(names)[nearest] == landscapes).astype(float),
             **look,
             "seen": (found[:, end - LENGTH : end] >= 0).mean(axis=1),
         }

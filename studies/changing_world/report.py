@@ -26,7 +26,7 @@ MEASURES = {
     "pan": "signed pan / truth",
     "hue": "signed turn of the hue / truth",
     "reversed": "share of videos whose hue turns against the caption",
-    "landscape": "share of videos as bright as the caption's landscape, rather than the other",
+    "landscape": "share of videos whose brightness is nearest to that of the caption's landscape",
     "brightness": "brightness / truth",
     "saturation": "saturation / truth",
     "contrast": "contrast / truth",

@@ -1,4 +1,4 @@
-"""The true videos that a run is compared with, and what is read of a video given what its caption says."""
+"""The true videos that a run is compared with, and the colours of their balls."""
 
 import dataclasses
 
@@ -23,11 +23,6 @@ def worlds_of_each_caption(config: WorldConfig, frames: int, count: int = PER_CA
     return [render_world(config, WORLD_SEED, number) for numbers in wanted.values() for number in numbers]
 
 
-def laid_sideways(videos: np.ndarray, worlds: list[World]) -> np.ndarray:
-    """The videos with those whose caption pans up or down on their side, see `small_world.sideways`."""
-    return small_world.sideways(videos, np.array([bool(world.pan_y) for world in worlds]))
-
-
-def colours_of(videos: np.ndarray, worlds: list[World], config: WorldConfig) -> np.ndarray:
-    """The colour of the ball in each frame [V, F], −1 for none."""
-    return small_world.subject_colours(laid_sideways(videos, worlds), config.colours, config.subject_radius[0])
+def colours_of(videos: np.ndarray, config: WorldConfig) -> np.ndarray:
+    """The colour of the ball in each frame of videos [V, F, H, W, 3]: [V, F], −1 for none."""
+    return small_world.subject_colours(videos, config.colours, config.subject_radius[0])
