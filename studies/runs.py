@@ -20,6 +20,10 @@ from studies import ROOT
 _INTERRUPTED = (130, 143)  # the exit codes of a command that Ctrl-C or SIGTERM stopped
 
 
+class RunFailed(UserError):
+    """A run failed, where others may not."""
+
+
 def share_cores(jobs: int) -> list[list[int] | None]:
     """The processor cores of each of several runs at a time; None is all."""
     cores = sorted(os.sched_getaffinity(0))
@@ -27,17 +31,29 @@ def share_cores(jobs: int) -> list[list[int] | None]:
 
 
 def train_all(runs: Iterable[Any], train_one: Callable[[Any], None], jobs: int) -> None:
-    """Calls `train_one` of each run, `jobs` at a time on processor cores of their own."""
+    """Calls `train_one` of each run, `jobs` at a time on processor cores of their own.
+
+    Raises:
+        RunFailed: of the first run that failed, after all others are trained.
+        UserError: a run was stopped.
+    """
     waiting = iter(list(runs))
+    failures: list[RunFailed] = []
 
     def work(cores: list[int] | None) -> None:
         if cores:
             os.sched_setaffinity(0, cores)  # of this thread, and of the processes that it starts
         for run in waiting:  # a list's iterator may be shared between threads
-            train_one(run)
+            try:
+                train_one(run)
+            except RunFailed as failure:
+                print(failure, flush=True)
+                failures.append(failure)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, share_cores(jobs)))
+    if failures:
+        raise failures[0]
 
 
 def done_file(workdir: Path) -> Path:
@@ -53,7 +69,8 @@ def train_one(config: str, workdir: Path, overrides: Sequence[str] = ()) -> None
         overrides: of the command line.
 
     Raises:
-        UserError: the run failed or was stopped.
+        RunFailed: the run failed.
+        UserError: it was stopped.
     """
     done = done_file(workdir)
     if done.exists():
@@ -68,7 +85,7 @@ def train_one(config: str, workdir: Path, overrides: Sequence[str] = ()) -> None
     with workdir.with_name(f"{workdir.name}.log").open("ab") as log:
         code, seconds, processor_seconds = run_timed(command, log, environment)
     if code not in (0, *_INTERRUPTED):
-        raise UserError(f"{workdir}: training failed; the end of {log.name} says why")
+        raise RunFailed(f"{workdir}: training failed; the end of {log.name} says why")
     if code or not _is_finished(workdir):
         raise UserError(f"{workdir}: was stopped before its end; the same command goes on from there")
     done.write_text(f"{seconds:.0f} {processor_seconds:.0f}\n")

@@ -8,6 +8,7 @@ import pytest
 
 from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
+from studies import runs
 from studies.changing_world import STARTS, contents, gates, plan
 from studies.changing_world import train as training
 from studies.changing_world.gates import GATES, check_teacher, found_in
@@ -207,6 +208,19 @@ def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_pa
     assert ordered.index(("unanchored", 0)) == ordered.index(("unanchored/none", 0)) - 4
 
 
+def test_a_run_that_fails_keeps_no_other_from_being_trained():
+    trained = []
+
+    def train(run):
+        trained.append(run)
+        if run in "bd":
+            raise runs.RunFailed(f"{run} failed")
+
+    with pytest.raises(UserError, match="b failed"):
+        runs.train_all("abcd", train, jobs=1)
+    assert trained == ["a", "b", "c", "d"]
+
+
 def test_many_comparisons_are_corrected():
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, np.nan, 0.03])), [0.03, 0.06, np.nan, 0.06])
     assert significance(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.0742, abs=1e-4)  # t = 3.46 with 2 degrees
@@ -218,9 +232,9 @@ def test_tables_are_made_of_any_arms(config, truth, tmp_path):
     worlds, videos = truth[0][::6], truth[1][::6]  # of all landscapes
     found = colours_of(videos, config)
     kinds = {"videos": list(measure_videos(videos, found, worlds, config)), "visits": list(measure_visits(found))}
-    runs = [("truth", 0), *(("anchored/static", seed) for seed in (0, 1)), ("anchored/adaptive", 0)]
+    trained = [("truth", 0), *(("anchored/static", seed) for seed in (0, 1)), ("anchored/adaptive", 0)]
     for kind, rows in kinds.items():
-        rows = [{"arm": arm, "seed": seed, "noise": 0, **row} for arm, seed in runs for row in rows]
+        rows = [{"arm": arm, "seed": seed, "noise": 0, **row} for arm, seed in trained for row in rows]
         write_rows(tmp_path / f"{kind}.csv.gz", rows)
     report(tmp_path)
     tables = (tmp_path / "tables.md").read_text()
