@@ -21,7 +21,7 @@ from adastate_jax.console import (
     starting,
 )
 from adastate_jax.errors import UserError
-from adastate_jax.files import write_text
+from adastate_jax.files import what_lies_near, write_text
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json, read_text
 
@@ -139,7 +139,7 @@ def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = options.config or _CONFIG
     refuse_configuration(config, rest)
     if options.teacher and not Path(options.teacher.partition(":")[0]).is_file():
-        raise UserError(f"--teacher={options.teacher}: no such file")
+        raise UserError(f"--teacher={options.teacher}: no such file{what_lies_near(options.teacher.partition(':')[0])}")
     if options.default_output:
         options.default_output = Path("compiled.json")
     for name in ("only", "repeats"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, run_command, starting
 from adastate_jax.errors import UserError
+from adastate_jax.files import what_lies_near
 from adastate_jax.interrupts import if_unwritten
 
 _EXAMPLE = """example:
@@ -38,14 +39,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.output.suffix != ".safetensors":
         raise UserError(f"--output={options.output}: must end in .safetensors")
     if not run.is_dir():
-        raise UserError(f"--run={run}: no such folder; name one that train wrote")
+        raise UserError(f"--run={run}: no such folder{what_lies_near(run) or '; name one that train wrote'}")
     with claimed_output(options) as output, if_unwritten(output):
         starting()
         from adastate_jax.checkpoint import latest_step
+        from adastate_jax.config.files import load_config
         from adastate_jax.generation.trained import load_run, write_bundle
         from adastate_jax.sharding import make_mesh
 
-        config, trained = load_run(run, make_mesh())
+        config = load_config(run / "config.json")
         stage = "distill" if "distill" in config.stages else "initialize"
         done, steps = latest_step(run / stage) or 0, getattr(config, stage).steps
         if done < steps:
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
                 f"--run={run}: was trained on embeddings, and its text encoder is no part of it; use python -m "
                 f"adastate_jax.convert --source={run} --output=DIR for its student"
             )
+        _, trained = load_run(run, make_mesh())
         output = write_bundle(config, trained, output, options.overwrite)
     print(f"{output.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
     print(output)

@@ -19,7 +19,15 @@ import tqdm
 
 from adastate_jax import distributed, interrupts
 from adastate_jax.errors import UserError, missing_requirement, one_line, reason
-from adastate_jax.files import claimed, give_back, numbered_name, refuse_in_use, refuse_nameless, refuse_to_replace
+from adastate_jax.files import (
+    claimed,
+    give_back,
+    numbered_name,
+    refuse_in_use,
+    refuse_nameless,
+    refuse_to_replace,
+    what_lies_near,
+)
 from adastate_jax.standard_streams import unfailing
 
 # JAX's names of the durations that make up a compilation. That of a function that is traced holds its inner ones'.
@@ -89,7 +97,7 @@ def refuse_configuration(file: str, overrides: Sequence[str]) -> None:
         UserError: there is no such file, or an argument overrides no field.
     """
     if not os.path.isfile(file.partition(":")[0]):
-        raise UserError(f"--config={file}: no such file")
+        raise UserError(f"--config={file}: no such file{what_lies_near(file.partition(':')[0])}")
     for argument in overrides:
         if not argument.startswith("--config."):
             raise UserError(f"{argument}: unknown argument; --help lists what there is")

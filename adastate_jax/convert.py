@@ -15,7 +15,7 @@ from typing import Any
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.files import whole_folder
+from adastate_jax.files import what_lies_near, whole_folder
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.texts import parse_json
 from adastate_jax.weights.sources import refuse_unknown_kind
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     with claimed_output(options, folder=True, replaces=_is_ours) as output, if_unwritten(output):
         for name, path in (("", options.source), *(("--lora=", path) for path, _ in adapters)):
             if not os.path.exists(path):
-                raise UserError(f"{name}{path}: no such file or folder")
+                raise UserError(f"{name}{path}: no such file or folder{what_lies_near(path)}")
         refuse_unknown_kind(options.source)
         starting()
         import jax

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError
+from adastate_jax.files import what_lies_near
 from adastate_jax.generation.data_sets import add_options, job_of
 from adastate_jax.interrupts import if_stopped
 from adastate_jax.texts import is_text
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     job = job_of(options, "text_length")
     if not options.prompts.is_file():
-        raise UserError(f"--prompts={options.prompts}: no such file")
+        raise UserError(f"--prompts={options.prompts}: no such file{what_lies_near(options.prompts)}")
     if not all(map(is_text, options.negative_prompt or ())):
         raise UserError("--negative-prompt: is not UTF-8 text")
     starting()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError
-from adastate_jax.files import existing_name
+from adastate_jax.files import existing_name, what_lies_near
 from adastate_jax.generation.data_sets import add_options, job_of
 from adastate_jax.interrupts import if_stopped
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.stride < 0:
         raise UserError(f"--stride={options.stride}: must not be negative")
     if not existing_name(options.videos).is_dir():
-        raise UserError(f"--videos={options.videos}: no such folder")
+        raise UserError(f"--videos={options.videos}: no such folder{what_lies_near(options.videos)}")
     starting()
     from adastate_jax.data.footage import ClipConfig
     from adastate_jax.generation.clip_sets import write_clip_set

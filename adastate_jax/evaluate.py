@@ -27,7 +27,7 @@ from adastate_jax.evaluation import vbench
 from adastate_jax.evaluation.measure import Measurement, Settings, measure_video
 from adastate_jax.evaluation.report import is_of_report, write_report
 from adastate_jax.evaluation.summary import Video, by_group, summarize_group
-from adastate_jax.files import existing_name
+from adastate_jax.files import existing_name, what_lies_near
 from adastate_jax.interrupts import if_unwritten
 from adastate_jax.streaming.names import STREAM_NAMES
 
@@ -138,7 +138,7 @@ def find_videos(paths: Sequence[Path]) -> list[tuple[Path, str]]:
             inside = [path]
             bare |= {path.resolve()} - found.keys() if path.parent == Path() else set()
         else:
-            raise UserError(f"{path}: no such file or folder; correct the path")
+            raise UserError(f"{path}: no such file or folder{what_lies_near(path) or '; correct the path'}")
         for file in inside:
             found.setdefault(file.resolve(), file)
     folders = {key: file.absolute().parent for key, file in found.items() if key not in bare}

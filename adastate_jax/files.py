@@ -16,6 +16,7 @@ gives it its name back.
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import itertools
@@ -38,6 +39,7 @@ from adastate_jax.hidden_names import (
 )
 
 _CLAIM = ".claim"
+_ALIKE = 0.7  # of two names, that one may be meant by the other
 _REPLACED = ".replaced"
 _RENAME_EXCHANGE = 2  # of Linux' renameat2
 _AT_FDCWD = -100
@@ -300,6 +302,18 @@ def existing_name(path: str | Path) -> Path:
             if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name):
                 return folder / name
     return path
+
+
+def what_lies_near(path: str | Path) -> str:
+    """`; did you mean PATH?` for a path that is missing, where one lies that is much like it, else nothing."""
+    path = Path(path)
+    missing = next((part for part in (*reversed(path.parents), path) if not os.path.lexists(part)), path)
+    with contextlib.suppress(OSError):
+        for name in difflib.get_close_matches(missing.name, os.listdir(missing.parent), cutoff=_ALIKE):
+            near = missing.parent / name / path.relative_to(missing)
+            if os.path.exists(near):
+                return f"; did you mean {near}?"
+    return ""
 
 
 def numbered_name(path: Path, number: int) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError, shortlist
+from adastate_jax.files import what_lies_near
 from adastate_jax.generation.placement import add_arguments, placement_of
 from adastate_jax.generation.shipped import find_model, vocabulary
 from adastate_jax.interrupts import if_unwritten
@@ -41,9 +42,8 @@ _EXAMPLE = """examples:
   python -m adastate_jax.sample --random-weights --config=configs/tiny.py --prompt="a dry run" --seconds=1"""
 
 _FEW_STEPS = (
-    "a trained few-step student is what it was distilled to be: its denoising steps, sizes and settings are fixed, and "
-    "it has no guidance and no negative prompt; it takes --prompt, --prompts, --seed, --seconds, --anchor, --image and "
-    "--video. Converted networks also take --config=FILE and after it --config.FIELD=VALUE"
+    "a trained student's settings are fixed, and it has neither guidance nor a negative prompt; leave it out "
+    "(converted networks take --config=FILE and after it --config.FIELD=VALUE)"
 )
 # What other tools call the settings that a few-step student has not.
 _OF_OTHER_TOOLS = ("steps", "num-steps", "guidance", "guidance-scale", "cfg", "cfg-scale", "negative-prompt")
@@ -171,9 +171,9 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError("--prompt: is empty; say what to show")
     if options.image and options.video:
         raise UserError("--image and --video: a video starts from one of them")
-    for file in (options.image, options.video, options.prompts, options.like, options.session):
-        if file and not (file.exists() if file == options.like else file.is_file()):
-            raise UserError(f"{file}: no such file")
+    for option in ("image", "video", "prompts", "like", "session"):
+        if (file := getattr(options, option)) and not (file.exists() if option == "like" else file.is_file()):
+            raise UserError(f"--{option}={file}: no such file{what_lies_near(file)}")
     if options.prompts:
         read_schedule(options.prompts)
     if options.random_weights and options.checkpoint is not None:

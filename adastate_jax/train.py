@@ -25,7 +25,7 @@ from adastate_jax.console import CommandParser, refuse_configuration, run_comman
 from adastate_jax.distributed import from_first, gather
 from adastate_jax.errors import UserError, shown, writing
 from adastate_jax.fields import to_dict
-from adastate_jax.files import write_text
+from adastate_jax.files import what_lies_near, write_text
 from adastate_jax.interrupts import Stopped, if_stopped
 from adastate_jax.lockstep import watched
 from adastate_jax.texts import read_json
@@ -296,7 +296,9 @@ def main(arguments: Sequence[str]) -> int:
     for argument in rest:
         name, _, folder = argument.partition("=")
         if name == "--config.data.folder" and not os.path.isdir(folder):
-            raise UserError(f"{argument}: no such folder; name one of video files")
+            if os.path.lexists(folder):
+                raise UserError(f"{argument}: is a file; name the folder that holds it")
+            raise UserError(f"{argument}: no such folder{what_lies_near(folder) or '; name one of video files'}")
     begun = time.monotonic()
     starting()
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)

@@ -24,6 +24,7 @@ import numpy as np
 
 from adastate_jax.console import CommandParser, run_command, starting
 from adastate_jax.errors import UserError
+from adastate_jax.files import what_lies_near
 
 if TYPE_CHECKING:
     from adastate_jax.verification.record import Check, Fixture, NotChecked
@@ -211,7 +212,7 @@ def find_files(folder: Path, only: Sequence[str]) -> tuple[list[Path], list[Path
         UserError: there is no such folder, it holds no fixture, or a fixture that was asked for is not there.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder{what_lies_near(folder) or '; name one of official numbers'}")
     files = {path.stem: path for pattern in ("*.safetensors", "manifest_*.json") for path in folder.glob(pattern)}
     if not files:
         raise UserError(f"{folder}: holds no fixture, neither .safetensors nor manifest_*.json")
@@ -229,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     parser = CommandParser(
         prog="python -m adastate_jax.verify",
-        description="Compares this package's numbers, on this device, with fixtures from the official code.",
+        description="Compares this package's numbers, on this device, with those that ship with it, or a folder's.",
         epilog=_epilog,
     )
     parser.add_argument(

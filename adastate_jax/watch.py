@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adastate_jax.console import CommandParser, claimed_output, output_argument, progress, run_command, starting
 from adastate_jax.errors import UserError, writing
-from adastate_jax.files import whole_file
+from adastate_jax.files import what_lies_near, whole_file
 from adastate_jax.streaming.cues import read_schedule
 
 _EXAMPLE = """examples:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if output.suffix != ".mp4":
         raise UserError(f"--output={output}: must end in .mp4")
     if options.prompts and not options.prompts.is_file():
-        raise UserError(f"{options.prompts}: no such file")
+        raise UserError(f"--prompts={options.prompts}: no such file{what_lies_near(options.prompts)}")
     cues = read_schedule(options.prompts) if options.prompts else ()
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(claimed_output(options))

@@ -10,12 +10,12 @@ from conftest import LATENT_SHAPE
 
 from adastate_jax.diffusion import add_noise
 from adastate_jax.streaming import cache as cache_lib
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import StaticAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry
 from adastate_jax.streaming.denoising import denoise, live_noise, read_context, split_live
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.sinks import StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 from adastate_jax.training.self_rollout import draw_rollout_noise, self_rollout
 
 STREAMS = {

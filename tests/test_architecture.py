@@ -1,4 +1,7 @@
-"""The floors of the house: who may import whom."""
+"""The floors of the house: who may import whom; and the list of what is where.
+
+python tests/test_architecture.py > docs/modules.md     # where a module came, went, or says otherwise what it is
+"""
 
 import ast
 from pathlib import Path
@@ -83,3 +86,29 @@ def test_no_module_is_longer_than_a_reader_can_hold():
     long = {str(path.relative_to(PACKAGE)) for path in modules() if len(path.read_text().splitlines()) > 400}
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
     assert [name for name in sorted(long) if f"`{name}`" not in page] == []
+
+
+def page_of_modules() -> str:
+    """What docs/modules.md is to be."""
+    lines = [
+        "# Every module, and what it is",
+        "",
+        "The first paragraph of each module's docstring. How they hang together: [architecture.md](architecture.md).",
+    ]
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        lines += ["", f"## `{folder.relative_to(PACKAGE.parent)}/`", ""]
+        for path in sorted(folder.glob("*.py")):
+            said = ast.get_docstring(ast.parse(path.read_text()))
+            assert said or path.name == "__init__.py", f"{path}: does not say what it is"
+            if said:
+                lines.append(f"- `{path.name}`: {' '.join(said.partition(chr(10) * 2)[0].split())}")
+    return "\n".join(lines)
+
+
+def test_every_module_is_listed_with_what_it_says_of_itself():
+    page = (PACKAGE.parent / "docs" / "modules.md").read_text()
+    assert page == page_of_modules() + "\n", "run python tests/test_architecture.py > docs/modules.md"
+
+
+if __name__ == "__main__":
+    print(page_of_modules())

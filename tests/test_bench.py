@@ -26,10 +26,10 @@ from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from adastate_jax.models.vae import VAE, VAEConfig, decoder_levels
 from adastate_jax.models.video_coding import decode, decoder_cache
-from adastate_jax.streaming.memories import AdaptiveAnchor
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.static import StaticAnchor
 from adastate_jax.streaming.prompts import schedule
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.sinks import StaticAnchor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ROOT.parent / "shared" / "perf_model.py"  # an independent count for Wan2.1's networks

@@ -10,7 +10,7 @@ from adastate_jax.config.files import default_config, from_config_dict, load_con
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
 from adastate_jax.generation import loading as generate
-from adastate_jax.streaming.sinks import StaticAnchor
+from adastate_jax.streaming.anchors.static import StaticAnchor
 from adastate_jax.weights.kinds import KINDS
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError
 from adastate_jax.fields import build, refuse_unknown, to_dict
-from adastate_jax.files import is_file, write_text
+from adastate_jax.files import is_file, what_lies_near, write_text
 from adastate_jax.texts import parse_json, read_text
 
 
@@ -45,8 +45,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
     files = [argument for argument in arguments if argument.startswith("--config=")]
     if not files:
         raise UserError("--config is not set; name a file, for example --config=configs/tiny.py")
-    if not os.path.isfile(files[-1].removeprefix("--config=").partition(":")[0]):
-        raise UserError(f"{files[-1]}: no such file")
+    if not os.path.isfile(file := files[-1].removeprefix("--config=").partition(":")[0]):
+        raise UserError(f"{files[-1]}: no such file{what_lies_near(file)}")
     config = _parse_flags(files[-1:])
     for argument in arguments:
         name = argument.partition("=")[0]
@@ -110,5 +110,5 @@ def load_config(path: Path) -> Config:
         UserError: the file is missing or not a configuration of this version.
     """
     if not is_file(path) and not os.path.isdir(path):  # a folder in its place is named as what it is
-        raise UserError(f"{path}: no such file; is this a folder that train wrote?")
+        raise UserError(f"{path}: no such file; is this a folder that train or convert wrote?")
     return build(Config, parse_json(read_text(path), str(path)), str(path))

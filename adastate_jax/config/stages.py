@@ -7,8 +7,8 @@ import numpy as np
 
 from adastate_jax.checks import require_positive
 from adastate_jax.diffusion import MAX_TIMESTEP, warp
+from adastate_jax.streaming.anchors.static import StaticAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.sinks import StaticAnchor
 
 
 def require_decay(config) -> None:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from adastate_jax.console import did_you_mean
 from adastate_jax.errors import UserError
+from adastate_jax.files import what_lies_near
 
 # Models that ship with the package, a file each, see `bundle`.
 _BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -21,7 +23,8 @@ def find_model(path: str | Path) -> Path:
     if len(path.parts) == 1 and bundle.is_file() and not path.exists():
         return bundle
     if not path.exists():
-        raise UserError(f"{path}: no such folder; name one that train or convert wrote, or tiny")
+        near = what_lies_near(path) or did_you_mean(str(path), [file.stem for file in _BUNDLED.glob("*.safetensors")])
+        raise UserError(f"{path}: no such folder{near or '; name one that train or convert wrote, or tiny'}")
     return path
 
 

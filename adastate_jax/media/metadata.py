@@ -50,7 +50,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with open_video(path) as container:
             return {name: text for name, text in container.metadata.items() if name not in _OF_THE_CONTAINER}
     except av.FFmpegError as error:
-        raise UserError(f"{path}: neither a picture nor a video ({error.strerror})") from None
+        raise UserError(
+            f"{path}: neither a picture nor a video ({error.strerror}); name one that sample wrote"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # on a damaged file, a decoder may fail in any way

@@ -35,7 +35,7 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     try:
         pixels = _read_rgb(path)
     except Exception as error:  # on a damaged file, a decoder may fail in any way
-        raise UserError(f"{path}: not a readable picture ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable picture ({_reason(error)}); name a PNG, JPEG or WebP file") from None
     return fit_pixels(pixels, height, width)[None]
 
 

@@ -1,5 +1,6 @@
 """A client without a page: follows a session in real time, steers it, and notes how long everything takes."""
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -15,6 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
 from adastate_jax.errors import UserError
+from adastate_jax.errors import reason as why
 from adastate_jax.serving.protocol import Pictures, unpack
 from adastate_jax.streaming.cues import Cue
 
@@ -65,6 +67,7 @@ class Client:
         self.chunk = -1  # the newest that was shown
         self.drawn: list[Pictures] = []  # of the newest chunk
         self._socket: ClientConnection | None = None
+        self._opened = contextlib.ExitStack()  # sockets that close at the end
 
     @property
     def watches(self) -> bool:
@@ -86,7 +89,9 @@ class Client:
         except urllib.error.HTTPError as error:
             raise UserError(f"{path.partition('?')[0]}: {_detail(error)}") from None
         except (OSError, ValueError, HTTPException) as error:
-            raise UserError(f"{self._base}: does not answer ({error}); is serve running there?") from None
+            raise UserError(
+                f"{self._base}: does not answer ({why(getattr(error, 'reason', error))}); is serve running there?"
+            ) from None
 
     def begin(self, prompt: str | None = None, seed: int = 0, anchors: Sequence[str] | None = None) -> None:
         """Begins a session, or finds the one of the watch link, and opens its socket."""
@@ -122,13 +127,13 @@ class Client:
         scheme = "wss" if self._secure else "ws"
         address = f"{scheme}://{self._base}/v1/sessions/{self.session['id']}?key={quote(self.session['key'])}"
         try:
-            self._socket = connect(address, compression=None, max_size=_MOST_ANSWER, open_timeout=30, proxy=None)
+            socket = connect(address, compression=None, max_size=_MOST_ANSWER, open_timeout=30, proxy=None)
+            self._socket = self._opened.enter_context(socket)
         except (OSError, InvalidHandshake, TimeoutError) as error:
             raise UserError(f"{self._base}: the socket does not open ({error})") from None
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._opened.close()
 
     def say(self, message: dict[str, Any]) -> None:
         self._socket.send(json.dumps(message))

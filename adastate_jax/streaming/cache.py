@@ -14,8 +14,8 @@ from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.context_parallel import constrain_kept
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.rope import rotate, rotation
+from adastate_jax.streaming.anchors.contract import Commit, NoAnchor
 from adastate_jax.streaming.layout import Layout
-from adastate_jax.streaming.strategy import Commit, NoAnchor
 
 
 @jax.tree_util.register_dataclass

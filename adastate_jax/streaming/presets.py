@@ -7,10 +7,13 @@ an entry in `PRESETS`, and its table of positions in the tests.
 import dataclasses
 
 from adastate_jax.streaming.anchors import ANCHORS, make_anchor
-from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.averages import EMAAnchor, MemoryAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.ping_pong import PingPongAnchor
+from adastate_jax.streaming.anchors.restart import RestartAnchor
+from adastate_jax.streaming.anchors.static import AbsoluteAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.sinks import AbsoluteAnchor, RestartAnchor, RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 
 @dataclasses.dataclass(frozen=True)

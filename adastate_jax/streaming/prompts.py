@@ -28,9 +28,9 @@ import math
 from collections.abc import Sequence
 
 from adastate_jax.errors import UserError
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
 from adastate_jax.streaming.cues import Cue, check_schedule
 from adastate_jax.streaming.cues import read_schedule as read_schedule  # it was here: scripts of others import it
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
 
 _FLUSH_KEEPS = 2  # frames

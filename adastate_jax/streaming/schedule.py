@@ -5,8 +5,8 @@ import dataclasses
 from adastate_jax.diffusion import MAX_TIMESTEP, denoising_sigmas
 from adastate_jax.fields import one_of
 from adastate_jax.streaming.anchors import ANCHORS, make_anchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
 from adastate_jax.streaming.layout import Layout, consecutive
-from adastate_jax.streaming.strategy import NoAnchor
 
 CUT_POSITION = 45  # of the first content frame behind a scene cut. Source: Infinity-RoPE, arXiv 2511.20649
 

@@ -15,14 +15,14 @@ from adastate_jax.models.dit import Attention, DiT, DiTConfig
 from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.streaming import cache as cache_lib
 from adastate_jax.streaming.anchors import make_anchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import AbsoluteAnchor, StaticAnchor
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import ChunkNoise, initial_carry, seed_keys
 from adastate_jax.streaming.denoising import GeneratedChunk, generate_chunk, read_context
 from adastate_jax.streaming.layout import Layout
 from adastate_jax.streaming.rollout import rollout_step
 from adastate_jax.streaming.schedule import Phase, StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.sinks import AbsoluteAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 from adastate_jax.training.initialize import block_causal_pass
 from adastate_jax.verification.losses import dmd_checks
 from adastate_jax.verification.record import (

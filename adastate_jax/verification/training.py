@@ -11,9 +11,9 @@ import numpy as np
 from adastate_jax.config.stages import DistillConfig, OptimizerConfig
 from adastate_jax.diffusion import MAX_TIMESTEP
 from adastate_jax.models.dit import DiT
+from adastate_jax.streaming.anchors.contract import NoAnchor
 from adastate_jax.streaming.carry import ChunkNoise
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.strategy import NoAnchor
 from adastate_jax.training.dmd import (
     Draws,
     apply_student_gradients,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adastate_jax.errors import UserError, shortlist
-from adastate_jax.files import is_file
+from adastate_jax.files import is_file, what_lies_near
 from adastate_jax.texts import parse_json, read_json
 from adastate_jax.weights.packed import ScaledTensor, tokenizer_of, unpacked
 from adastate_jax.weights.safetensors_file import SafeTensors
@@ -65,7 +65,7 @@ def open_source(path: str | Path, part: str = "", config_name: str = "config.jso
     path = Path(path)
     file = _single_checkpoint(path) if os.path.isdir(path) else path
     if not is_file(file):
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder{what_lies_near(path)}")
     header: Mapping[str, Any] = {}
     metadata: Mapping[str, str] = {}
     taken = ""

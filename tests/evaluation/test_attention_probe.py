@@ -17,13 +17,13 @@ from adastate_jax.generation import loading
 from adastate_jax.generation.loading import load
 from adastate_jax.models.attention import attend_all
 from adastate_jax.models.rope import rotate
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import RollingAnchor, StaticAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
 from adastate_jax.streaming.denoising import live_noise, read_context
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.rollout import stream_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 TOKENS = SMALL.frame_tokens(*LATENT_SHAPE[:2])
 

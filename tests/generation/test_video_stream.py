@@ -20,11 +20,11 @@ from adastate_jax.generation.embeddings import StoredTextEncoder
 from adastate_jax.models.text import PieceTokenizer
 from adastate_jax.models.video_coding import decode_clip, encode_clip
 from adastate_jax.sharding import make_mesh
+from adastate_jax.streaming.anchors.restart import RestartAnchor
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.cues import Cue
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.sinks import RestartAnchor
 from adastate_jax.weights.parts import load_part
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The page in a real browser, against the whole server in this process; a small random network makes its pictures."""
+"""The page in a real browser, against the whole server in this process, with the bundled model."""
 
 import contextlib
 import io
@@ -8,10 +8,11 @@ import threading
 import time
 
 import av
+import cv2
+import numpy as np
 import pytest
 import uvicorn
 from serving.small_server import PROMPT, assemble
-from small_run import write_run
 
 import adastate_jax as ada
 
@@ -33,8 +34,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    write_run(folder / "run")
-    app, live, _ = assemble(ada.load(folder / "run"), folder / "live")
+    app, live, _ = assemble(ada.load("tiny"), folder / "live")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -91,6 +91,19 @@ def drawn(page) -> list[int]:
     )
 
 
+def mean_colour(page) -> list[float]:
+    """Red, green and blue, 0 to 255, of the last panel."""
+    return page.evaluate(
+        """(() => {
+          const canvas = [...document.querySelectorAll('#panels canvas')].at(-1);
+          const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+          const sums = [0, 0, 0, 0];
+          data.forEach((value, i) => sums[i % 4] += value);
+          return sums.slice(0, 3).map((sum) => sum / (data.length / 4));
+        })()"""
+    )
+
+
 def wait_until(page, holds):
     deadline = time.monotonic() + PATIENCE / 1000
     while not holds():
@@ -112,10 +125,12 @@ def test_a_person_sees_steers_and_keeps(open_page, address):
     page.wait_for_selector("body[data-motion]")
     wait_until(page, lambda: all(now != before for now, before in zip(drawn(page), first, strict=True)))
 
-    page.fill("#prompt", "another scene")
-    page.select_option("#transition", "cut")
-    page.click("#send")
-    page.wait_for_selector("#timeline li.applied.current >> text=another scene")
+    for scene, more, less in (("green hills", 1, 0), ("sand dunes", 0, 1)):
+        page.fill("#prompt", f"a camera pans left over {scene}")
+        page.select_option("#transition", "cut")
+        page.click("#send")
+        page.wait_for_selector(f"#timeline li.applied.current >> text={scene}")
+        wait_until(page, lambda more=more, less=less: (colour := mean_colour(page))[more] > colour[less] + 10)
     stop(page)
     assert "stopped" in page.inner_text("#overlay-text").lower()
 
@@ -125,7 +140,7 @@ def test_a_person_sees_steers_and_keeps(open_page, address):
     session = page.request.get(address.rstrip("/") + page.get_attribute("#session", "href")).text()
     said = json.dumps(json.loads(session))
     assert PROMPT in said
-    assert "another scene" in said
+    assert "over sand dunes" in said
 
 
 def test_a_page_that_is_loaded_again_comes_back_to_its_session(open_page):
@@ -185,4 +200,27 @@ def test_a_phone_scrolls_down_and_not_sideways(open_page):
         ).map((element) => element.id)"""
     )
     assert unnamed == []
+    stop(page)
+
+
+def test_another_anchor_or_a_start_picture_begins_anew(open_page, tmp_path):
+    """A take begins with other anchors, one panel, or a picture that was sent; what is no picture is refused."""
+    page = open_page()
+    wait_until_drawn(page)
+    page.locator("#panels select").nth(1).select_option("longlive")
+    page.wait_for_selector("#timeline li.applied >> text=beside longlive")
+    wait_until_drawn(page)
+    page.locator("#panels select").nth(0).select_option("-")
+    wait_until(page, lambda: page.locator("#panels figure").count() == 1)
+    wait_until_drawn(page)
+
+    picture = tmp_path / "picture.png"
+    cv2.imwrite(str(picture), np.full((40, 60, 3), 180, np.uint8))
+    page.set_input_files("#picture", picture)
+    page.wait_for_selector("#timeline li.applied >> text=from a picture")
+    wait_until_drawn(page)
+
+    picture.write_text("no picture")
+    page.set_input_files("#picture", picture)
+    page.wait_for_selector("#status >> text=refused")
     stop(page)

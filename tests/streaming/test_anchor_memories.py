@@ -12,11 +12,11 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.rope import MAX_POSITION, rotate, rotation
 from adastate_jax.streaming import cache as cache_lib
-from adastate_jax.streaming.memories import EMAAnchor, MemoryAnchor
+from adastate_jax.streaming.anchors.averages import EMAAnchor, MemoryAnchor
+from adastate_jax.streaming.anchors.contract import Commit
+from adastate_jax.streaming.anchors.static import AbsoluteAnchor, Receding
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.schedule import StreamConfig, clean_layout_of, layout_of, phase_of
-from adastate_jax.streaming.sinks import AbsoluteAnchor, Receding
-from adastate_jax.streaming.strategy import Commit
 
 TOKENS = 2  # per frame
 MEMORY_MODEL = dataclasses.replace(SMALL, num_layers=2)

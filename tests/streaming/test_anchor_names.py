@@ -9,14 +9,17 @@ import pytest
 from conftest import LATENT_SHAPE, SMALL
 
 from adastate_jax.streaming.anchors import ANCHORS, make_anchor
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.averages import EMAAnchor, MemoryAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.ping_pong import PingPongAnchor
+from adastate_jax.streaming.anchors.restart import RestartAnchor
+from adastate_jax.streaming.anchors.static import AbsoluteAnchor, RollingAnchor, StaticAnchor
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.denoising import generate_chunk
-from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
 from adastate_jax.streaming.presets import PRESETS, STREAM_NAMES, named_stream
 from adastate_jax.streaming.rollout import stream
 from adastate_jax.streaming.schedule import Phase, StreamConfig
-from adastate_jax.streaming.sinks import AbsoluteAnchor, RestartAnchor, RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 
 def test_names():

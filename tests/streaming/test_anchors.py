@@ -17,11 +17,11 @@ import pytest
 
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
+from adastate_jax.streaming.anchors.contract import NoAnchor
 from adastate_jax.streaming.carry import ChunkNoise, initial_carry, seed_keys
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.rollout import rollout_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.strategy import NoAnchor
 
 WINDOW_21 = {
     0: "L0-2@0-2",

@@ -11,14 +11,15 @@ from conftest import LATENT_SHAPE, SMALL
 from adastate_jax.diffusion import add_noise, flow_to_clean
 from adastate_jax.models.attention import KeyValues, concatenate
 from adastate_jax.models.rope import rotate, rotation
+from adastate_jax.streaming.anchors.averages import MemoryAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.ping_pong import PingPongAnchor
+from adastate_jax.streaming.anchors.static import RollingAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
-from adastate_jax.streaming.memories import MemoryAnchor, PingPongAnchor
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.rollout import rollout as traced_rollout
 from adastate_jax.streaming.rollout import rollout_step, stream, stream_step
 from adastate_jax.streaming.schedule import StreamConfig, phase_of
-from adastate_jax.streaming.sinks import RollingAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 rollout = jax.jit(traced_rollout, static_argnames=("config", "latent_shape", "num_chunks", "first_chunk"))
 

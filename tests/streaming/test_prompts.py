@@ -14,17 +14,17 @@ from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.rope import rotate, rotation
 from adastate_jax.sharding import make_mesh
 from adastate_jax.streaming import prompted
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import RollingAnchor, StaticAnchor
 from adastate_jax.streaming.carry import initial_carry, seed_keys
 from adastate_jax.streaming.cues import Cue, parse_schedule, read_schedule
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.presets import PRESETS
 from adastate_jax.streaming.prompted import initial_prompted, prompted_stream
 from adastate_jax.streaming.prompts import Reread, Schedule, chunk_of, schedule
 from adastate_jax.streaming.rollout import rollout, stream
 from adastate_jax.streaming.schedule import CUT_POSITION, StreamConfig, layout_of, sigmas_of
-from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 CONFIG = StreamConfig(past_frames=3, anchor=AdaptiveAnchor(1))
 

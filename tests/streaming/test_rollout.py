@@ -10,14 +10,14 @@ from conftest import LATENT_SHAPE, SMALL
 
 from adastate_jax.errors import UserError
 from adastate_jax.streaming.anchors import make_anchor
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import StaticAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry, seed_keys
-from adastate_jax.streaming.memories import AdaptiveAnchor
 from adastate_jax.streaming.rollout import rollout as traced_rollout
 from adastate_jax.streaming.rollout import rollout_step as traced_rollout_step
 from adastate_jax.streaming.rollout import stream, stream_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.sinks import StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 
 rollout = jax.jit(traced_rollout, static_argnames=("config", "latent_shape", "num_chunks", "first_chunk"))
 rollout_step = jax.jit(traced_rollout_step, static_argnames=("config", "phase"))

@@ -13,8 +13,8 @@ from small_rollouts import STREAMS
 from adastate_jax.config.stages import InitializeConfig, OptimizerConfig, PretrainConfig
 from adastate_jax.diffusion import add_noise
 from adastate_jax.sharding import make_mesh, shard_batch, tree_shardings
+from adastate_jax.streaming.anchors.contract import NoAnchor
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.streaming.strategy import NoAnchor
 from adastate_jax.training import clips as training_clips
 from adastate_jax.training.clips import clip_step, consistency_loss, consistency_step
 from adastate_jax.training.initialize import recurrent_pass

@@ -11,13 +11,13 @@ from small_rollouts import CHUNKS, KEYS, STREAMS, record_of
 
 from adastate_jax.config.stages import InitializeConfig
 from adastate_jax.diffusion import flow_to_clean
+from adastate_jax.streaming.anchors.averages import EMAAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.static import RollingAnchor, StaticAnchor
 from adastate_jax.streaming.carry import draw_noise, initial_carry
 from adastate_jax.streaming.denoising import generate_chunk
-from adastate_jax.streaming.memories import EMAAnchor
 from adastate_jax.streaming.rollout import rollout_step
 from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
-from adastate_jax.streaming.sinks import RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
 from adastate_jax.training.initialize import block_causal_pass, initialize_step, recurrent_pass, teacher_forced_pass
 from adastate_jax.training.self_rollout import rollout_latents
 from adastate_jax.training.state import create_state

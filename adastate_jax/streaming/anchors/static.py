@@ -1,7 +1,4 @@
-"""Anchors that never change: none, with restarts or without, and the stream's first frames for ever.
-
-The contract is in `strategy.py`, all names in `anchors.py`.
-"""
+"""The stream's first frames for ever: beside the window, moving away from it, or beside chunks at all noise levels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,25 +8,8 @@ import jax.numpy as jnp
 
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.rope import MAX_POSITION, Rotation, rotate, rotation
+from adastate_jax.streaming.anchors.contract import Commit, NoAnchor, capture_first_frames
 from adastate_jax.streaming.layout import Layout
-from adastate_jax.streaming.strategy import Commit, NoAnchor, capture_first_frames
-
-
-@dataclasses.dataclass(frozen=True)
-class RestartAnchor(NoAnchor):
-    """CausVid: when the window is full, a new rollout starts from the last chunk, read alone in a clean pass.
-
-    Source: arXiv 2412.07772, long videos by overlapping rollouts of W_p + F frames; the overlap is one chunk.
-    """
-
-    restarts = True
-
-    def check(self, chunk_frames: int, past_frames: int) -> None:
-        if past_frames < chunk_frames:
-            raise ValueError(
-                f"restarts need a window of at least a chunk of {chunk_frames} frames, not {past_frames}: "
-                f"set past_frames={chunk_frames}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

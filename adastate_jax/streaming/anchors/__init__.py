@@ -1,15 +1,18 @@
 """All anchor strategies by name.
 
-Their contract is in `strategy.py`; those that never change are in `sinks.py`, the others in `memories.py`. A new
-strategy needs its class, and a name here if configurations are to name it.
+Their contract is in `contract.py`. A new strategy needs a file here with its class, and a name below (and in
+`streaming/names.py`) if configurations are to name it.
 """
 
 import dataclasses
 from typing import Any
 
-from adastate_jax.streaming.memories import AdaptiveAnchor, EMAAnchor, MemoryAnchor, PingPongAnchor
-from adastate_jax.streaming.sinks import AbsoluteAnchor, RestartAnchor, RollingAnchor, StaticAnchor
-from adastate_jax.streaming.strategy import NoAnchor
+from adastate_jax.streaming.anchors.adaptive import AdaptiveAnchor
+from adastate_jax.streaming.anchors.averages import EMAAnchor, MemoryAnchor
+from adastate_jax.streaming.anchors.contract import NoAnchor
+from adastate_jax.streaming.anchors.ping_pong import PingPongAnchor
+from adastate_jax.streaming.anchors.restart import RestartAnchor
+from adastate_jax.streaming.anchors.static import AbsoluteAnchor, RollingAnchor, StaticAnchor
 
 ANCHORS = {
     "none": NoAnchor,
