@@ -243,3 +243,19 @@ def test_tables_are_made_of_any_arms(config, truth, tmp_path):
     assert (tmp_path / "memory.png").exists()
     dark = {row["landscape"] for row in measure_videos(videos[:1] // 2, found, worlds, config)}
     assert dark == {0.0}
+
+
+def test_the_pages_numbers_are_of_the_rows_beside_it(tmp_path):
+    page = (ROOT / "docs" / "changing_world.md").read_text().splitlines()
+    shown = {line for line in page if line.startswith("| ") and " ± " in line}
+    results = ROOT / "docs" / "changing_world"
+    if not results.exists():
+        assert not shown
+        return
+    for rows in results.glob("*.csv.gz"):
+        (tmp_path / rows.name).symlink_to(rows)
+    report(tmp_path)
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables == (results / "tables.md").read_text()
+    assert shown
+    assert shown <= set(tables.splitlines())
