@@ -20,7 +20,7 @@ GATES = {
     "hue": (0.8, 1.2),
     "landscape": (0.9, 1.0),
     "changing": (0.35, 0.65),
-    "steady": (0.9, 1.0),
+    "steady": (0.8, 1.0),
     "last after a change": (0.8, 1.0),
     "last without one": (0.8, 1.0),
     "withheld pan": (0.8, 1.2),
