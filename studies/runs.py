@@ -57,7 +57,7 @@ def train_all(runs: Iterable[Any], train_one: Callable[[Any], None], jobs: int) 
 
 
 def done_file(workdir: Path) -> Path:
-    """The file that is there once a run is trained: the seconds of its last go, and those that processors worked."""
+    """The file that is there once a run is trained: its seconds, and those that processors worked for it."""
     return workdir.with_name(f"{workdir.name}.seconds")
 
 
@@ -83,13 +83,19 @@ def train_one(config: str, workdir: Path, overrides: Sequence[str] = ()) -> None
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compilations"),
     }
     with workdir.with_name(f"{workdir.name}.log").open("ab") as log:
-        code, seconds, processor_seconds = run_timed(command, log, environment)
+        code, *seconds = run_timed(command, log, environment)
+    before = workdir.with_name(f"{workdir.name}.stopped")  # the same of a run that was stopped
+    if before.exists():
+        seconds = [sum(pair) for pair in zip(seconds, map(float, before.read_text().split()), strict=True)]
+    told = " ".join(f"{x:.0f}" for x in seconds)
     if code not in (0, *_INTERRUPTED):
         raise RunFailed(f"{workdir}: training failed; the end of {log.name} says why")
     if code or not _is_finished(workdir):
+        before.write_text(f"{told}\n")
         raise UserError(f"{workdir}: was stopped before its end; the same command goes on from there")
-    done.write_text(f"{seconds:.0f} {processor_seconds:.0f}\n")
-    print(f"{workdir.name}: {seconds:.0f} s, {processor_seconds:.0f} s of a processor", flush=True)
+    done.write_text(f"{told}\n")
+    before.unlink(missing_ok=True)
+    print(f"{workdir.name}: {seconds[0]:.0f} s, {seconds[1]:.0f} s of a processor", flush=True)
 
 
 def run_timed(command: Sequence[str], log: Any, environment: dict[str, str]) -> tuple[int, float, float]:

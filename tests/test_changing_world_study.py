@@ -221,6 +221,16 @@ def test_a_run_that_fails_keeps_no_other_from_being_trained():
     assert trained == ["a", "b", "c", "d"]
 
 
+def test_a_runs_seconds_are_those_of_all_its_goes(tmp_path, monkeypatch):
+    ends = iter([(143, 20.0, 10.0), (0, 5.0, 4.0)])
+    monkeypatch.setattr(runs, "run_timed", lambda *_: next(ends))
+    monkeypatch.setattr(runs, "_is_finished", lambda workdir: True)
+    with pytest.raises(UserError, match="stopped before its end"):
+        runs.train_one("file:arm", tmp_path / "arm")
+    runs.train_one("file:arm", tmp_path / "arm")
+    assert runs.done_file(tmp_path / "arm").read_text() == "25 14\n"
+
+
 def test_many_comparisons_are_corrected():
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, np.nan, 0.03])), [0.03, 0.06, np.nan, 0.06])
     assert significance(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.0742, abs=1e-4)  # t = 3.46 with 2 degrees
