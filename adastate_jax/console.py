@@ -318,12 +318,18 @@ class Progress(tqdm.tqdm):
 
 @contextlib.contextmanager
 def progress(
-    description: str, total: int, initial: int = 0, unit: str = "step", compiles: bool = False
+    description: str,
+    total: int,
+    initial: int = 0,
+    unit: str = "step",
+    compiles: bool = False,
+    counts_compiling: bool = False,
 ) -> Iterator[Progress]:
     """A progress bar on stderr whose clock goes on while the program waits.
 
     Args:
         compiles: says so until the first `update`.
+        counts_compiling: where compiling is the work, its time counts as elapsed.
     """
     with Progress(desc=description, total=total, initial=initial, unit=unit, compiles=compiles) as bar:
         finished = threading.Event()
@@ -335,7 +341,7 @@ def progress(
         clock = threading.Thread(target=tick, daemon=True)
         clock.start()
         try:
-            with _compilations(bar.exclude):
+            with contextlib.nullcontext() if counts_compiling else _compilations(bar.exclude):
                 yield bar
         finally:
             finished.set()

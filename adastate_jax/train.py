@@ -108,6 +108,8 @@ def _train(config: "Config", workdir: Path, metrics: "Metrics", profile: "Profil
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from None
     _refuse_uneven_batches(config)
+    if not (workdir / "config.json").exists():  # a run that began so can go on
+        _refuse_early_end(config)
     metrics.spans.lap("start")
     with jax.set_mesh(mesh):
         inputs = open_inputs(config, workdir)
@@ -138,6 +140,16 @@ def _refuse_uneven_batches(config: "Config") -> None:
         batches[name] = getattr(config, stage).batch_size // parts
     try:
         require_divisible_batches(config.mesh, batches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _refuse_early_end(config: "Config") -> None:
+    """A rate that is zero before a stage ends wastes what comes behind."""
+    from adastate_jax.config.run import require_whole_decay
+
+    try:
+        require_whole_decay(config)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -234,10 +246,11 @@ _EXAMPLE = """example:
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints what distillation takes on the chips that were named; 1 if it does not fit, and nothing near does."""
+    """Prints what training takes on the chips that were named; 1 if it does not fit, and nothing near does."""
     if not 0 < options.share <= 1:
         raise UserError(f"--share={options.share}: must lie in (0, 1]")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA asks for a bug report where compiling takes minutes
     starting()
     from adastate_jax.benchmarking.ahead import cache_folder
     from adastate_jax.benchmarking.plan import plan, table
@@ -270,7 +283,7 @@ def main(arguments: Sequence[str]) -> int:
     plan.add_argument(
         "--plan",
         metavar="CHIP:SIZES",
-        help="trains nothing: says what distillation takes on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
+        help="trains nothing: says what the stages take on chips that need not be here: v5p:2x2x2, v6e:4x4, h100:8",
     )
     plan.add_argument(
         "--share",

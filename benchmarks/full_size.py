@@ -77,20 +77,22 @@ def ours(folder: Path) -> None:
     """Clean estimate of a stream's first chunk after one step."""
     import jax
 
-    from adastate_jax.streaming import rollout
+    from adastate_jax.streaming.carry import initial_carry, seed_keys
+    from adastate_jax.streaming.denoising import denoise, read_context
+    from adastate_jax.streaming.schedule import StreamConfig, layout_of, phase_of
     from adastate_jax.weights.converted import load_converted
 
     jax.config.update("jax_default_matmul_precision", "highest")
     latents, text = inputs()
-    config = rollout.StreamConfig()
-    layout = rollout.layout_of(rollout.phase_of(0, config), config)
+    config = StreamConfig()
+    layout = layout_of(phase_of(0, config), config)
     model = load_converted(folder / "converted", "transformer", dtype="float32")
 
     @jax.jit
     def first_step(model, latents, text):
-        carry = rollout.initial_carry(model.config, config, rollout.seed_keys(0, 1), *latents.shape[2:4])
-        context = rollout.read_context(model.config, carry.cache, config, layout, latents)
-        return rollout.denoise(model, latents, SIGMA, model.text_keys_values(text), layout, context)[0]
+        carry = initial_carry(model.config, config, seed_keys(0, 1), *latents.shape[2:4])
+        context = read_context(model.config, carry.cache, config, layout, latents)
+        return denoise(model, latents, SIGMA, model.text_keys_values(text), layout, context)[0]
 
     np.save(folder / "ours.npy", first_step(model, latents, text))
 

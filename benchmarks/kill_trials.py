@@ -36,6 +36,7 @@ TRAIN = [
     "--config.model.num_layers=1",
     "--config.stages=('pretrain',)",
     "--config.pretrain.batch_size=4",
+    "--config.pretrain.optimizer.decay_steps=0",
     f"--config.logging.save_every={SAVE_EVERY}",
     "--config.logging.log_every=10",
 ]

@@ -16,7 +16,8 @@ cp Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json weights/
 python -m adastate_jax.embed --checkpoint=weights --prompts=prompts.txt --output=data/prompts
 
 Sources: [paper] arXiv 2605.30349; [sf] guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml where no file is named,
-for what the paper does not state; [wan] Wan-Video/Wan2.1.
+for what the paper does not state (configs/self_forcing_dmd_5step.yaml there has the same numbers, but for a fifth
+step); [wan] Wan-Video/Wan2.1.
 """
 
 import pathlib
@@ -60,8 +61,8 @@ def get_config(setting: str = ""):
     config.distill.critic.learning_rate = 4e-7  # [sf] lr_critic
     for optimizer in (config.distill.student, config.distill.critic):
         optimizer.betas = (0.0, 0.999)  # [sf] beta1, beta2, and the critic's
-        optimizer.weight_decay = 0.01  # [sf] trainer/distillation.py, of both
-        optimizer.max_gradient_norm = 10.0  # [sf] trainer/distillation.py, of both
+        optimizer.weight_decay = 0.01  # [sf] configs/default_config.yaml; trainer/distillation.py has it for both
+        optimizer.max_gradient_norm = 10.0  # [sf] trainer/distillation.py, where no file sets it: of both
     config.distill.ema_decay = 0.99  # [sf] ema_weight
     config.distill.ema_start = 200  # [sf] ema_start_step
     config.distill.shift = 5.0  # [sf] timestep_shift

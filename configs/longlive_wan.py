@@ -36,8 +36,10 @@ def get_config():
     config.distill.scored_frames = 21  # [ll] streaming_chunk_size
     config.distill.overlap_frames = 3  # [ll] streaming_min_new_frame 18
     config.distill.rollout_frames = 237  # [ll] streaming_max_length 240: the last that 21 + 18 n frames reach
-    config.distill.prompt_change = "renew"  # [ll] one switch a rollout, global_sink false in training
+    # [ll] one switch a rollout, global_sink false in training; switch_choices are segments from 21 to 201, here to 219
+    config.distill.prompt_change = "renew"
     config.distill.horizon_alpha = 0.0  # every frame counts alike
+    config.distill.ema_decay = 0.0  # [ll] trainer/distillation.py: adapters have no average
     config.distill.student.learning_rate = 1e-5  # [ll] lr
     config.distill.critic.learning_rate = 2e-6  # [ll] lr_critic
 

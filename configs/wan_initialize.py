@@ -31,8 +31,9 @@ def get_config():
     # at; here trajectories go through the student's own levels, at its shift of 5.
     config.initialize.guidance_scale = 5.0
     config.initialize.context = "noisy"  # [sf] model/ode_regression.py: each chunk at a level of its own
-    # Rate and betas: [causvid] configs/wan_causal_ode.yaml. Neither length nor batch of the published initialisation is
-    # stated: our reading, 3000 as [causvid] released, at Self-Forcing's batch.
+    # Rate and betas: [causvid] configs/wan_causal_ode.yaml. Neither length nor batch of Self-Forcing's initialisation
+    # is stated: our reading, 3000 as [causvid] released (wan_causal_ode_checkpoint_model_003000, two clips on each
+    # of 64 devices), at Self-Forcing's batch.
     config.initialize.optimizer.learning_rate = 2e-6
     config.initialize.optimizer.betas = (0.9, 0.999)
     config.initialize.steps = 3000

@@ -20,6 +20,7 @@ from adastate_jax.config.files import parse_config
 from adastate_jax.config.stages import DistillConfig
 from adastate_jax.errors import UserError
 from adastate_jax.media import FPS
+from adastate_jax.models.adapters import LoRAConfig, create_adapters, join
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
@@ -98,6 +99,13 @@ def test_a_pass_takes_what_is_counted(student):
     assert work - permutations == flops.pass_flops(SMALL, 2, 5, tokens).total
     embeddings = jnp.zeros((1, SMALL.text_length, SMALL.text_dim))
     assert counted(student.text_keys_values, embeddings) == flops.text_flops(SMALL).total
+
+    lora = LoRAConfig(rank=2)
+    adapted = join(create_adapters(SMALL, lora, jax.random.key(0)), student)
+    text = keys_values(SMALL.text_length)
+    products = counted(lambda: adapted(latents, jnp.zeros((1, 2)), text, np.arange(2), context=keys_values(3 * tokens)))
+    assert products - permutations == flops.pass_flops(SMALL, 2, 5, tokens, lora).total > work - permutations
+    assert counted(adapted.text_keys_values, embeddings) == flops.text_flops(SMALL, lora).total
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -126,7 +126,7 @@ def test_an_unfinished_run_is_not_packed(run, trained, tmp_path):
     save_config(dataclasses.replace(config, distill=longer), run / "config.json")
     assert re.search(r"run: stage distill is at step 100 of 101; train to its end first", refusal(pack, run, output))
     shutil.rmtree(run / "distill")
-    assert re.search("run: holds no causal student yet", refusal(pack, run, output))
+    assert re.search("run: holds no causal student yet", refusal(ada.load, run))
     save_tree(run / "initialize" / "3", {"ema": parts.student})
     assert re.search(r"run: stage distill is at step 0 of 101", refusal(pack, run, output))
     assert re.search("must end in .safetensors", refusal(pack, run, tmp_path / "small"))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from adastate_jax.config.files import default_config, from_config_dict, load_config, parse_config, save_config
-from adastate_jax.config.run import Config
+from adastate_jax.config.run import Config, require_whole_decay
 from adastate_jax.errors import UserError
 from adastate_jax.generation import loading as generate
 from adastate_jax.streaming.anchors.static import StaticAnchor
@@ -42,7 +43,7 @@ def test_json_round_trip(tmp_path):
 def test_every_config_file_builds_and_says_how_to_run_it(path):
     of_a_folder = "clips.py", "own_videos.py", "causal_consistency.py"
     folder = ["--config.data.folder=clips"] if path.name in of_a_folder else []
-    parse_config([f"--config={path}", *folder])
+    require_whole_decay(parse_config([f"--config={path}", *folder]))
     docstring = path.read_text().split('"""')[1]
     assert f"--config=configs/{path.name}" in docstring
 
@@ -118,6 +119,27 @@ def test_what_is_wrong_is_named(arguments, message):
     arguments = [f"--config={CONFIGS / files[a]}" if a in files else a for a in arguments]
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse_config(arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["pretrain.steps=1201"], "config.pretrain.optimizer.decay_steps 1200 ends before the 1201 updates of stage"),
+        (["initialize.steps=400"], "set initialize.optimizer.decay_steps to 400, or to 0 for no decay"),
+        (["distill.critic.decay_steps=99"], "config.distill.critic.decay_steps 99 ends before the 100 updates"),
+        (["distill.student.decay_steps=49"], "config.distill.student.decay_steps 49 ends before the 50 updates"),
+        (["distill.student.decay_steps=50", "distill.critic.decay_steps=100"], ""),
+        (["initialize.steps=400", "stages=('pretrain',)"], ""),
+    ],
+)
+def test_a_rate_that_is_zero_before_the_stage_ends_is_refused(fields, message):
+    """By the train command: what was made so can still be loaded. The student is updated every second iteration."""
+    config = parse_config([f"--config={CONFIGS / 'tiny.py'}", *(f"--config.{field}" for field in fields)])
+    if not message:
+        require_whole_decay(config)
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        require_whole_decay(config)
 
 
 def test_a_broken_file_is_named(tmp_path):

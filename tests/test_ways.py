@@ -50,7 +50,10 @@ def configured(**fields):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A causal teacher on clips; a student by consistency with it, and then by distillation, both with adapters."""
+    """A causal teacher on clips; a student by consistency with it, and then by distillation, both with adapters.
+
+    Distillation goes on with one rollout of two segments.
+    """
     folder = tmp_path_factory.mktemp("ways")
     own, consistent, distilled = (folder / name for name in ("own", "consistent", "distilled"))
     clips = {"initialize__targets": "clips", "initialize__weights": "random", "initialize__context": "clean"}
@@ -63,7 +66,8 @@ def runs(tmp_path_factory):
     train(configured(stages=("initialize",), **settings, **LORA), consistent)
     networks = {f"{name}__weights": own / "initialize" for name in ("teacher", "critic")}
     networks |= {"student__weights": consistent / "initialize", "student__param_dtype": "bfloat16"}
-    config = configured(stages=("distill",), **networks, **LORA)
+    segments = {"distill__rollout_frames": 6, "distill__scored_frames": 3, "distill__continue_rollout": True}
+    config = configured(stages=("distill",), **networks, **segments, **LORA)
     train(config, distilled)
     return own, consistent, distilled, config
 
@@ -86,13 +90,15 @@ def test_a_checkpoint_has_adapters_alone(runs):
     for folder, parts in ((runs[1] / "initialize", {""}), (runs[2] / "distill", {"student/", "critic/"})):
         names = saved(folder / "2").keys()
         counts = {f"{part}{count}" for part in parts for count in ("step", "optimizer/1/count", "optimizer/3/count")}
-        assert {name for name in names if not name.endswith(("/down", "/up"))} <= counts
+        others = {name for name in names if not name.endswith(("/down", "/up"))}
+        assert {name for name in others if not name.startswith("rollout/")} <= counts
         assert any("/ema/" in f"/{name}" for name in names)
     critic = {name for name in saved(runs[2] / "distill" / "2") if name.startswith("critic/params")}
     assert all("self_attention" in name for name in critic)
 
 
 def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(runs, tmp_path):
+    """Also in the rollout that it goes on with."""
     *_, distilled, config = runs
     resumed = tmp_path / "resumed"
     shutil.copytree(distilled, resumed)
@@ -100,6 +106,7 @@ def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(runs, tmp_path):
     train(config, resumed)
     one, other = saved(distilled / "distill" / "2"), saved(resumed / "distill" / "2")
     assert one.keys() == other.keys()
+    assert any(name.startswith("rollout/") for name in one)
     for name, leaf in one.items():
         np.testing.assert_array_equal(other[name], leaf, err_msg=name)
 

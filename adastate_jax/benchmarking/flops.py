@@ -2,12 +2,14 @@
 
 A multiply-add is two; element-wise work is not counted. What is counted is the model's arithmetic, not what a backend
 makes of it: padding and the recomputation inside flash attention are nobody's merit. Everything is per sample.
+Of adapters (`lora`; None, or of rank 0, trains all weights) both narrow products are counted.
 """
 
 import math
 from typing import Any, NamedTuple
 
 from adastate_jax.config.stages import DistillConfig, num_chunks, stream_of_clips
+from adastate_jax.models.adapters import LoRAConfig, adapted_shapes
 from adastate_jax.models.dit import DiTConfig
 from adastate_jax.models.patch_codec import PatchCodecConfig
 from adastate_jax.models.tiny_vae import TinyVAEConfig
@@ -35,7 +37,23 @@ def _sum(*parts: Flops) -> Flops:
     return Flops(*(sum(column) for column in zip(*parts, strict=True)))
 
 
-def pass_flops(config: DiTConfig, live_frames: int, seen_frames: int, frame_tokens: int) -> Flops:
+# Layers that the text passes through, once per prompt, and those of a frame's time; all others see the video's tokens.
+_OF_THE_TEXT = ("blocks/cross_attention/key", "blocks/cross_attention/value", "text_")
+_OF_TIME = ("time_",)
+
+
+def _adapter_products(config: DiTConfig, lora: LoRAConfig | None, of_text: bool) -> int:
+    """Multiply-adds that adapters add per token, of the text or of the video."""
+    if lora is None or not lora.rank:
+        return 0
+    shapes = adapted_shapes(config, lora).items()
+    chosen = [x for name, x in shapes if name.startswith(_OF_THE_TEXT) == of_text and not name.startswith(_OF_TIME)]
+    return sum(math.prod(shape[:-2]) * lora.rank * sum(shape[-2:]) for shape in chosen)
+
+
+def pass_flops(
+    config: DiTConfig, live_frames: int, seen_frames: int, frame_tokens: int, lora: LoRAConfig | None = None
+) -> Flops:
     """One forward pass, the text's keys and values given.
 
     Args:
@@ -49,27 +67,30 @@ def pass_flops(config: DiTConfig, live_frames: int, seen_frames: int, frame_toke
     ends = patch * (config.in_channels + config.out_channels) * dim
     time = config.freq_dim * dim + 7 * dim * dim
     scores = 2 * tokens * dim * (seen_frames * frame_tokens + config.text_length)
-    linear = tokens * (config.num_layers * projections + ends) + live_frames * time
+    adapters = _adapter_products(config, lora, of_text=False)
+    linear = tokens * (config.num_layers * projections + ends + adapters) + live_frames * time
     return Flops(2 * linear, 2 * config.num_layers * scores)
 
 
-def text_flops(config: DiTConfig) -> Flops:
+def text_flops(config: DiTConfig, lora: LoRAConfig | None = None) -> Flops:
     """Text embeddings → keys and values of all layers, once per prompt."""
     dim = config.dim
-    embed = config.text_dim * dim + dim * dim
-    return Flops(2 * config.text_length * (embed + config.num_layers * 2 * dim * dim), 0)
+    products = config.text_dim * dim + dim * dim + config.num_layers * 2 * dim * dim
+    return Flops(2 * config.text_length * (products + _adapter_products(config, lora, of_text=True)), 0)
 
 
-def clip_flops(config: DiTConfig, frames: int, frame_tokens: int) -> Flops:
+def clip_flops(config: DiTConfig, frames: int, frame_tokens: int, lora: LoRAConfig | None = None) -> Flops:
     """A bidirectional pass over a clip, the text included."""
-    return _sum(pass_flops(config, frames, frames, frame_tokens), text_flops(config))
+    return _sum(pass_flops(config, frames, frames, frame_tokens, lora), text_flops(config, lora))
 
 
-def chunk_pass_flops(config: DiTConfig, stream: StreamConfig, chunk: int, frame_tokens: int) -> Flops:
+def chunk_pass_flops(
+    config: DiTConfig, stream: StreamConfig, chunk: int, frame_tokens: int, lora: LoRAConfig | None = None
+) -> Flops:
     """One pass over the live frames of a stream's chunk (from 0), as far as its phase goes."""
     layout = layout_of(phase_of(chunk, stream), stream)
     live = len(layout.live)
-    return pass_flops(config, live, live + len(layout.cached), frame_tokens)
+    return pass_flops(config, live, live + len(layout.cached), frame_tokens, lora)
 
 
 def chunk_flops(config: DiTConfig, stream: StreamConfig, chunk: int, frame_tokens: int) -> int:
@@ -137,38 +158,92 @@ def _tiny_decoder(config: TinyVAEConfig, height: int, width: int, frames: int) -
 # --- training steps -------------------------------------------------------------------------------------------------
 
 
-def _gradient(config: DiTConfig, forward: Flops) -> Flops:
-    """Forward, backward (twice that), and what `remat` computes again."""
+def _gradient(config: DiTConfig, forward: Flops, frozen: Flops) -> Flops:
+    """Forward, backward, and what `remat` computes again; `frozen` as for `_backward`."""
     again = {
         "none": Flops(0, 0),
         "block": forward,
         "attention": Flops(forward.linear, 0),
         "dots": Flops(0, forward.attention),
     }[config.remat]
-    return _sum(forward.times(3), again)
+    return _sum(forward, _backward(forward, frozen), again)
 
 
-def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int) -> Flops:
+_NOTHING = Flops(0, 0)
+
+
+def _backward(forward: Flops, frozen: Flops) -> Flops:
+    """Every product twice, for what came in and for the weights; those of `frozen` weights once."""
+    return Flops(2 * forward.linear - frozen.linear, 2 * forward.attention)
+
+
+def pretrain_flops(config: DiTConfig, frames: int, frame_tokens: int, lora: LoRAConfig | None = None) -> Flops:
     """A step of flow matching on a clip of latent frames."""
-    return _gradient(config, clip_flops(config, frames, frame_tokens))
+    frozen = clip_flops(config, frames, frame_tokens) if lora and lora.rank else _NOTHING
+    return _gradient(config, clip_flops(config, frames, frame_tokens, lora), frozen)
 
 
-def initialize_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, context: str) -> Flops:
+def initialize_flops(
+    config: DiTConfig,
+    stream: StreamConfig,
+    frames: int,
+    frame_tokens: int,
+    context: str,
+    lora: LoRAConfig | None = None,
+) -> Flops:
     """A step of regression, over a clean copy of the clip too unless `context` is `noisy`; `state`: at every level."""
+    shape = stream, frames, frame_tokens, context
+    frozen = _causal_pass(config, *shape, None) if lora and lora.rank else _NOTHING
+    return _gradient(config, _causal_pass(config, *shape, lora), frozen)
+
+
+def consistency_flops(
+    config: DiTConfig,
+    teacher: DiTConfig,
+    stream: StreamConfig,
+    frames: int,
+    frame_tokens: int,
+    context: str,
+    guided: bool,
+    lora: LoRAConfig | None = None,
+) -> Flops:
+    """A step of causal consistency: the student's gradient, its average's pass, the teacher's one or, guided, two."""
+    shape = stream, frames, frame_tokens, context
+    average, asked = _causal_pass(config, *shape, lora), _causal_pass(teacher, *shape, None)
+    return _sum(initialize_flops(config, *shape, lora), average, asked.times(2 if guided else 1))
+
+
+def trajectory_flops(teacher: DiTConfig, frames: int, frame_tokens: int, ode_steps: int) -> Flops:
+    """A trajectory of the teacher: two passes at each step, with the prompt and with the negative one."""
+    texts = text_flops(teacher).times(2)
+    return _sum(pass_flops(teacher, frames, frames, frame_tokens).times(2 * ode_steps), texts)
+
+
+def _causal_pass(
+    config: DiTConfig,
+    stream: StreamConfig,
+    frames: int,
+    frame_tokens: int,
+    context: str,
+    lora: LoRAConfig | None,
+) -> Flops:
+    """All forward passes of a step of initialisation, the text included."""
     passes = {"noisy": 1, "state": len(stream.sigmas) + 1}.get(context, 2)
     if context in ("stream", "state"):
-        one_pass = _rollout_pass(config, stream_of_clips(stream, context), frames, frame_tokens)
+        one_pass = _rollout_pass(config, stream_of_clips(stream, context), frames, frame_tokens, lora)
     else:
         chunk, past = stream.chunk_frames, stream.past_frames
-        starts = range(0, frames, chunk)
-        one_pass = _sum(*(pass_flops(config, chunk, min(start, past) + chunk, frame_tokens) for start in starts))
-    return _gradient(config, _sum(*[one_pass] * passes, text_flops(config)))
+        seen = [min(start, past) + chunk for start in range(0, frames, chunk)]
+        one_pass = _sum(*(pass_flops(config, chunk, each, frame_tokens, lora) for each in seen))
+    return _sum(*[one_pass] * passes, text_flops(config, lora))
 
 
-def _rollout_pass(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
+def _rollout_pass(
+    config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int, lora: LoRAConfig | None = None
+) -> Flops:
     """One pass over every chunk of a rollout."""
     chunks = range(num_chunks(frames, stream))
-    return _sum(*(chunk_pass_flops(config, stream, chunk, frame_tokens) for chunk in chunks))
+    return _sum(*(chunk_pass_flops(config, stream, chunk, frame_tokens, lora) for chunk in chunks))
 
 
 def rollout_flops(config: DiTConfig, stream: StreamConfig, frames: int, frame_tokens: int) -> Flops:
@@ -190,14 +265,14 @@ def _share(whole: Flops, parts: int) -> Flops:
 
 
 def _part_flops(
-    config: DiTConfig, stream: StreamConfig, settings: DistillConfig, frame_tokens: int
+    config: DiTConfig, stream: StreamConfig, settings: DistillConfig, frame_tokens: int, lora: LoRAConfig | None
 ) -> tuple[Flops, Flops]:
     """What an update rolls out, and one pass over what it scores of that, on average over the parts it may score.
 
     A window is rolled out from the beginning of its rollout; a segment goes on.
     """
     chunks = num_chunks(settings.rollout_frames, stream)
-    passes = [chunk_pass_flops(config, stream, chunk, frame_tokens) for chunk in range(chunks)]
+    passes = [chunk_pass_flops(config, stream, chunk, frame_tokens, lora) for chunk in range(chunks)]
     if settings.continue_rollout:
         one_pass = _share(_sum(*passes), settings.segments)
         return _rolled_out(one_pass, stream), one_pass
@@ -209,11 +284,17 @@ def _part_flops(
 
 
 def critic_flops(
-    student: DiTConfig, critic: DiTConfig, stream: StreamConfig, settings: DistillConfig, frame_tokens: int
+    student: DiTConfig,
+    critic: DiTConfig,
+    stream: StreamConfig,
+    settings: DistillConfig,
+    frame_tokens: int,
+    student_lora: LoRAConfig | None = None,
+    critic_lora: LoRAConfig | None = None,
 ) -> Flops:
     """A critic update: the student's rollout, and flow matching on what is scored of it."""
-    rollout, _ = _part_flops(student, stream, settings, frame_tokens)
-    return _sum(rollout, pretrain_flops(critic, settings.clip_frames, frame_tokens))
+    rollout, _ = _part_flops(student, stream, settings, frame_tokens, student_lora)
+    return _sum(rollout, pretrain_flops(critic, settings.clip_frames, frame_tokens, critic_lora))
 
 
 def student_flops(
@@ -223,12 +304,17 @@ def student_flops(
     stream: StreamConfig,
     settings: DistillConfig,
     frame_tokens: int,
+    student_lora: LoRAConfig | None = None,
+    critic_lora: LoRAConfig | None = None,
 ) -> Flops:
     """A student update: rollout, one pass per chunk with its gradient, the critic's score, the teacher's guided one."""
-    rollout, one_pass = _part_flops(student, stream, settings, frame_tokens)
+    rollout, one_pass = _part_flops(student, stream, settings, frame_tokens, student_lora)
+    adapted = student_lora and student_lora.rank
+    frozen = _part_flops(student, stream, settings, frame_tokens, None)[1] if adapted else _NOTHING
+    scored = _sum(one_pass, _backward(one_pass, frozen))
     return _sum(
         rollout,
-        one_pass.times(3 * settings.passes_with_gradient),
-        clip_flops(critic, settings.clip_frames, frame_tokens),
+        scored.times(settings.passes_with_gradient),
+        clip_flops(critic, settings.clip_frames, frame_tokens, critic_lora),
         clip_flops(teacher, settings.clip_frames, frame_tokens).times(2),
     )

@@ -1,4 +1,4 @@
-"""Will distillation fit on these chips, and what will it take: counted first, then compiled.
+"""Will training fit on these chips, and what will it take: counted first, then compiled.
 
 A plan is chosen by counting among meshes, ways to recompute and micro-batches (`counting.py`), and then compiled.
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adastate_jax.benchmarking import ahead
-from adastate_jax.benchmarking.counting import COUNTED_SHARE, changes, count, fitting, spread
-from adastate_jax.benchmarking.sections import TRAINING
+from adastate_jax.benchmarking.counting import COUNTED_SHARE, changes, count, fitting, programs_of, spread, stage_of
 from adastate_jax.benchmarking.targets import (
     Chip,
     Target,
@@ -31,7 +30,7 @@ _MOST_COMPILED = 3  # variants, if compiling refuses what counting let through
 
 
 def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Path) -> dict[str, Any]:
-    """What distillation takes on a target as it is configured, and if that does not fit, the nearest that does.
+    """What the stages of a run take on a target as it is configured, and if that does not fit, the nearest that does.
 
     Args:
         config: on a mesh of as many devices as the target has; one device is any mesh, see `spread`.
@@ -40,8 +39,9 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         cache: folder of what was compiled before.
 
     Returns:
-        `asked`, the configuration's own figures, and `nearest`, a variant's with its `changes`; None if the first fits,
-        or none does. `missing` is what would have to be installed to compile, too; None if it was.
+        `asked`, the configuration's own figures, with what was `chosen` of it, and `nearest`, a variant's with its
+        `changes`; None if the first fits, or none does. `missing` is what would have to be installed to compile, too;
+        None if it was.
 
     Raises:
         UserError: the target is none, or the configured mesh has another number of devices, or does not divide the
@@ -50,7 +50,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
     chip, sizes = read_target(name)
     missing = missing_compiler(name)
     devices, target = math.prod(sizes), None if missing else find_target(name)
-    given = math.prod(dataclasses.asdict(config.mesh).values())
+    typed, given = config, math.prod(dataclasses.asdict(config.mesh).values())
     if given == 1 < devices:
         config = spread(config, teacher, chip, devices)
     elif given != devices:
@@ -64,7 +64,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         "devices": devices,
         "share": share,
         "missing": missing,
-        "left_out": [stage for stage in config.stages if stage not in ("distill", "sample")],
+        "chosen": changes(typed, config),
         "asked": asked,
         "nearest": None,
     }
@@ -74,7 +74,7 @@ def plan(config: Config, teacher: DiTConfig, name: str, share: float, cache: Pat
         if len(refused) <= _MOST_COMPILED and counted < min(figures["counted_bytes"] for figures in refused):
             figures = _figures(variant, teacher, place)
             if figures["fits"] != "no":
-                return record | {"nearest": figures | {"changes": changes(config, variant)}}
+                return record | {"nearest": figures | {"changes": changes(typed, variant)}}
             refused.append(figures)
     return record
 
@@ -91,11 +91,12 @@ class _Place:
 
 
 def _figures(config: Config, teacher: DiTConfig, place: _Place) -> dict[str, Any]:
-    """An update of each network, counted and compiled, and the recipe of both."""
-    settings, updates = config.distill, {}
-    for program in _watched(TRAINING, _mesh_name(dataclasses.asdict(config.mesh)), place.target):
+    """Each program of the stages, counted and compiled, and all of their runs together."""
+    runs, updates = programs_of(config), {}
+    for program in _watched(tuple(runs), _mesh_name(dataclasses.asdict(config.mesh)), place.target):
         counted = count(program, config, teacher)
         figures: dict[str, Any] = {
+            "runs": runs[program],
             "parts": dict(counted.parts),
             "counted_bytes": counted.bytes,
             "tflop": counted.flops.total / 1e12,
@@ -110,23 +111,20 @@ def _figures(config: Config, teacher: DiTConfig, place: _Place) -> dict[str, Any
             received = sum(row["received_bytes"] for row in figures["compiled"].get("collectives", ()))
             figures["exchange_seconds"] = received / place.chip.exchange
         updates[program] = figures
-    students = -(-settings.steps // settings.critic_ratio)
 
     def device_hours(of: str) -> float:
-        """Of all updates."""
-        critic, student = (updates[program].get(of, 0.0) for program in ("critic", "student"))
-        return (settings.steps * critic + students * student) * place.devices / 3600
+        """Of all runs."""
+        seconds = sum(figures["runs"] * figures.get(of, 0.0) for figures in updates.values())
+        return seconds * place.devices / 3600
 
     answers = [figures["fits"] for figures in updates.values()]
     return {
         "mesh": dataclasses.asdict(config.mesh),
         "remat": config.model.remat,
-        "accumulate": config.distill.accumulate,
+        "accumulate": {stage: getattr(config, stage).accumulate for stage in map(stage_of, runs)},
         "updates": updates,
         "counted_bytes": max(figures["counted_bytes"] for figures in updates.values()),
         "fits": next(answer for answer in ("no", "tightly", "yes") if answer in answers),
-        "steps": settings.steps,
-        "student_updates": students,
         "device_hours": device_hours("seconds"),
         "exchange_device_hours": device_hours("exchange_seconds"),
     }
@@ -134,7 +132,7 @@ def _figures(config: Config, teacher: DiTConfig, place: _Place) -> dict[str, Any
 
 def _watched(programs: Sequence[str], mesh: str, target: Target | None) -> Iterator[str]:
     """Each of them, with a progress bar that says what is done with it."""
-    with progress("plan", len(programs), unit="program") as bar:
+    with progress("plan", len(programs), unit="program", counts_compiling=True) as bar:
         for program in programs:
             doing = f"compile {program} for {target.name}, which takes minutes" if target else f"count {program}"
             bar.set_description(f"plan: {doing}, {mesh}")
@@ -153,8 +151,8 @@ def table(record: Mapping[str, Any]) -> str:
     lines = [f"{record['target']} ({memory}), times at {100 * record['share']:.0f} % of the data sheet's rate"]
     if record["missing"]:
         lines.append(f"counted, not compiled: {record['missing']}")
-    if record["left_out"]:
-        lines.append(f"planned is distillation; what other stages take is not in it: {', '.join(record['left_out'])}")
+    if record["chosen"]:
+        lines.append(f"chosen by counting: {_flags(record['chosen'])}")
     lines += _lines(record["asked"])
     if record["asked"]["fits"] != "no":
         return "\n".join(lines)
@@ -163,8 +161,11 @@ def table(record: Mapping[str, Any]) -> str:
     lines += ["does not fit; the largest parts:", *(f"  {size / 2**30:8.2f} GiB  {name}" for name, size in parts)]
     if record["nearest"] is None:
         return "\n".join([*lines, "no mesh of these chips, way to recompute or accumulation fits; take more chips"])
-    flags = " ".join(f"--{name}={value}" for name, value in record["nearest"]["changes"].items())
-    return "\n".join([*lines, f"what fits: {flags}", *_lines(record["nearest"])])
+    return "\n".join([*lines, f"what fits: {_flags(record['nearest']['changes'])}", *_lines(record["nearest"])])
+
+
+def _flags(fields: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name}={value}" for name, value in fields.items())
 
 
 def _mesh_name(mesh: Mapping[str, int]) -> str:
@@ -172,7 +173,11 @@ def _mesh_name(mesh: Mapping[str, int]) -> str:
 
 
 def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
-    yield f"mesh {_mesh_name(figures['mesh'])}; remat {figures['remat']}, accumulate {figures['accumulate']}"
+    parts = figures["accumulate"]
+    same = len({*parts.values()}) == 1
+    accumulate = next(iter(parts.values())) if same else ", ".join(f"{stage} {n}" for stage, n in parts.items())
+    yield f"mesh {_mesh_name(figures['mesh'])}; remat {figures['remat']}, accumulate {accumulate}"
+    width = max(len(program) for program in figures["updates"])
     for program, row in figures["updates"].items():
         compiled = row.get("compiled")
         sizes = f"{row['counted_bytes'] / 2**30:.1f} GiB counted"
@@ -183,13 +188,29 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
             sizes += f", compiled: {compiled['failure']}"
         else:
             sizes += ", not compiled"
-        yield f"  {program:8} fits: {row['fits']:8} {sizes}; {row['tflop']:.0f} TFLOP, {row['seconds']:.1f} s"
+        work = f"{_digits(row['tflop'])} TFLOP, {_digits(row['seconds'])} s"
+        yield f"  {program:{width}} fits: {row['fits']:8} {sizes}; {work}"
         if compiled and "peak_bytes" in compiled:
-            yield from (f"{'':11}{line}" for line in _compiled_lines(row))
-    hours = f"{figures['device_hours']:.0f} device-hours"
+            yield from (f"{'':{width + 3}}{line}" for line in _compiled_lines(row))
+    hours = f"{_digits(figures['device_hours'])} device-hours"
     if figures["exchange_device_hours"]:
-        hours += f", and at least {figures['exchange_device_hours']:.1f} of exchange where nothing hides it"
-    yield f"  {figures['steps']} updates of the critic, {figures['student_updates']} of the student: {hours}"
+        hours += f", and at least {_digits(figures['exchange_device_hours'])} of exchange where nothing hides it"
+    runs = (_RUNS[program].format(row["runs"]) for program, row in figures["updates"].items())
+    yield f"  {', '.join(runs)}: {hours}"
+
+
+_RUNS = {
+    "pretrain": "{} steps of pretraining",
+    "trajectories": "{} files of trajectories",
+    "initialize": "{} steps of initialisation",
+    "critic": "{} updates of the critic",
+    "student": "{} of the student",
+}
+
+
+def _digits(value: float) -> str:
+    """With two significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _compiled_lines(row: Mapping[str, Any]) -> Iterator[str]:
@@ -200,7 +221,9 @@ def _compiled_lines(row: Mapping[str, Any]) -> Iterator[str]:
     held = {title: compiled[f"{name}_bytes"] if name else fresh for title, name in sizes.items()}
     held["other networks beside it"] = compiled["resident_bytes"]
     yield "GiB: " + ", ".join(f"{title} {size / 2**30:.2f}" for title, size in held.items() if size >= 2**20)
-    largest = [found for found in compiled["collectives"] if found["bytes"] >= 1e7][:_LARGEST]
+    received = {f"{row['kind']} along {row['axes']}": row["received_bytes"] for row in compiled["collectives"]}
+    largest = sorted(received.items(), key=lambda item: -item[1])[:_LARGEST]
     if largest:
-        each = ", ".join(f"{found['kind']} along {found['axes']} {found['bytes'] / 1e9:.3g}" for found in largest)
-        yield f"exchange at least {row['exchange_seconds']:.2f} s, GB: {each}"
+        each = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in largest if size >= 1e7)
+        yield f"exchange at least {row['exchange_seconds']:.2f} s, GB received: {each}"
+    yield f"compiled in {compiled['compile_seconds']:.0f} s"

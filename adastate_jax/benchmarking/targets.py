@@ -135,14 +135,24 @@ def find_target(name: str) -> Target:
 
 
 def read_target(name: str) -> tuple[Chip, list[int]]:
-    """The chip that a name is of, and the sides of the slice, without asking a compiler; UserError if it is none."""
+    """The chip that a name is of, and the sides of the slice, without asking a compiler.
+
+    Raises:
+        UserError: it is none, or the slice has another number of sides, or the GPUs are no whole hosts.
+    """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", shape):
         raise UserError(
             f"{name}: name a chip and how many, for example v5e:1, v6e:2x2 or h100:8; known are {', '.join(CHIPS)}"
             + _named_in_the_cloud(name)
         )
-    return CHIPS[kind], [int(size) for size in shape.split("x")]
+    chip, sizes = CHIPS[kind], [int(size) for size in shape.split("x")]
+    count, axes = math.prod(sizes), _sides(kind)
+    if chip.is_gpu and count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
+        raise UserError(f"{name}: a host has {_GPUS_PER_HOST} of them; name up to so many, or whole hosts")
+    if not chip.is_gpu and count > 1 and len(sizes) != axes:
+        raise UserError(f"{name}: a slice of {kind} has {axes} sides, for example {kind}:{'x'.join('2' * axes)}")
+    return chip, sizes
 
 
 def _named_in_the_cloud(name: str) -> str:
@@ -182,11 +192,8 @@ def _sides(kind: str) -> int:
 def _tpus(name: str, sizes: list[int]):
     _require(name)
     kind = name.partition(":")[0]
-    axes = _sides(kind)
     if math.prod(sizes) == 1:
-        sizes = [1] * axes
-    if len(sizes) != axes:
-        raise UserError(f"{name}: a slice of {kind} has {axes} sides, for example {kind}:{'x'.join('2' * axes)}")
+        sizes = [1] * _sides(kind)
     options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
     os.environ |= {key: os.environ.get(key, value) for key, value in _NO_TPU_HOST.items()}
     return _topology(name, platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sizes))}", **options)
@@ -194,8 +201,6 @@ def _tpus(name: str, sizes: list[int]):
 
 def _gpus(name: str, chip: Chip, count: int):
     _require(name)
-    if count > _GPUS_PER_HOST and count % _GPUS_PER_HOST:
-        raise UserError(f"{name}: a host has {_GPUS_PER_HOST} of them; name up to so many, or whole hosts")
     hosts, each = max(count // _GPUS_PER_HOST, 1), min(count, _GPUS_PER_HOST)
     description = _GPU.format(bandwidth=int(chip.bandwidth), memory=int(chip.memory), name=chip.name)
     shape = f"1x{hosts}x{each}"

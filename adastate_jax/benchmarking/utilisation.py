@@ -29,12 +29,11 @@ def peak_flops(kind: str) -> float | None:
     return CHIPS[chip].flops if chip else None
 
 
-def step_flops(config: Config, stage: str, step: int) -> int | None:
+def step_flops(config: Config, stage: str, step: int) -> int:
     """Operations of one training step, on all devices together: the networks', forward and backward, without `remat`'s.
 
     What is computed again to save memory is left out, as in any model FLOPs utilisation. Of a rollout whose number of
-    denoising steps or whose part is drawn it is the mean. Encoding texts and videos is not counted. None where nothing
-    counts the work: a stage that trains adapters, and `initialize.targets` `consistency`.
+    denoising steps or whose part is drawn it is the mean. Encoding texts and videos is not counted.
     """
 
     def sizes(name: str) -> DiTConfig:
@@ -42,22 +41,29 @@ def step_flops(config: Config, stage: str, step: int) -> int | None:
         return dataclasses.replace(network if name == "teacher" else trained_sizes(network), remat="none")
 
     settings = getattr(config, stage)
-    if stage != "pretrain" and any(getattr(config, name).lora.rank for name in ("student", "critic")):
-        return None
+    adapters = {f"{name}_lora": getattr(config, name).lora for name in ("student", "critic")}
     tokens = sizes("student").frame_tokens(*config.latent_shape[:2])
     if stage == "pretrain":
         work = [flops.pretrain_flops(sizes("teacher"), config.clip_frames, tokens)]
     elif stage == "initialize":
-        if settings.targets == "consistency":
-            return None
-        frames = config.trajectory_frames if settings.targets == "trajectories" else config.clip_frames
-        work = [flops.initialize_flops(sizes("student"), config.stream, frames, tokens, settings.context)]
+        work = [initialize_work(config, sizes("student"), sizes("teacher"))]
     else:
         shape = config.stream, settings, tokens
-        work = [flops.critic_flops(sizes("student"), sizes("critic"), *shape)]
+        work = [flops.critic_flops(sizes("student"), sizes("critic"), *shape, **adapters)]
         if settings.updates_student(step):
-            work.append(flops.student_flops(sizes("student"), sizes("critic"), sizes("teacher"), *shape))
+            networks = sizes("student"), sizes("critic"), sizes("teacher")
+            work.append(flops.student_flops(*networks, *shape, **adapters))
     return settings.batch_size * sum(part.total for part in work)
+
+
+def initialize_work(config: Config, student: DiTConfig, teacher: DiTConfig) -> flops.Flops:
+    """Operations of a step of `initialize` per sample, for networks of these sizes."""
+    settings, lora = config.initialize, config.student.lora
+    frames = config.trajectory_frames if settings.targets == "trajectories" else config.clip_frames
+    shape = config.stream, frames, student.frame_tokens(*config.latent_shape[:2]), settings.context
+    if settings.targets == "consistency":
+        return flops.consistency_flops(student, teacher, *shape, bool(settings.guidance_scale), lora)
+    return flops.initialize_flops(student, *shape, lora)
 
 
 def device_peak() -> float | None:

@@ -14,20 +14,34 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adastate_jax.benchmarking import flops
+from adastate_jax.benchmarking.earlier_workloads import EARLIER, earlier_workload
 from adastate_jax.benchmarking.flops import Flops
 from adastate_jax.benchmarking.sections import TRAINING
+from adastate_jax.benchmarking.shapes import (
+    Mesh,
+    Workload,
+    base_of,
+    device_bytes,
+    key_shape,
+    require_divided,
+    state_of,
+    text_shape,
+    transformer,
+    whole,
+)
 from adastate_jax.benchmarking.targets import Target, make_target_mesh
 from adastate_jax.config.networks import trained_sizes
 from adastate_jax.config.run import Config
-from adastate_jax.config.stages import DistillConfig, OptimizerConfig
+from adastate_jax.config.stages import DistillConfig
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import decode_checked
+from adastate_jax.models.adapters import join
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.dit import DiT, DiTConfig
 from adastate_jax.models.tiny_vae import TinyVAE
 from adastate_jax.models.vae import VAE
 from adastate_jax.models.wan_codec import WanCodec
-from adastate_jax.sharding import RULES, batch_sharding, replicated
+from adastate_jax.sharding import RULES, replicated
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
 from adastate_jax.streaming.rollout import stream_step
 from adastate_jax.streaming.schedule import StreamConfig, phase_of
@@ -39,7 +53,6 @@ from adastate_jax.training.dmd import (
     student_segment_step,
     student_step,
 )
-from adastate_jax.training.frozen import with_shardings
 from adastate_jax.training.long_rollout import (
     CarriedRollout,
     Part,
@@ -47,41 +60,14 @@ from adastate_jax.training.long_rollout import (
     place_of,
     with_carried_shardings,
 )
-from adastate_jax.training.state import TrainState, create_state
-
-Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A program to compile.
-
-    Attributes:
-        name: one of `sections.PROGRAMS`.
-        mesh: over the target's chips.
-        function: jitted.
-        arguments: shapes with shardings, and what is static.
-        donated: bytes per device of the arguments whose place the results should take.
-        resident: bytes per device of what lies there, too, while it runs, but is none of its arguments.
-        flops: of all devices together; of a drawn number of denoising steps the mean.
-        unknown_turns: of a loop whose turns are drawn, the mean.
-    """
-
-    name: str
-    mesh: Mesh
-    function: Any
-    arguments: tuple[Any, ...]
-    donated: int
-    resident: int
-    flops: Flops
-    unknown_turns: float = 1.0
+from adastate_jax.training.state import TrainState
 
 
 def make_workload(name: str, config: Config, teacher: DiTConfig, mesh: Mesh) -> Workload:
     """A program of a configuration, split over a mesh.
 
     Args:
-        name: one of `sections.PROGRAMS`.
+        name: one of `sections.PROGRAMS`, or of `EARLIER`.
         teacher: its sizes, where they are not those of the configuration.
         mesh: of a target's chips, see `mesh_over`; an abstract one is enough to count what lies where.
 
@@ -91,6 +77,8 @@ def make_workload(name: str, config: Config, teacher: DiTConfig, mesh: Mesh) -> 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if name == "stream":
             return _stream(config, mesh)
+        if name in EARLIER:
+            return earlier_workload(name, config, teacher, mesh)
         return _update(name, config, teacher, mesh) if name in TRAINING else _decoder(name, config, mesh)
 
 
@@ -115,20 +103,6 @@ def wan_14b(smaller: DiTConfig) -> DiTConfig:
     return dataclasses.replace(smaller, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes that each device holds of a tree of shapes with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-    )
-
-
-def _whole(tree: Any, mesh: Mesh) -> Any:
-    """Shapes of what every device has all of."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
-
-
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 
@@ -151,29 +125,13 @@ def _carried(config: Config, mesh: Mesh) -> tuple[RolloutCarry, KeyValues]:
     return jax.tree.map(place, carry), KeyValues(place(text), place(text))
 
 
-@functools.cache
-def _abstract(config: DiTConfig) -> DiT:
-    """A transformer's shapes. Kept, because a search over meshes asks for the same ones again and again."""
-    return jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
-
-
-@functools.cache
-def _abstract_state(config: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
-    """A network's shapes in training, kept as `_abstract`'s are."""
-    return jax.eval_shape(functools.partial(create_state, optimizer=optimizer, ema=ema), _abstract(config))
-
-
-def _transformer(config: DiTConfig, mesh: Mesh) -> DiT:
-    return with_shardings(_abstract(config), mesh)
-
-
 def _codec(name: str, config: Config, mesh: Mesh) -> tuple[WanCodec, Any]:
     """A decoder, and its cache of a running stream."""
     network, settings = {"wan": (VAE, config.vae), "tiny": (TinyVAE, config.tiny_vae)}[name]
     decoder = jax.eval_shape(lambda: network(settings, rngs=nnx.Rngs(0), parts=("decoder",)))
     height, width, _ = config.latent_shape
     cache = jax.eval_shape(lambda codec: codec.decode_start(1, height, width), WanCodec(decoder, None))
-    return _whole(WanCodec(decoder, None), mesh), _whole(cache, mesh)
+    return whole(WanCodec(decoder, None), mesh), whole(cache, mesh)
 
 
 def _stream(config: Config, mesh: Mesh) -> Workload:
@@ -187,7 +145,7 @@ def _stream(config: Config, mesh: Mesh) -> Workload:
         "stream",
         mesh,
         stream_step,
-        (_transformer(config.model, mesh), carry, text, config.stream, config.latent_shape, phase),
+        (transformer(config.model, mesh), carry, text, config.stream, config.latent_shape, phase),
         donated=device_bytes(carry),
         resident=0 if config.decoder == "patch" else device_bytes(_codec(config.decoder, config, mesh)),
         flops=work.times(len(config.stream.sigmas) + 1),
@@ -210,12 +168,16 @@ def _decoder(name: str, config: Config, mesh: Mesh) -> Workload:
         decode_checked,
         (codec, latents, cache, False),
         donated=device_bytes(cache),
-        resident=device_bytes((_transformer(config.model, mesh), _carried(config, mesh))),
+        resident=device_bytes((transformer(config.model, mesh), _carried(config, mesh))),
         flops=Flops(work * mesh.size, 0),  # each device decodes the same
     )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+Bases = dict[str, DiT | None]  # by network, what its adapters are of
+NO_BASES: Bases = {"student": None, "critic": None}
 
 
 def scored_part(config: Config) -> Part | None:
@@ -252,29 +214,30 @@ def _draws(config: Config, key: jax.Array, text: jax.Array, step: jax.Array) -> 
 
 
 def critic_update(config: Config) -> Callable:
-    """(state, key, text embeddings [B, T, text_dim], student) → (state, scalars): an update with all that it draws.
+    """(state, key, text embeddings [B, T, text_dim], student, bases) → (state, scalars), with all that it draws.
 
-    The state is that of `with_rollout`.
+    The state is that of `with_rollout`. bases: by network the frozen weights that its adapters are of, or None.
     """
     goes_on, settings = config.distill.continue_rollout, (config.distill, config.stream)
 
-    def update(state: Any, key: jax.Array, text: jax.Array, student: DiT):
+    def update(state: Any, key: jax.Array, text: jax.Array, student: Any, bases: Bases = NO_BASES):
         draws = _draws(config, key, text, (state[0] if goes_on else state).step)
-        return (critic_segment_step if goes_on else critic_step)(state, student, text, draws, *settings)
+        given = join(student, bases["student"]), text, draws, *settings, bases["critic"]
+        return (critic_segment_step if goes_on else critic_step)(state, *given)
 
     return update
 
 
 def student_update(config: Config) -> Callable:
-    """(state, key, text embeddings [B, T, text_dim], critic, teacher) → (state, scalars), as `critic_update`.
+    """(state, key, text embeddings [B, T, text_dim], critic, teacher, bases) → (state, scalars), as `critic_update`.
 
     The first prompt serves as the negative one.
     """
     goes_on, settings = config.distill.continue_rollout, (config.distill, config.stream)
 
-    def update(state: Any, key: jax.Array, text: jax.Array, critic: DiT, teacher: DiT):
-        step = (state[0] if goes_on else state).step
-        given = critic, teacher, text, text[:1], step, _draws(config, key, text, step), *settings
+    def update(state: Any, key: jax.Array, text: jax.Array, critic: Any, teacher: DiT, bases: Bases = NO_BASES):
+        step, critic = (state[0] if goes_on else state).step, join(critic, bases["critic"])
+        given = critic, teacher, text, text[:1], step, _draws(config, key, text, step), *settings, bases["student"]
         return (student_segment_step if goes_on else student_step)(state, *given)
 
     return update
@@ -282,35 +245,29 @@ def student_update(config: Config) -> Callable:
 
 def _update(name: str, config: Config, teacher_sizes: DiTConfig, mesh: Mesh) -> Workload:
     """An update of distillation. All three networks and both optimizers lie on the devices throughout."""
-    settings, batch = config.distill, config.distill.batch_size
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if batch // settings.accumulate % parts:
-        at_once = f"{batch} prompts" + (f", {batch // settings.accumulate} at once," if settings.accumulate > 1 else "")
-        raise UserError(f"config.distill.batch_size: {at_once} are not split over {parts} devices of the batch")
+    require_divided("distill", config, mesh)
+    settings = config.distill
     critic_sizes, sizes = (trained_sizes(config.network(network)) for network in ("critic", "student"))
-
-    def state(sizes: DiTConfig, optimizer: OptimizerConfig, ema: bool) -> TrainState:
-        return with_shardings(_abstract_state(sizes, optimizer, ema), mesh)
-
-    student, critic = state(sizes, settings.student, True), state(critic_sizes, settings.critic, False)
-    teacher = _transformer(teacher_sizes, mesh)
-    text = jax.ShapeDtypeStruct(
-        (batch, sizes.text_length, sizes.text_dim), jnp.dtype(config.text.dtype), sharding=batch_sharding(mesh)
-    )
-    key = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    student = state_of("student", config, settings.student, True, mesh)
+    critic = state_of("critic", config, settings.critic, False, mesh)
+    teacher = transformer(teacher_sizes, mesh)
+    bases = {network: base_of(network, config, mesh) for network in ("student", "critic")}
+    loras = {f"{network}_lora": getattr(config, network).lora for network in bases}
+    text, key = text_shape(settings.batch_size, config, mesh), key_shape(mesh)
     rollout = (config.stream, settings, sizes.frame_tokens(*config.latent_shape[:2]))
     if name == "student":
         own, update, others = student, student_update(config), (critic.params, teacher)
-        work = flops.student_flops(sizes, critic_sizes, teacher_sizes, *rollout)
+        work = flops.student_flops(sizes, critic_sizes, teacher_sizes, *rollout, **loras)
     else:
         own, update, others = critic, critic_update(config), (student.params,)
-        work = flops.critic_flops(sizes, critic_sizes, *rollout)
+        work = flops.critic_flops(sizes, critic_sizes, *rollout, **loras)
     held = device_bytes((student, critic, teacher)) - device_bytes((own, others))
+    if any(base is not None for base in bases.values()):
+        others = *others, bases
     if settings.continue_rollout:
         own = own, _carried_rollout(config, mesh)[1]
     shardings = jax.tree.map(lambda x: x.sharding, own), replicated(mesh)
     function = jax.jit(update, donate_argnums=0, out_shardings=shardings)
     turns = (len(config.stream.sigmas) + 3) / 2  # 1 … all denoising steps, and the clean pass
-    return Workload(
-        name, mesh, function, (own, key, text, *others), device_bytes(own), held, work.times(batch), unknown_turns=turns
-    )
+    arguments, work = (own, key, text, *others), work.times(settings.batch_size)
+    return Workload(name, mesh, function, arguments, device_bytes(own), held, work, unknown_turns=turns)

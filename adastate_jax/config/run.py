@@ -134,6 +134,27 @@ def require_inputs(stages: tuple[str, ...], data: DataConfig, decoder: str, targ
         )
 
 
+def require_whole_decay(config: "Config") -> None:
+    """Raises ValueError if the rate of an optimizer would be zero before its stage ends, and train nothing from there.
+
+    A run that was made so can still be loaded, and sampled of.
+    """
+    last = config.distill
+    optimizers = {
+        "pretrain": [("optimizer", config.pretrain.steps)],
+        "initialize": [("optimizer", config.initialize.steps)],
+        "distill": [("critic", last.steps), ("student", -(-last.steps // last.critic_ratio))],
+    }
+    for stage in config.stages:
+        for name, updates in optimizers.get(stage, ()):
+            if 0 < (decay := getattr(getattr(config, stage), name).decay_steps) < updates:
+                field = f"{stage}.{name}.decay_steps"
+                raise ValueError(
+                    f"config.{field} {decay} ends before the {updates} updates of stage {stage} do, at a rate of zero; "
+                    f"set {field} to {updates}, or to 0 for no decay"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     """The videos that a training run ends with.

@@ -2,7 +2,8 @@
 
 No mask tensor is ever built: what a query may not see is left out of its keys. Three backends compute the rest:
 `cudnn` on GPU and `splash` on TPU never write the scores to memory; `xla` does, runs everywhere, and is the exact one.
-It holds no more than `MOST_SCORE_BYTES` of them at once: where there would be more, queries come in blocks.
+It holds no more than `MOST_SCORE_BYTES` of them at once: where there would be more, queries come in blocks. On a
+processor heads come one after another (`by_head.py`).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 
 from adastate_jax.errors import UserError
+from adastate_jax.models.by_head import attention_by_head
 from adastate_jax.models.rope import Rotation, rotate
 from adastate_jax.models.splash import LANES, HeadsMajor, heads_major, splash_attention, tile_side
 from adastate_jax.sharding import RULES, constrain, current_mesh
@@ -27,6 +29,7 @@ BACKENDS = ("auto", "xla", "cudnn", "splash")
 _FUSED = {"gpu": "cudnn", "tpu": "splash"}  # platform → its backend
 
 MOST_SCORE_BYTES = 2**30  # float32 scores that `xla` may hold at once on a device
+_FEWEST_BY_HEAD = 2**14  # scores of a head from which on a processor has it by itself
 
 _log = logging.getLogger(__name__)
 
@@ -178,14 +181,23 @@ def lay_out(context: KeyValues | None, live_tokens: int, backend: str, dtype: st
 
 
 def _xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`attention` by XLA: all queries at once where their scores fit, else block after block."""
+    """`attention` by XLA: all queries at once where their scores fit, else block after block, or head after head."""
     queries, keys = query.shape[1], key.shape[1]
+    if _by_head(queries, keys):
+        return attention_by_head(query, key, value)
     per_query = 4 * keys * _per_device("batch", query.shape[0]) * _per_device("heads", query.shape[2])
     if queries * per_query <= MOST_SCORE_BYTES:
         return _exact_attention(query, key, value)
     block = max(MOST_SCORE_BYTES // per_query, 1)
     _say_blocks(queries, keys, queries * per_query, block)
     return attention_in_blocks(query, key, value, block)
+
+
+def _by_head(queries: int, keys: int) -> bool:
+    """Whether heads come one after another: on a processor, but for a few tokens, which a loop would hold up."""
+    mesh = current_mesh()
+    whole = mesh is None or mesh.size == 1  # heads that lie on several devices would be gathered one by one
+    return target_device().platform == "cpu" and whole and queries * keys >= _FEWEST_BY_HEAD
 
 
 def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Convolutions of the video autoencoder, each in the form in which the device that they are compiled for is fastest.
 
-The forms differ in how they group the same products, not in what they compute: docs/performance.md has their figures.
+The forms differ in how they group the same products, not in what they compute: docs/optimisations.md has their figures.
 """
 
 import einops

@@ -1,7 +1,8 @@
 """Weights of frozen networks in eight bits: an integer or a float8 per weight, one float32 scale per output.
 
 They take half of bfloat16's memory and of what FSDP gathers. A product is computed in the layer's `dtype`: eight bits
-are exact in bfloat16, and the scale multiplies the sum, so nothing of the size of the weights is multiplied.
+are exact in bfloat16, and the scale multiplies the sum, so nothing of the size of the weights is multiplied. The sum
+is rounded to `dtype` before it: as float32 it would be written out and read again where the kernel is a library's.
 Only weights are quantised, by the largest of each output's, without any calibration data. First and last layers, norms,
 biases and modulation stay as they are.
 """
@@ -33,16 +34,11 @@ class QuantizedLinear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, inputs: jax.Array, axes: int = 1) -> jax.Array:
-        """[..., inputs] → [..., outputs] in the layer's `dtype`, summed and scaled in float32; `axes` as `Linear`'s."""
+        """[..., inputs] → [..., outputs] in the layer's `dtype`, scaled in float32; `axes` as `Linear`'s."""
         kernel = self.kernel[...].astype(self.dtype).reshape(*inputs.shape[inputs.ndim - axes :], -1)
-        product = jnp.tensordot(
-            inputs.astype(self.dtype),
-            kernel,
-            axes,
-            precision=stated_precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return (product * self.scale[...] + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        product = jnp.tensordot(inputs.astype(self.dtype), kernel, axes, precision=stated_precision(self.dtype))
+        scaled = product.astype(jnp.float32) * self.scale[...]
+        return (scaled + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 
 def quantize(kernel: jax.Array, quantization: str) -> tuple[jax.Array, jax.Array]:

@@ -48,7 +48,7 @@ class VAEConfig:
         tile: streams are decoded in square tiles of so many latents a side, which share a quarter of it with their
             neighbours, for less memory; 0 decodes whole frames. See `tiled_decode`.
         latents_per_call: how many latent frames go through the decoder at once. The video is the same; more of them
-            take more memory, and a TPU about half the time (docs/performance.md).
+            take more memory, and a TPU about half the time (docs/optimisations.md).
     """
 
     dim: int = 96

@@ -6,8 +6,9 @@ python -m benchmarks.peers --dtype=bfloat16 --compile          # a GPU: PyTorch 
 
 Each side is a process of its own, so that neither's threads or memory are in the other's way; one computes while the
 others wait for a message. The first two results are compared before anything is timed. A ratio is PyTorch's seconds
-over ours in one turn: above 1, ours is faster. Beside each case stands how much of the processor others took
-meanwhile: where that is more than a few percent, the machine was not quiet, and the ratio means little.
+over ours in one turn: above 1, ours is faster. Beside it stands the same of the seconds that all of a side's threads
+computed, and how much of the processor others took meanwhile: where that is more than a few percent, neither says much,
+as PyTorch's threads wait for one another in turning, and ours in sleep.
 """
 
 import argparse
@@ -82,20 +83,22 @@ def measure(case: str, size: str, options: argparse.Namespace) -> dict[str, Any]
                 side.tell(True)
                 seconds, processor = side.hear()
                 side.seconds.append(seconds)
+                side.processor.append(processor)
                 taken, own, elapsed = taken + _busy() - before, own + processor, elapsed + time.perf_counter() - start
         for side in sides:
             side.end()
-    seconds = {side.name: side.seconds for side in sides}
+    seconds, computed = ({side.name: getattr(side, of) for side in sides} for of in ("seconds", "processor"))
     others = max(0.0, taken - own) / (elapsed * os.cpu_count())
-    found = {"case": case, "size": size, "error": error, "others": others, "seconds": seconds}
+    found = {"case": case, "size": size, "error": error, "others": others}
+    found |= {"seconds": seconds, "processor": computed}
     if CASES[case].flops and size != "trial":
         found["flops"] = CASES[case].flops(size)
     return found
 
 
-def ratios(found: dict[str, Any], name: str) -> list[float]:
-    """Of each turn, another side's seconds over ours."""
-    return [other / ours for ours, other in zip(found["seconds"]["ours"], found["seconds"][name], strict=True)]
+def ratios(found: dict[str, Any], name: str, of: str = "seconds") -> list[float]:
+    """Of each turn, another side's seconds over ours: of the clock, or of the `processor`."""
+    return [other / ours for ours, other in zip(found[of]["ours"], found[of][name], strict=True)]
 
 
 def row(found: dict[str, Any]) -> str:
@@ -105,6 +108,7 @@ def row(found: dict[str, Any]) -> str:
     for name in list(found["seconds"])[1:]:
         every = ratios(found, name)
         cells.append(f"**{statistics.median(every):.2f}** ({min(every):.2f} … {max(every):.2f})")
+        cells.append(f"{statistics.median(ratios(found, name, 'processor')):.2f}")
     rate = found.get("flops", 0) / statistics.median(found["seconds"]["ours"]) / 1e9
     cells.append(f"{rate:.0f}" if rate else "")
     return "| " + " | ".join([*cells, f"{found['error']:.0e}", f"{100 * found['others']:.0f} %"]) + " |"
@@ -113,9 +117,11 @@ def row(found: dict[str, Any]) -> str:
 def head(options: argparse.Namespace) -> str:
     """The table's first two lines."""
     others = ["PyTorch", *(["torch.compile"] if options.compile else [])]
-    cells = ["case", "size", *(f"{name}, ms" for name in ("ours", *others)), *(f"ratio to {name}" for name in others)]
+    cells = ["case", "size", *(f"{name}, ms" for name in ("ours", *others))]
+    cells += [f"ratio to {name} | computed" for name in others]
     cells += ["ours, GFLOP/s", "difference", "others' share"]
-    return "| " + " | ".join(cells) + " |\n|" + "---|" * len(cells)
+    first = "| " + " | ".join(cells) + " |"
+    return f"{first}\n|" + "---|" * (first.count("|") - 1)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What is compared: of each case our side and PyTorch's, and how many operations it takes where they are counted."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from adastate_jax.benchmarking import flops
@@ -9,7 +10,7 @@ from adastate_jax.models.tiny_vae import TinyVAEConfig
 from adastate_jax.models.vae import VAEConfig
 from adastate_jax.streaming.schedule import StreamConfig
 from benchmarks.peers import ours, theirs
-from benchmarks.peers.settings import CACHED_FRAMES, DECODED, LIVE_FRAMES, PRODUCTS, SIDES, TRANSFORMER, Steps
+from benchmarks.peers.settings import CACHED_FRAMES, DECODED, LIVE_FRAMES, PRODUCTS, SIDES, TRANSFORMER, Steps, attended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,12 @@ def _tokens(size: str) -> int:
 CASES = {
     # What the machine reaches: a product of square matrices.
     "product": Case(theirs.their_product, ours.our_product, lambda size: 2 * PRODUCTS[size] ** 3),
+    # Attention of a steady chunk of AdaState, of Wan2.1 1.3B's width.
+    "attention": Case(
+        theirs.their_attention,
+        ours.our_attention,
+        lambda size: 4 * math.prod(attended(size)) * _WIDE.dim,
+    ),
     # A pass of Wan2.1 1.3B's transformer, two layers of it, the text's part included.
     "transformer": Case(
         theirs.their_pass, ours.our_pass, lambda size: flops.clip_flops(_WIDE, LIVE_FRAMES, _tokens(size)).total

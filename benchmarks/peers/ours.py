@@ -18,6 +18,7 @@ from benchmarks.peers.settings import (
     TIMESTEP,
     TOKENS,
     Setting,
+    attention_inputs,
     normal,
 )
 
@@ -44,6 +45,17 @@ def our_product(setting: Setting) -> Iterator:
     left, right = (jnp.asarray(normal(seed, side, side), setting.dtype) for seed in (1, 2))
     product = jax.jit(jnp.matmul)
     yield lambda: product(left, right)
+
+
+def our_attention(setting: Setting) -> Iterator:
+    import jax
+    import jax.numpy as jnp
+
+    from adastate_jax.models.attention import attention
+
+    inputs = [jnp.asarray(x, setting.dtype) for x in attention_inputs(setting.size)]
+    attend = jax.jit(lambda *x: attention(*x, "auto"))
+    yield lambda: attend(*inputs)
 
 
 def our_pass(setting: Setting) -> Iterator:
@@ -131,7 +143,7 @@ def _our_decoder(setting: Setting, kind: str) -> Iterator:
 
     from adastate_jax.models.video_coding import decode_clip
 
-    model = _converted(setting, kind)
+    model = _converted(setting, kind, latents_per_call=3)  # a chunk's: as a stream's steady call may have them
     latents = jax.numpy.asarray(normal(1, 1, 4, *DECODED[setting.size], 16))
     decode = jax.jit(decode_clip)
     clip = kind == "vae"  # diffusers clamps what it decodes

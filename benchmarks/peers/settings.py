@@ -50,8 +50,23 @@ LIVE_FRAMES, CACHED_FRAMES = 3, 9
 TRANSFORMER = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 2}
 NARROW = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 24}
 TIMESTEP = 937.5
+ATTENDED_FRAMES = 4, 8  # of a steady AdaState chunk: live ones, and all that they see
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     """Standard normal numbers float32 of a shape."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def attended(size: str) -> tuple[int, int]:
+    """Queries and keys of the attention that is compared."""
+    height, width = SIDES[size]
+    live, seen = (frames * height * width // 4 for frames in ATTENDED_FRAMES)
+    return live, seen
+
+
+def attention_inputs(size: str) -> list[np.ndarray]:
+    """Queries, keys and values [1, T or S, heads, head_dim] of Wan2.1 1.3B's width."""
+    queries, keys = attended(size)
+    heads = TRANSFORMER["num_attention_heads"], TRANSFORMER["attention_head_dim"]
+    return [normal(seed, 1, tokens, *heads) for seed, tokens in ((1, queries), (2, keys), (3, keys))]

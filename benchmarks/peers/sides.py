@@ -57,7 +57,7 @@ class Side:
     """One process, as the command sees it."""
 
     def __init__(self, name: str, case: str, setting: Setting, cores: int):
-        self.name, self.seconds = name, []
+        self.name, self.seconds, self.processor = name, [], []
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, name, case, setting, cores), daemon=True)

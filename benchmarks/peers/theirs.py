@@ -15,6 +15,7 @@ from benchmarks.peers.settings import (
     TOKENS,
     TRANSFORMER,
     Setting,
+    attention_inputs,
     normal,
 )
 
@@ -71,6 +72,20 @@ def their_product(setting: Setting) -> Iterator:
     side = PRODUCTS[setting.size]
     left, right = (_tensor(normal(seed, side, side), setting) for seed in (1, 2))
     yield lambda: left @ right
+
+
+def their_attention(setting: Setting) -> Iterator:
+    """Scaled dot product attention, of tensors as a transformer's projections leave them."""
+    import torch
+
+    yield None
+    inputs = [_tensor(x, setting) for x in attention_inputs(setting.size)]
+
+    def step():
+        found = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs))
+        return found.transpose(1, 2).contiguous()
+
+    yield step
 
 
 def _pass(model, text, setting: Setting):

@@ -47,6 +47,17 @@ def test_a_stream_is_described(stream):
     assert stream["data_sheet_ms"] == pytest.approx(1e3 * stream["tflop"] * 1e12 / HOST.flops)
 
 
+def test_a_program_is_known_again_in_another_process():
+    """JAX writes the address of a Python object into a call that is split by a function of its own, as cuDNN's are."""
+    call = '%1 = stablehlo.custom_call @CustomSPMDPartitioning(%0) {api_version = 2 : i32, backend_config = "{}"}\n'
+    other = '%1 = stablehlo.custom_call @tpu_custom_call(%0) {backend_config = "{}"}'
+    one, again, different = (
+        ahead.without_addresses((call + other).replace("{}", address, 1).replace("{}", kernel))
+        for address, kernel in (("139854089966352", "1"), ("140404166513424", "1"), ("140404166513424", "2"))
+    )
+    assert one == again != different
+
+
 def test_heads_are_split_over_all_devices(stream):
     """And nothing else is exchanged but what that takes."""
     split = describe("stream", 2)

@@ -8,11 +8,11 @@ import sys
 
 import jax
 import pytest
-from small_targets import CONFIG, HOST, SMALL, here
+from small_targets import CONFIG, HOST, ROOT, SMALL, here
 
 from adastate_jax import train
 from adastate_jax.benchmarking import plan as planning
-from adastate_jax.benchmarking.counting import COUNTED_SHARE, changes, count, fitting, variants
+from adastate_jax.benchmarking.counting import COUNTED_SHARE, changes, count, fitting, programs_of, variants
 from adastate_jax.benchmarking.plan import plan
 from adastate_jax.benchmarking.workloads import make_workload
 from adastate_jax.config.files import parse_config
@@ -33,15 +33,26 @@ def configured(batch: int = 8, remat: str = "block", **mesh: int):
 
 def held(counted) -> int:
     """Bytes of what lies there between the steps."""
-    lasting = ("weights", "moments", "other networks")
+    lasting = ("weights", "moments")
     return sum(size for name, size in counted.parts.items() if any(word in name for word in lasting))
+
+
+def with_adapters(config, rank: int = 2, dtype: str = "bfloat16"):
+    """Adapters of student and critic; the weights that these are of lie there in `dtype`."""
+    networks = {
+        name: dataclasses.replace(
+            getattr(config, name), param_dtype=dtype, lora=dataclasses.replace(config.student.lora, rank=rank)
+        )
+        for name in ("student", "critic")
+    }
+    return dataclasses.replace(config, **networks)
 
 
 @pytest.mark.parametrize("program", ["critic", "student"])
 def test_states_are_counted_to_the_byte(program):
-    """As a compiler sees them, but for the key and the text, on eight devices and on one."""
-    for mesh in ({}, {"fsdp": 4, "model": 2}):
-        config = configured(**mesh)
+    """As a compiler sees them, but for the key and the text, on eight devices and on one; adapters, too."""
+    whole = configured(fsdp=4, model=2)
+    for config in (configured(), whole, with_adapters(whole)):
         counted = count(program, config, TEACHER)
         workload = make_workload(program, config, TEACHER, make_mesh(**dataclasses.asdict(config.mesh)))
         own, _, _, *others = workload.arguments
@@ -71,6 +82,9 @@ def test_longer_rollouts_are_counted_and_can_be_compiled():
             {"scored_frames": 6, "continue_rollout": True, "overlap_frames": 3},
         )
     )
+    # Adapters and the gradient through the state go with them.
+    through = dataclasses.replace(segments.distill, cache_gradient="state", cache_gradient_chunks=1)
+    segments = with_adapters(dataclasses.replace(segments, distill=through))
     counted = [count("student", each, TEACHER).parts for each in (whole, window, segments)]
     assert counted[2][record] < counted[1][record] < counted[0][record] / 2
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -82,6 +96,88 @@ def test_longer_rollouts_are_counted_and_can_be_compiled():
         own, _ = jax.eval_shape(workload.function, *workload.arguments)
     for made, given in zip(*map(jax.tree.leaves, (own, workload.arguments[0])), strict=True):
         assert (made.shape, made.dtype) == (given.shape, given.dtype)
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def test_adapters_alone_have_moments():
+    """The weights that they are of are frozen, so that they may be of 16 bits; two thirds of the products remain."""
+    config = configured(fsdp=4, model=2)
+    for program in ("critic", "student"):
+        whole = count(program, config, TEACHER)
+        wide, narrow = (
+            count(program, with_adapters(config, dtype=dtype), TEACHER) for dtype in ("float32", "bfloat16")
+        )
+        weights, adapters = whole.parts[f"{program}: weights"], narrow.parts[f"{program}: weights of adapters"]
+        assert wide.parts[f"{program}: frozen weights"] == weights == 2 * narrow.parts[f"{program}: frozen weights"]
+        moments = [counted.parts[f"{program}: moments and average"] for counted in (whole, narrow)]
+        assert moments[1] / adapters == pytest.approx(moments[0] / weights, rel=0.01)
+        assert narrow.parts["gradients"] == adapters < weights / 4
+        assert narrow.flops.total < whole.flops.total
+
+
+def test_the_gradient_through_the_state_is_counted():
+    """Two more passes for every chunk that it goes back: what they keep, and what they compute."""
+    config, counted = configured(fsdp=4, model=2, remat="none"), []
+    for chunks in (8, 16):
+        through = dataclasses.replace(config.distill, cache_gradient="state", cache_gradient_chunks=chunks)
+        counted.append(count("student", dataclasses.replace(config, distill=through), CONFIG.model))
+    sizes = [each.parts["kept for the backward pass (remat none)"] for each in counted]
+    assert sizes[1] / sizes[0] == pytest.approx((1 + 2 * 16) / (1 + 2 * 8), rel=1e-3)
+    assert counted[1].flops.total > counted[0].flops.total > count("student", config, CONFIG.model).flops.total
+
+
+def test_the_programs_are_those_of_the_stages():
+    counted = {
+        "adastate_wan.py": {"critic": 1000, "student": 200},
+        "wan_initialize.py": {"trajectories": 250, "initialize": 3000},
+        "causal_forcing_wan.py:teacher": {"initialize": 2000},
+    }
+    for name, wanted in counted.items():
+        assert programs_of(parse_config([f"--config={ROOT / 'configs' / name}"])) == wanted
+    assert list(programs_of(CONFIG)) == ["critic", "student"]  # of no stages
+
+
+CLIPS = [
+    *SMALL,
+    *("--config.data.kind=latents", "--config.data.latents=clips", "--config.data.captions=captions"),
+    *("--config.data.clips.num_frames=33", "--config.initialize.batch_size=8", "--config.pretrain.batch_size=8"),
+    *("--config.mesh.fsdp=4", "--config.mesh.model=2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("program", "fields", "lora"),
+    [
+        ("pretrain", [], 0),
+        ("trajectories", [], 0),
+        ("initialize", [], 0),
+        ("initialize", ["targets=clips"], 2),
+        ("initialize", ["targets=consistency"], 2),
+    ],
+)
+def test_stages_before_distillation_are_planned(program, fields, lora):
+    """What they hold to the byte; and they can be traced, to a state of the shapes of the one that was given."""
+    config = parse_config([*CLIPS, *(f"--config.initialize.{field}" for field in fields)])
+    config = with_adapters(config, lora) if lora else config
+    counted = count(program, config, TEACHER)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    workload = make_workload(program, config, TEACHER, mesh)
+    trees = [tree for tree in workload.arguments if not isinstance(tree, jax.ShapeDtypeStruct)]
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)
+    )
+    assert held(counted) == state
+    assert counted.flops.total > 0
+    assert counted.bytes > state
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(workload.function, *workload.arguments)
+    if program == "trajectories":
+        assert made.shape == (8, 3, 9, *config.latent_shape)
+        return
+    for found, given in zip(*map(jax.tree.leaves, (made[0], workload.arguments[0])), strict=True):
+        assert (found.shape, found.dtype) == (given.shape, given.dtype)
 
 
 def test_what_is_computed_again_is_not_kept():
@@ -123,7 +219,7 @@ def test_what_fits_is_left_as_it_is(chip, tmp_path):
     chip(need(config) / COUNTED_SHARE + 1)
     record = plan(config, TEACHER, "chip:8", 0.5, tmp_path)
     assert record["asked"]["fits"] == "yes"
-    assert record["nearest"] is None
+    assert (record["nearest"], record["chosen"]) == (None, {})
     updates = record["asked"]["updates"]
     assert updates["student"]["seconds"] == pytest.approx(updates["student"]["tflop"] * 1e12 / (8 * HOST.flops * 0.5))
     settings = config.distill
@@ -187,7 +283,7 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
         def describe(workload, target, cache):
             asked.append((workload.name, dict(workload.mesh.shape)))
             if workload.mesh.shape in fitting_meshes:
-                return {"fits": "tightly", "collectives": [EXCHANGE], **SIZES}
+                return {"fits": "tightly", "collectives": [EXCHANGE], "compile_seconds": 7.0, **SIZES}
             return {"fits": "no", "failure": "Used 2G of 1G hbm."}
 
         monkeypatch.setattr(planning.ahead, "describe", describe)
@@ -200,7 +296,8 @@ def test_the_compilers_word_counts(monkeypatch, tmp_path):
     text = planning.table(record)
     assert "GiB counted, 2.0 compiled (at most 3.0)" in text
     assert "GiB: arguments 1.00, results that take no argument's place 0.25, temporaries 2.00, other networks" in text
-    assert "exchange at least 0.30 s, GB: all-reduce along fsdp 0.2" in text
+    assert "exchange at least 0.30 s, GB received: all-reduce along fsdp 0.3" in text
+    assert "compiled in 7 s" in text
     settings = config.distill
     updates = settings.steps + settings.steps // settings.critic_ratio
     assert record["asked"]["exchange_device_hours"] == pytest.approx(0.3 * updates * 2 / 3600)
@@ -229,7 +326,11 @@ def test_a_configuration_of_one_device_is_spread_over_all(chip, tmp_path):
     record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
     assert record["asked"]["fits"] == "yes"
     assert math.prod(record["asked"]["mesh"].values()) == 8
-    assert (record["asked"]["remat"], record["asked"]["accumulate"]) == ("block", 1)
+    chosen = [f"--{name}={value}" for name, value in record["chosen"].items()]
+    assert f"chosen by counting: {' '.join(chosen)}\n" in planning.table(record)
+    typed = parse_config([*SMALL, "--config.model.remat=block", "--config.distill.batch_size=8", *chosen])
+    assert dataclasses.asdict(typed.mesh) == record["asked"]["mesh"]
+    assert (record["asked"]["remat"], record["asked"]["accumulate"]) == ("block", {"distill": 1})
     chip(1.0)
     record = plan(configured(), TEACHER, "chip:8", 0.5, tmp_path)
     assert (record["asked"]["fits"], record["nearest"]) == ("no", None)

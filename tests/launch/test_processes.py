@@ -183,6 +183,7 @@ def processes_of(launcher: int) -> list[int]:
 def test_sigterm_to_one_saves_the_same_step_in_all(cache, tmp_path):
     """The second alone is told; both end with 143, and the one checkpoint is of the last step that was logged."""
     options = ["--config.pretrain.steps=100000", "--config.logging.save_every=100000", "--config.mesh.fsdp=2"]
+    options.append("--config.pretrain.optimizer.decay_steps=0")
     command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", *TRAIN, *options]
     command.append(f"--workdir={tmp_path}")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(cache), stderr=subprocess.PIPE, text=True)

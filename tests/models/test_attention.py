@@ -11,6 +11,7 @@ import pytest
 
 from adastate_jax.errors import UserError
 from adastate_jax.models import attention as attention_lib
+from adastate_jax.models import by_head
 from adastate_jax.models.attention import (
     MOST_SCORE_BYTES,
     KeyValues,
@@ -121,17 +122,59 @@ def sizes_of_all_arrays(jaxpr):
                 yield from sizes_of_all_arrays(inner)
 
 
-def test_scores_that_would_not_fit_are_never_held(caplog):
-    """A sample of the 14B teacher at 480×832 in float32, whose scores are 172 GB a layer: forwards and backwards."""
-    shape = jax.ShapeDtypeStruct((1, 21 * 30 * 52, 40, 128), jnp.float32)
+SAMPLE = jax.ShapeDtypeStruct((1, 21 * 30 * 52, 40, 128), jnp.float32)  # of the 14B teacher at 480×832
 
+
+def sizes_in_a_gradient(shape):
     def loss(query, key, value):
         return attention(query, key, value, "auto").sum()
 
+    program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
+    return list(sizes_of_all_arrays(program.jaxpr))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(150, 250), (128, 128)])
+def test_head_by_head_is_attention(queries, keys, monkeypatch):
+    """With one block of queries, and with several of which the last is filled up; the gradient too."""
+    inputs = draw(2, queries, keys)
+    wanted = [attention_lib._exact_attention(*inputs), *gradients(attention_lib._exact_attention, inputs)]
+    for bytes_at_once in (by_head.MOST_CACHED_BYTES, 4 * keys * 40):
+        monkeypatch.setattr(by_head, "MOST_CACHED_BYTES", bytes_at_once)
+        found = [jax.jit(lambda *x: attention(*x, "xla"))(*inputs), *gradients(lambda *x: attention(*x, "xla"), inputs)]
+        for ours, exact in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, exact, atol=5e-6)
+
+
+def test_head_by_head_loses_no_more_in_16_bits():
+    inputs = draw(1, 200, 160)
+    plain = attention_lib._exact_attention
+    exact = [plain(*inputs), *gradients(plain, inputs)]
+    low = [x.astype(jnp.bfloat16) for x in inputs]
+
+    def error(function):
+        found = [jax.jit(function)(*low), *gradients(function, low)]
+        assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
+        pairs = zip(found, exact, strict=True)
+        return max(np.abs(ours.astype(np.float32) - x).max() / np.abs(x).max() for ours, x in pairs)
+
+    assert error(lambda *x: attention(*x, "xla")) < 1.5 * error(plain)
+
+
+def test_heads_of_a_processor_come_one_after_another():
+    """Of a sample whose scores are 172 GB a layer, no more are held than its cache holds; nothing for other chips."""
+    held = max(size for size in sizes_in_a_gradient(SAMPLE) if size not in (4 * SAMPLE.size, 4 * SAMPLE.size // 40))
+    assert 0.9 * by_head.MOST_CACHED_BYTES < held <= by_head.MOST_CACHED_BYTES
+
+    short = jax.make_jaxpr(lambda *x: attention(*x, "xla"))(*draw(1, 16, 16))
+    assert "scan" not in str(short)
+
+
+def test_scores_that_would_not_fit_are_never_held(caplog, monkeypatch):
+    """Elsewhere, too, where no kernel serves: forwards and backwards."""
+    monkeypatch.setattr(attention_lib, "_by_head", lambda *_: False)
     with caplog.at_level(logging.INFO):
-        program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
-    sizes = list(sizes_of_all_arrays(program.jaxpr))
-    held = max(size for size in sizes if size > 4 * shape.size)  # beyond queries, keys and values themselves
+        sizes = sizes_in_a_gradient(SAMPLE)
+    held = max(size for size in sizes if size > 4 * SAMPLE.size)  # beyond queries, keys and values themselves
     assert 0.9 * MOST_SCORE_BYTES < held <= MOST_SCORE_BYTES
     assert "204 queries at a time: the scores of 32760 queries and 32760 keys would take 171.7 GB" in caplog.text
 

@@ -12,6 +12,7 @@ from small_rollouts import CHUNKS, KEYS, STREAMS, differ, naive_latents, weighte
 
 from adastate_jax.config.rollouts import require_parts
 from adastate_jax.config.stages import DistillConfig, OptimizerConfig
+from adastate_jax.models.adapters import LoRAConfig, create_adapters, join
 from adastate_jax.sharding import make_mesh, shard_batch, tree_shardings
 from adastate_jax.streaming.anchors import make_anchor
 from adastate_jax.streaming.denoising import denoise
@@ -97,6 +98,22 @@ def test_a_window_has_the_naive_gradient(name, chunk, cache_gradient):
     np.testing.assert_allclose(clip, expected, atol=1e-5)
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     assert differ(gradient, naive_gradient) < 1e-4
+
+
+def test_before_the_first_update_adapters_change_nothing_of_a_window():
+    """Neither what lies before it, which is the cache that it begins with, nor its frames, to the bit."""
+    adapters, text = create_adapters(TINY, LoRAConfig(rank=2), KEY), texts(0)
+
+    @jax.jit
+    def window(student, chunk):
+        noise = draw_rollout_noise(KEYS, STREAM, LATENT_SHAPE, 2, chunk)
+        return roll_out_part(student, text, noise, jnp.int32(0), STREAM, Start(chunk, KEYS, Part(3, 2)))
+
+    plain, adapted = (window(student, jnp.int32(4)) for student in (network(0), join(adapters, network(0))))
+    for one, other in zip(*map(jax.tree.leaves, (plain, adapted)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    changed = jax.tree.map(lambda x: x + 0.1, adapters)
+    assert np.abs(window(join(changed, network(0)), jnp.int32(4))[1] - plain[1]).max() > 1e-3
 
 
 def test_windows_are_drawn_from_everywhere_and_again():

@@ -113,10 +113,20 @@ def test_what_steps_count_follows_from_the_work_and_not_from_how_it_is_done():
     assert 0 < step_flops(config, "distill", 1) < step_flops(config, "distill", 0)
 
 
-def test_what_is_not_counted_has_no_rate(clock, tmp_path):
+def test_adapters_take_less_work_than_all_weights():
+    """Nothing is multiplied for a gradient of frozen weights; those who train none take the same."""
+    config = parse_config(["--config=configs/tiny.py"])
     adapters = parse_config(["--config=configs/tiny.py", "--config.student.lora.rank=2"])
-    assert step_flops(adapters, "distill", 0) is None
-    assert step_flops(adapters, "pretrain", 0) > 0
+    assert 0.5 < step_flops(adapters, "initialize", 0) / step_flops(config, "initialize", 0) < 0.8
+    assert step_flops(adapters, "distill", 0) < step_flops(config, "distill", 0)
+    assert step_flops(adapters, "pretrain", 0) == step_flops(config, "pretrain", 0)
+    consistency = parse_config(
+        ["--config=configs/causal_consistency.py:worlds", "--config.initialize.guidance_scale=0.0"]
+    )
+    assert step_flops(consistency, "initialize", 0) > 0
+
+
+def test_what_is_not_counted_has_no_rate(clock, tmp_path):
     metrics = Metrics(tmp_path, spans.Spans(), spans.Work(lambda stage, step: None, devices=1, peak=1e12))
     metrics.rewind("distill", 0)
     clock[0] += 1.0
