@@ -9,7 +9,7 @@ import pytest
 from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
 from studies import runs
-from studies.changing_world import STARTS, contents, gates, plan
+from studies.changing_world import STARTS, contents, gates, plan, start_of
 from studies.changing_world import train as training
 from studies.changing_world.gates import GATES, check_teacher, found_in
 from studies.changing_world.measure import measure_videos, measure_visits
@@ -169,6 +169,7 @@ def test_every_arm_of_the_plan_is_a_configuration_of_its_own():
     arms = [*plan.SCREENING, *plan.longer(plan.CLAIMED)]
     configs = {arm: parse_config([f"{CONFIG}:{arm}"]) for arm in (*STARTS, *arms)}
     assert len(set(configs.values())) == len(STARTS) + len(arms) == len(configs)
+    assert all(Path(config.start_from).name == start_of(arm) for arm, config in configs.items())
     state = configs["recurrent/adaptive/state_2/rollout_4"].distill
     assert (state.cache_gradient_chunks, state.rollout_frames, state.scored_frames) == (2, 84, 21)
     assert configs["anchored/none_long"].stream.past_frames == 18

@@ -46,6 +46,11 @@ def once(arm: str) -> bool:
     return "/" not in arm
 
 
+def start_of(arm: str) -> str:
+    """The run that an arm, or a start, starts from."""
+    return "teacher" if once(arm) else arm.split("/")[0]
+
+
 def workdir_of(folder: Path, arm: str, seed: int) -> Path:
     """Where a run of an arm is trained."""
     return folder / (arm if once(arm) else f"{arm.replace('/', '.')}-{seed}")

@@ -5,8 +5,7 @@ import itertools
 import threading
 from pathlib import Path
 
-from adastate_jax.config.files import parse_config
-from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, workdir_of
+from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, start_of, workdir_of
 from studies.changing_world.gates import check_teacher
 from studies.changing_world.measure import Run, screen
 from studies.changing_world.memory import mean_memory, returns
@@ -55,7 +54,7 @@ def starts_ahead(runs: list[Run], ahead: int = 3) -> list[Run]:
 
 def _place(run: Run) -> int:
     """1 and more for the runs that start from one of `STARTS`."""
-    return 0 if once(run[0]) else STARTS.index(_start_of(run[0])) + 1
+    return 0 if once(run[0]) else STARTS.index(start_of(run[0])) + 1
 
 
 def is_screened(folder: Path) -> bool:
@@ -97,20 +96,16 @@ def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], d
     return memory, motion
 
 
-def _start_of(arm: str) -> str:
-    return Path(parse_config([f"--config={CONFIG}:{arm}"]).start_from).name
-
-
 def _needed(arm: str) -> list[str]:
     """What is trained before an arm, the one that it starts from last."""
     before = ["anchored"] if arm == "anchored_tenth" else []
-    return [] if arm == "teacher" else [*before, _start_of(arm)]
+    return [] if arm == "teacher" else [*before, start_of(arm)]
 
 
 def _train_run(folder: Path, arm: str, seed: int) -> None:
     overrides = []
     if arm != "teacher":
-        overrides = [f"--config.seed={seed}", f"--config.start_from={folder / _start_of(arm)}"]
+        overrides = [f"--config.seed={seed}", f"--config.start_from={folder / start_of(arm)}"]
     if arm == "anchored_tenth":
         overrides.append(f"--config.initialize.weights={folder / 'anchored' / 'initialize'}")
     train_one(f"{CONFIG}:{arm}", workdir_of(folder, arm, seed), overrides)
