@@ -174,7 +174,7 @@ def test_every_arm_of_the_plan_is_a_configuration_of_its_own():
     state = configs["recurrent/adaptive/state_2/rollout_4"].distill
     assert (state.cache_gradient_chunks, state.rollout_frames, state.scored_frames) == (2, 84, 21)
     assert configs["anchored/none_long"].stream.past_frames == 18
-    steps = configs["anchored/static/updates_3000"].distill
+    steps = configs["anchored/adaptive/updates_3000"].distill
     assert steps.steps // steps.critic_ratio == 3000
     with pytest.raises(UserError, match="unknown arm 'anchored/statc'"):
         parse_config([f"{CONFIG}:anchored/statc"])
@@ -192,7 +192,11 @@ def test_the_rule_keeps_the_best_of_each_kind_and_what_claims_are_of():
         *plan.CLAIMED,
         *("recurrent/adaptive/state_4", "unanchored/memory", "unanchored/none_long"),
     )
-    assert plan.longer(plan.kept(memory, motion))[2] == "recurrent/adaptive/state_4/updates_1000"
+    assert plan.longer(plan.kept(memory, motion)) == (
+        *("anchored/static/updates_1000", "anchored/adaptive/updates_1000"),
+        *("recurrent/adaptive/state_4/updates_1000", "anchored/adaptive/updates_3000"),
+        "recurrent/adaptive/state_4/updates_3000",
+    )
 
 
 def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ SCREENING = (
 CLAIMED = ("anchored/none", "anchored/static", "anchored/adaptive")
 LEAST = {"pan": 0.8, "hue": 0.8}  # of the truth at 6×; who moves less has lost the scene
 MOST_COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at 1×
-LONGER = ("updates_1000", "updates_3000")  # of the student, with one seed, for the paper's arms and the best recipe
 
 
 def is_adaptive(arm: str) -> bool:
@@ -57,7 +56,12 @@ def _is_sound(of_truth: Mapping[str, float]) -> bool:
 
 
 def longer(final: tuple[str, ...]) -> tuple[str, ...]:
-    """The arms with 1,000 updates of the student, and with 3,000, of what is `kept`: static, adaptive, and the best."""
+    """What is trained longer, with one seed, of the arms that are `kept`.
+
+    With 1,000 updates of the student the paper's static and adaptive anchor, and the best recipe with a state; with
+    3,000 the latter two.
+    """
     best = [arm for arm in final if is_adaptive(arm)][-1]
-    arms = dict.fromkeys([*CLAIMED[1:], best])
-    return tuple(f"{arm}/{updates}" for updates in LONGER for arm in arms)
+    adaptive = dict.fromkeys([CLAIMED[2], best])
+    thousand = (f"{arm}/updates_1000" for arm in (CLAIMED[1], *adaptive))
+    return (*thousand, *(f"{arm}/updates_3000" for arm in adaptive))
