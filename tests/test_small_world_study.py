@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -13,20 +12,22 @@ import pytest
 from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
 from adastate_jax.generation.loading import load
-from studies.small_world import arms, memory, read_columns, write_rows
+from studies import runs
+from studies.contents import last_seen, read_linearly
+from studies.rows import read_columns, write_rows
+from studies.small_world import arms, memory
 from studies.small_world import measure as measuring
 from studies.small_world import report as reporting
 from studies.small_world import train as training
 from studies.small_world.__main__ import main
 from studies.small_world.report import (
     MEASURES,
-    _summary_of,
     collapsed,
     compared_with_truth,
     paired_difference,
     report,
-    summarize,
 )
+from studies.statistics import summarize, summary_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +69,7 @@ def test_some_students_are_measured_with_the_streams_of_other_anchors(tmp_path):
 
 def test_an_arm_is_trained_after_what_it_starts_from(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(training, "_train_one", lambda folder, name, seed: trained.append((name, seed)))
+    monkeypatch.setattr(training, "_train_run", lambda folder, name, seed: trained.append((name, seed)))
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
     training.train(tmp_path, ["none", "recurrent_start"], [0, 1, 1], jobs=1)
     assert trained == [
@@ -147,10 +148,10 @@ def test_memory_is_what_chance_leaves_open():
     found = compared_with_truth(columns_of(["truth"] * 4, identity=[1, 1, 0.5, 1], chance=[0.25, 0.75, 0.5, 1]))
     np.testing.assert_allclose(found["memory"], [1, 1, 0, np.nan])
     # In the mean: (0.75 + 0.25 + 0) / (0.75 + 0.25 + 0.5)
-    assert _summary_of(found, "memory", np.arange(4))[0] == pytest.approx(1 / 1.5)
+    assert summary_of(found, "memory", np.arange(4))[0] == pytest.approx(1 / 1.5)
     # Who shows fewer colours is not taken for forgetful.
     same = compared_with_truth(columns_of(["truth"] * 4, identity=[1] * 4, chance=[0.9, 0.8, 0.9, 0.99]))
-    assert _summary_of(same, "memory", np.arange(4))[0] == 1
+    assert summary_of(same, "memory", np.arange(4))[0] == 1
 
 
 def test_the_interval_of_variety_is_that_of_its_pairs():
@@ -160,7 +161,7 @@ def test_the_interval_of_variety_is_that_of_its_pairs():
         colours = rng.choice(3, size=(4, 32), p=(0.65, 0.25, 0.1))
         apart = (colours[:, :, None] != colours[:, None]).sum(axis=2) / 31
         columns = columns_of(["truth"] * 128, variety=apart.ravel(), caption=np.repeat(np.arange(4), 32))
-        _, _, low, high = _summary_of(
+        _, _, low, high = summary_of(
             {"variety": reporting._by_video(columns)} | {k: columns[k] for k in ("seed", "video")},
             "variety",
             np.arange(128),
@@ -312,14 +313,14 @@ def test_what_the_caption_tells_is_not_lost_among_the_features():
     rng = np.random.default_rng(0)
     captions, folds = np.arange(200) % 4, np.arange(200) // 100
     labels = np.where(rng.random(200) < 0.75, captions % 3, (captions + 1) % 3)
-    by_caption = memory.read_linearly(np.zeros((200, 0)), labels, captions, folds)
+    by_caption = read_linearly(np.zeros((200, 0)), labels, captions, folds)
     assert (by_caption == captions % 3).all()
     noise = np.concatenate([np.eye(4)[captions], rng.standard_normal((200, 200))], axis=1)
-    assert (memory.read_linearly(noise, labels, captions, folds) == labels).mean() > 0.62
+    assert (read_linearly(noise, labels, captions, folds) == labels).mean() > 0.62
     # And what they do say is found.
     told = np.concatenate([np.eye(3)[labels], noise], axis=1)
-    assert (memory.read_linearly(told, labels, captions, folds) == labels).mean() > 0.8
-    assert (memory.read_linearly(told, labels, captions, np.zeros(200, int)) == -1).all()  # no others to learn from
+    assert (read_linearly(told, labels, captions, folds) == labels).mean() > 0.8
+    assert (read_linearly(told, labels, captions, np.zeros(200, int)) == -1).all()  # no others to learn from
 
 
 def test_attention_is_measured_of_every_frame(config, truth, monkeypatch):
@@ -346,7 +347,7 @@ def test_the_attention_table_tells_the_frames_of_a_part_apart(tmp_path):
 
 def test_the_colour_last_seen():
     found = np.array([[0, -1, 2, -1, -1], [-1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
-    last, unseen = memory._last_seen(found)
+    last, unseen = last_seen(found)
     assert list(last) == [2, 1, -1]
     assert list(unseen[:2]) == [2, 0]
 
@@ -425,15 +426,13 @@ def test_a_stopped_run_is_not_a_finished_one(missing, config, tmp_path, monkeypa
     step = None if missing is None else config.distill.steps - missing
     finished = missing == 0
 
-    def run(command, **options):
+    def run(command, log, environment):
         (tmp_path / "none-1").mkdir()
         save_config(config, tmp_path / "none-1" / "config.json")
-        return subprocess.CompletedProcess(command, 0 if finished else 143)
+        return (0 if finished else 143), 2.0, 1.0
 
-    monkeypatch.setattr(training.subprocess, "run", run)
-    monkeypatch.setattr(
-        training, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999
-    )
+    monkeypatch.setattr(runs, "run_timed", run)
+    monkeypatch.setattr(runs, "latest_step", lambda folder: step if folder == tmp_path / "none-1" / "distill" else 999)
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
@@ -452,7 +451,7 @@ def test_a_run_that_fails_is_named(code, told, tmp_path, monkeypatch):
     for done in ("teacher.seconds", "unanchored.seconds"):
         (tmp_path / done).write_text("1")
     monkeypatch.setattr(training, "check_teacher", lambda folder: None)
-    monkeypatch.setattr(training.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    monkeypatch.setattr(runs, "run_timed", lambda command, log, environment: (code, 2.0, 1.0))
     with pytest.raises(UserError, match=f"none-1: {told}"):
         training.train(tmp_path, ["none"], [1], jobs=1)
 
@@ -464,7 +463,7 @@ def test_no_arm_is_distilled_from_a_teacher_that_hardly_moves(share, refused, co
     (tmp_path / "teacher.seconds").write_text("1")
 
     def videos(folder, prompts, noise):
-        worlds = measuring.worlds_for(config.data.worlds, 21)
+        worlds = measuring.worlds_for(config.data.worlds, 21, 128)
         assert [world.caption for world in worlds] == prompts
         return np.stack([world.video[(share * np.arange(21)).astype(int)] for world in worlds])
 

@@ -149,11 +149,11 @@ def subject_followed(direction, start, seconds):
     return (0.05 * np.sin(phase)[:, None] * across + 0.08 * start)[None]
 
 
-def paint_subject(video, shape, colour, centre, radii):
+def paint_subject(video, shape, colours, centre, radii):
     """Paints one anti-aliased subject and its shadow into `video` in place.
 
-    video float32 `[F, H, W, 3]` in [0, 1]; centre `[F, 2]` in frame widths and heights from the middle; radii `[F]` in
-    fractions of the frame's shorter side.
+    video float32 `[F, H, W, 3]` in [0, 1]; colours `[F, 3]` in 0 … 255; centre `[F, 2]` in frame widths and heights
+    from the middle; radii `[F]` in fractions of the frame's shorter side.
     """
     _, height, width, _ = video.shape
     pixels = (radii * min(height, width))[:, None, None]
@@ -170,7 +170,7 @@ def paint_subject(video, shape, colour, centre, radii):
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None].astype(np.float32)
     rim = np.clip(1.0 + distance / (0.22 * pixels), 0.0, 1.0)  # 1 on the edge, 0 inside
     light = 1.0 - 0.16 * (x + y) / pixels - 0.45 * rim
-    paint = np.array(colour, np.float32) / 255.0 * np.clip(light, 0.2, 1.15)[..., None].astype(np.float32)
+    paint = colours[:, None, None].astype(np.float32) / 255.0 * np.clip(light, 0.2, 1.15)[..., None].astype(np.float32)
     video += cover * (np.minimum(paint, 1.0) - video)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from adastate_jax.data.builder import Examples, SequentialBuilder, named_configuration
+from adastate_jax.data.palettes import COLOURS, DARKER, PALETTES
 from adastate_jax.data.world_pixels import paint_ground, paint_subject, subject_followed, subjects_passed_by
 from adastate_jax.errors import UserError
 
@@ -36,87 +37,7 @@ MOTIONS = (
 SHAPES = ("ball", "box", "diamond", "ring")
 
 
-COLOURS = {
-    "red": (226, 38, 38),
-    "orange": (255, 138, 20),
-    "yellow": (252, 224, 40),
-    "cyan": (40, 224, 232),
-    "blue": (36, 84, 232),
-    "magenta": (232, 48, 196),
-    "white": (250, 250, 250),
-}
-
-
 _SMALLEST_WORDS = {"a", "an", "the", "and", "of", "in", "on", "over", "with", "while", "is", "it", "there"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Palette:
-    """How a landscape is coloured: height in [0, 1] → sRGB through `stops`, plus the strength of its relief shading."""
-
-    landscape: str
-    stops: tuple[tuple[float, str], ...]
-    relief: float
-    avoid: tuple[str, ...]  # subject colours that would vanish into this landscape
-
-
-PALETTES = {
-    "meadow": Palette(
-        "green hills",
-        ((0.0, "#1f4f8c"), (0.24, "#3f86b8"), (0.27, "#d8cf9a"), (0.33, "#86bd52"), (0.6, "#2f6b2c"), (0.9, "#c3d478")),
-        0.55,
-        (),
-    ),
-    "desert": Palette(
-        "sand dunes",
-        ((0.0, "#7a4a2b"), (0.35, "#c08549"), (0.6, "#e3b872"), (1.0, "#fbe6b8")),
-        0.65,
-        ("orange", "yellow"),
-    ),
-    "ocean": Palette(
-        "a blue sea with islands",
-        (
-            (0.0, "#06224d"),
-            (0.45, "#12579a"),
-            (0.62, "#39a6c4"),
-            (0.66, "#f0e2b0"),
-            (0.72, "#5b9c4c"),
-            (1.0, "#2e6b35"),
-        ),
-        0.4,
-        ("blue", "cyan"),
-    ),
-    "dusk": Palette(
-        "purple mountains",
-        ((0.0, "#1c1440"), (0.4, "#4b2a6e"), (0.65, "#8d4a8a"), (0.85, "#e08a8a"), (1.0, "#ffd2a6")),
-        0.6,
-        ("magenta",),
-    ),
-    "snow": Palette(
-        "snowy peaks",
-        ((0.0, "#27415c"), (0.3, "#5d7f9e"), (0.5, "#a9c1d4"), (0.7, "#e6eef5"), (1.0, "#ffffff")),
-        0.55,
-        ("white", "cyan"),
-    ),
-    "autumn": Palette(
-        "an autumn forest",
-        ((0.0, "#2f2a1c"), (0.3, "#5e5a24"), (0.5, "#a8692a"), (0.7, "#c9482a"), (1.0, "#edc14d")),
-        0.55,
-        ("red", "orange", "yellow"),
-    ),
-    "clay": Palette(
-        "clay",
-        ((0.0, "#3d1a10"), (0.35, "#6b3020"), (0.65, "#9a4a30"), (1.0, "#c07050")),
-        0.55,
-        ("red", "orange"),
-    ),
-    "moon": Palette(
-        "grey moon rock",
-        ((0.0, "#17181c"), (0.35, "#4a4c52"), (0.6, "#808389"), (1.0, "#cfd0d2")),
-        0.75,
-        (),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +54,7 @@ class WorldConfig:
     speed: tuple[float, float] = (0.5, 1.0)  # pan and follow: frame widths (or heights) per second
     zoom_speed: tuple[float, float] = (0.5, 1.0)  # natural logarithm of the scale, per second
     motions: tuple[str, ...] = MOTIONS
-    palettes: tuple[str, ...] = tuple(PALETTES)
+    palettes: tuple[str, ...] = tuple(name for name in PALETTES if name not in DARKER)
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
     finest: float = 3.0  # pixels of the landscape's smallest details, which fade in up to 8/3 of that
@@ -147,10 +68,24 @@ class WorldConfig:
     # backwards, but not how far the hue is turned when a video begins: up to hue_start turns.
     hue_turn: tuple[float, float] = (0.0, 0.0)
     hue_start: float = 1.0
+    # Share of the videos whose subject takes another colour while it is in full view: once the first time that it is,
+    # then every time with even odds. What comes back has the colour that was seen last. No caption tells.
+    colour_change: float = 0.0
+    withheld: tuple[str, ...] = ()  # captions that no video has
 
     def __post_init__(self):
         # Command lines and configuration files hand over lists; the hash of a configuration must not depend on that.
-        for field in ("speed", "zoom_speed", "motions", "palettes", "shapes", "colours", "subject_radius", "hue_turn"):
+        for field in (
+            "speed",
+            "zoom_speed",
+            "motions",
+            "palettes",
+            "shapes",
+            "colours",
+            "subject_radius",
+            "hue_turn",
+            "withheld",
+        ):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("height", "width"):
             if getattr(self, field) < 8:
@@ -178,6 +113,18 @@ class WorldConfig:
             raise UserError(f"world subject_scatter is {self.subject_scatter}: give a number in [0, 1]")
         if not 0.0 <= self.hue_start <= 1.0:
             raise UserError(f"world hue_start is {self.hue_start}: give turns in [0, 1]")
+        if not 0.0 <= self.colour_change <= 1.0:
+            raise UserError(f"world colour_change is {self.colour_change}: give a share in [0, 1]")
+        if self.colour_change and self.name_colour:
+            raise UserError("world colour_change needs captions without a colour: set name_colour to false")
+        for palette in self.palettes if self.colour_change else ():
+            if len(set(self.colours) - set(PALETTES[palette].avoid)) < 2:
+                raise UserError(f"world colour_change needs two colours that palette {palette!r} shows: add another")
+        known = captions(self) if self.withheld else ()
+        unknown = [caption for caption in self.withheld if caption not in known]
+        if unknown or (known and set(known) == set(self.withheld)):
+            culprit = f"has {unknown[0]!r}, which no video has" if unknown else "leaves no caption"
+            raise UserError(f"world withheld {culprit}: choose some of {'; '.join(known[:8])} …")
         if not 0.0 < self.subject_radius[0] <= self.subject_radius[1] <= 0.5:
             raise UserError(f"world subject_radius is {self.subject_radius}: give (lowest, highest) in (0, 0.5]")
 
@@ -189,7 +136,8 @@ class World:
     `video` is uint8 sRGB `[F, H, W, 3]`. `pan_x`, `pan_y` are the camera's velocity in frame widths and heights per
     second, `subject_x`, `subject_y` the subject's mean velocity over the ground in the same units (zero unless the
     camera follows it), `zoom` the rate of log-scale per second and `hue_turn` the landscape's hue in turns per second,
-    positive forwards. The module's docstring gives the signs.
+    positive forwards. The module's docstring gives the signs. `colour` is the subject's at first, `changes` the frames
+    from which on it has another, in order.
     """
 
     video: np.ndarray
@@ -204,6 +152,7 @@ class World:
     palette: str
     shape: str
     colour: str
+    changes: tuple[tuple[int, str], ...] = ()
 
 
 def render_world(config: WorldConfig, seed: int, index: int) -> World:
@@ -212,7 +161,13 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
     A pure function of its arguments: the same three give the same bytes. `seed` and `index` are non-negative. Returns
     a `World` whose video is uint8 `[F, H, W, 3]`.
     """
-    rng = np.random.default_rng((seed, index))
+    for attempt in itertools.count():
+        world = _draw_world(config, np.random.default_rng((seed, index, attempt) if attempt else (seed, index)))
+        if world.caption not in config.withheld:
+            return world
+
+
+def _draw_world(config: WorldConfig, rng: np.random.Generator) -> World:
     motion = config.motions[rng.integers(len(config.motions))]
     palette = config.palettes[rng.integers(len(config.palettes))]
     shape = config.shapes[rng.integers(len(config.shapes))]
@@ -245,8 +200,10 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
     radii = radius * np.exp(limit * np.tanh(zoom * seconds / limit))
     if kind == "zoom":
         centres = centres * (radii / radius)[:, None]
+    changes = _draw_changes(config, rng, colours, colour, centres, radii)
+    painted = np.array([COLOURS[name] for name in _colour_by_frame(colour, changes, config.num_frames)])
     for centre in centres:
-        paint_subject(video, shape, COLOURS[colour], centre, radii)
+        paint_subject(video, shape, painted, centre, radii)
     return World(
         video=np.clip(video * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8),
         caption=_caption(config, kind, way, PALETTES[palette].landscape, shape, colour, hue_turn),
@@ -260,7 +217,44 @@ def render_world(config: WorldConfig, seed: int, index: int) -> World:
         palette=palette,
         shape=shape,
         colour=colour,
+        changes=changes,
     )
+
+
+def _draw_changes(config, rng, colours, colour, centres, radii):
+    """When the subject takes which colour: never after the last frame in which it is in full view."""
+    if not config.colour_change or rng.uniform() >= config.colour_change:
+        return ()
+    in_view = (np.abs(centres) <= 0.5 - radii[:, None]).all(axis=-1).any(axis=0)  # of any of the subjects
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], in_view, [False]]).astype(int)))
+    changes = []
+    for number, (first, end) in enumerate(edges.reshape(-1, 2)):
+        if end - first < 2 or (number and rng.uniform() < 0.5):
+            continue
+        others = [name for name in colours if name != colour]
+        colour = others[rng.integers(len(others))]
+        changes.append((int(rng.integers(first + 1, end)), colour))
+    return tuple(changes)
+
+
+def _colour_by_frame(colour, changes, num_frames):
+    starts = [0, *(frame for frame, _ in changes), num_frames]
+    names = [colour, *(name for _, name in changes)]
+    return [
+        name for name, (start, end) in zip(names, itertools.pairwise(starts), strict=True) for _ in range(start, end)
+    ]
+
+
+def captions(config: WorldConfig) -> tuple[str, ...]:
+    """All captions that worlds can have, in a fixed order, withheld ones too."""
+    senses = (1.0, -1.0) if max(config.hue_turn) else (0.0,)
+    found = {}
+    for motion, palette, shape, sense in itertools.product(config.motions, config.palettes, config.shapes, senses):
+        kind, way = motion.split()
+        for colour in config.colours if config.name_colour else config.colours[:1]:
+            if not config.name_colour or colour not in PALETTES[palette].avoid:
+                found[_caption(config, kind, way, PALETTES[palette].landscape, shape, colour, sense)] = None
+    return tuple(found)
 
 
 def _caption(config, kind, way, landscape, shape, colour, hue_turn):
@@ -288,17 +282,6 @@ def caption_pattern(config: WorldConfig) -> str:
         _caption(config, kind, "/".join(found), landscapes, shapes, colours, hue) for kind, found in ways.items()
     ]
     return "; ".join(patterns)
-
-
-def captions(config: WorldConfig) -> tuple[str, ...]:
-    """The captions that worlds can have, each once; of turning colours, the first way that they turn."""
-    kinds = itertools.product(config.palettes, config.motions, config.shapes, config.colours)
-    return tuple(
-        dict.fromkeys(
-            _caption(config, *motion.split(), PALETTES[palette].landscape, shape, colour, max(config.hue_turn, key=abs))
-            for palette, motion, shape, colour in kinds
-        )
-    )
 
 
 def unknown_words(config: WorldConfig, prompt: str) -> list[str]:
@@ -355,6 +338,7 @@ class Worlds(SequentialBuilder):
         config = self.builder_config
         for index in indices:
             example = dataclasses.asdict(render_world(config.world, config.seed, index))
+            del example["changes"]  # to be seen
             yield index, {"video": example.pop("video"), "caption": example.pop("caption"), "motion": example}
 
 

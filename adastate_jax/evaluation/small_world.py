@@ -7,7 +7,7 @@ same estimator says of the truth.
 
 import numpy as np
 
-from adastate_jax.data.worlds import COLOURS
+from adastate_jax.data.palettes import COLOURS
 
 _STEP = 0.25  # pixels between the shifts that are tried
 _SHARE = 0.6  # of the subject's radius: the middle of a subject, away from its rim
@@ -101,3 +101,28 @@ def subject_colours(videos: np.ndarray, colours: tuple[str, ...], radius: float)
     distance = np.linalg.norm(means[..., None, :] - paint, axis=-1).min(axis=2)  # [V, F, colours]
     nearest = distance.argmin(axis=-1)
     return np.where(distance.min(axis=-1) <= _FARTHEST, nearest, -1)
+
+
+def visits(found: np.ndarray, absence: int) -> dict[str, np.ndarray]:
+    """Each time that subjects are in view, as columns [N]: its `video`, its `number` there, and what follows.
+
+    `frame` is the first one; `entry` and `exit` are the colours that it begins and ends with, and `since` is the frame
+    from which on it has the latter; `switches` is how often a colour is another one than before. Less than `absence`
+    frames in which none is seen are within a visit. What is seen in a single frame is none: now and then a patch of the
+    ground has a subject's colour.
+
+    Args:
+        found: of `subject_colours`, [V, F].
+    """
+    columns = {name: [] for name in ("video", "number", "frame", "entry", "exit", "since", "switches")}
+    for video, colours in enumerate(found):
+        frames = np.flatnonzero(colours >= 0)
+        parts = np.split(frames, np.flatnonzero(np.diff(frames) > absence) + 1)
+        for number, seen in enumerate(part for part in parts if len(part) > 1):
+            shown = colours[seen]
+            others = np.flatnonzero(shown != shown[-1])
+            since = seen[others[-1] + 1] if len(others) else seen[0]
+            told = video, number, seen[0], shown[0], shown[-1], since, (np.diff(shown) != 0).sum()
+            for values, value in zip(columns.values(), told, strict=True):
+                values.append(int(value))
+    return {name: np.array(values, int) for name, values in columns.items()}

@@ -9,16 +9,10 @@ swaps.csv.gz, what can be read from the cache into contents.csv.gz, and what loo
 reads nothing else. Arms that are not trained yet are left out, and named.
 """
 
-import csv
-import gzip
 import importlib.util
-import io
-import os
-from pathlib import Path
 
-import numpy as np
+from studies import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "small_world.py"
 RESULTS = ROOT / "docs" / "small_world"
 
@@ -32,7 +26,6 @@ STARTS = {"initialized": "teacher", "unanchored": "unanchored", "recurrent": "re
 ANCHORS = ("none", "static", "ema", "memory", "ping_pong", "adaptive")  # the arms that differ in nothing else
 # Students that stream with those arms' anchors too, as `initialized:none`: before distillation, and after one without.
 LENT = ("initialized", "unanchored_none")
-_TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
 def arms() -> tuple[list[str], list[str]]:
@@ -46,36 +39,3 @@ def arms() -> tuple[list[str], list[str]]:
 def once(arm: str) -> bool:
     """Whether the arm has no training seed."""
     return arm.partition(":")[0] in ("truth", "teacher", *STARTS)
-
-
-def share_cores(jobs: int) -> list[list[int] | None]:
-    """The processor cores of each of several runs at a time; None is all."""
-    cores = sorted(os.sched_getaffinity(0))
-    return [cores[job::jobs] for job in range(jobs)] if 1 < jobs <= len(cores) else [None] * jobs
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Writes rows of one set of columns as gzipped CSV, the same bytes for the same rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
-    partial.replace(path)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a file of `write_rows`; none if there is no file."""
-    if not path.exists():
-        return []
-    with gzip.open(path, "rt") as file:
-        return list(csv.DictReader(file))
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a file of `write_rows`: text where one is, else float64; none if there is no file."""
-    rows = read_rows(path)
-    columns = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    return {name: x if name in _TEXT else x.astype(float) for name, x in columns.items()}

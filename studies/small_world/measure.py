@@ -2,49 +2,28 @@
 
 import dataclasses
 import functools
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from adastate_jax.checkpoint import latest_step, load_tree
 from adastate_jax.config.files import load_config, parse_config
 from adastate_jax.config.run import Config
-from adastate_jax.config.stages import ode_sigmas
-from adastate_jax.data.worlds import World, WorldConfig, render_world
-from adastate_jax.diffusion import draw_normal
+from adastate_jax.data.worlds import World, WorldConfig
 from adastate_jax.errors import UserError
 from adastate_jax.evaluation import small_world
-from adastate_jax.generation.loading import Model, decode_frames, load
-from adastate_jax.generation.video_stream import stream_batch
+from adastate_jax.generation.loading import Model, load
 from adastate_jax.media import contact_sheet, write_image
-from adastate_jax.sharding import make_mesh
-from adastate_jax.streaming.carry import seed_keys
 from adastate_jax.streaming.schedule import StreamConfig
-from adastate_jax.training.frozen import Frozen, abstract_dit, abstract_frozen, embed_prompts, with_shardings
-from adastate_jax.training.initialize import sample_trajectory
-from studies.small_world import (
-    ABSENCE,
-    ANCHORS,
-    CONFIG,
-    HORIZONS,
-    LENT,
-    STARTS,
-    arms,
-    once,
-    read_rows,
-    share_cores,
-    write_rows,
-)
+from studies.rollouts import glimpses, roll_out, roll_out_teacher, worlds_for
+from studies.rows import read_rows, write_rows
+from studies.runs import done_file, measure_all
+from studies.small_world import ABSENCE, ANCHORS, CONFIG, HORIZONS, LENT, STARTS, arms, once
 from studies.small_world.memory import measure_attention, measure_contents, measure_swaps
 
 VIDEOS = 128
 NOISE_SEEDS = (0, 1)
-WORLD_SEED = 10_000  # of the worlds whose captions are the prompts; no world of the training data
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
 GATES = {"pan": 0.9, "hue": 0.8}  # of the truth: a teacher with less teaches no arm
 _WITHOUT_CACHE = ("truth", "teacher")  # what is no stream
@@ -68,20 +47,14 @@ def measure(folder: Path, jobs: int, results: Path) -> None:
     seeds = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("*-*.seconds")})
     runs = [("truth", 0), ("teacher", 0)]
     for student, seed in [*((start, 0) for start in STARTS), *((name, seed) for seed in seeds for name in names)]:
-        if _folder_of(folder, student, seed).with_suffix(".seconds").exists():
+        if done_file(_folder_of(folder, student, seed)).exists():
             runs += ((arm, seed) for arm in _streams(folder, student, seed, names))
         else:
             print(f"{_folder_of(folder, student, seed).name}: not trained yet, left out")
     parts = folder / "measured"
     parts.mkdir(exist_ok=True)
     missing = [run for run in runs if not all(_is_measured(folder, *run))]
-    spawn = multiprocessing.get_context("spawn")
-    shares = spawn.Queue()
-    for share in share_cores(jobs):
-        shares.put(share)
-    with ProcessPoolExecutor(jobs, spawn, _begin_worker, (shares, folder / "compilations")) as pool:
-        for future in [pool.submit(_measure_run, folder, *run) for run in missing]:
-            print(f"{future.result()}: measured", flush=True)
+    measure_all(missing, _measure_run, jobs, folder)
     results.mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         rows = [row for name, seed in runs for row in read_rows(parts / f"{name}-{seed}.{kind}.csv.gz")]
@@ -123,22 +96,15 @@ def _load_student(folder: Path, arm: str, seed: int) -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, stream=_stream_of(stream)))
 
 
-def _begin_worker(shares, compilations: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(compilations))  # training seeds share their programs
-    share = shares.get()
-    if share:
-        os.sched_setaffinity(0, share)
-
-
 @functools.cache
 def _true_worlds(folder: Path) -> tuple[Config, list[World]]:
     config = load_config(folder / "teacher" / "config.json")
-    return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames))
+    return config, worlds_for(config.data.worlds, round(max(HORIZONS) * config.distill.rollout_frames), VIDEOS)
 
 
 def _is_measured(folder: Path, arm: str, seed: int) -> tuple[bool, bool]:
     """Whether a run's videos are measured, and whether what its cache holds is; of either, this file is the last."""
-    trained = _folder_of(folder, arm.partition(":")[0], seed).with_suffix(".seconds").stat().st_mtime
+    trained = done_file(_folder_of(folder, arm.partition(":")[0], seed)).stat().st_mtime
 
     def is_newer(kind):
         path = folder / "measured" / f"{arm}-{seed}.{kind}"
@@ -191,7 +157,7 @@ def check_teacher(folder: Path) -> None:
     if path.exists() and path.stat().st_mtime >= (folder / "teacher.seconds").stat().st_mtime:
         return
     config = load_config(folder / "teacher" / "config.json")
-    worlds, length = worlds_for(config.data.worlds, config.data.num_frames), config.data.num_frames
+    worlds, length = worlds_for(config.data.worlds, config.data.num_frames, VIDEOS), config.data.num_frames
     videos = roll_out_teacher(folder / "teacher", [truth.caption for truth in worlds], NOISE_SEEDS[0])
     rows = list(measure_videos(videos, worlds, config.data.worlds, length))
     found = {name: float(np.mean([row[name] for row in rows])) for name in GATES}
@@ -201,13 +167,6 @@ def check_teacher(folder: Path) -> None:
         raise UserError(f"{folder}/teacher: no arm is distilled from it ({told}; needed: {needed}); train it longer")
     path.write_text(f"{told}\n")
     print(f"teacher: {told}", flush=True)
-
-
-def worlds_for(config: WorldConfig, frames: int, count: int = VIDEOS) -> list[World]:
-    """The `count` true videos, ordered by caption."""
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    config = WorldConfig(**{**fields, "num_frames": frames})
-    return sorted((render_world(config, WORLD_SEED, i) for i in range(count)), key=lambda world: world.caption)
 
 
 def measure_videos(
@@ -271,35 +230,3 @@ def _read_subjects(found: np.ndarray, start: int, captions: np.ndarray) -> dict[
             result["identity"][index] = (found[index, back] == own).mean()
             result["chance"][index] = (found[index, back][:, None] == others).mean()
     return {"seen": seen[:, start:].mean(axis=1), **result}
-
-
-def roll_out(model: Model, prompts: list[str], seed: int, frames: int) -> np.ndarray:
-    """Videos uint8 [V, F, H, W, 3]; sample i's noise is of seed · V + i."""
-    chunks = stream_batch(model, prompts, seed * len(prompts), frames)
-    return np.concatenate(list(chunks), axis=1)
-
-
-def roll_out_teacher(folder: Path, prompts: list[str], seed: int) -> np.ndarray:
-    """The bidirectional teacher's own videos of one training length, by the ODE that the student learned from."""
-    config, mesh = load_config(folder / "config.json"), make_mesh()
-    step = latest_step(folder / "pretrain")
-    teacher = load_tree(folder / "pretrain" / str(step), with_shardings(abstract_dit(config), mesh), "ema")
-    frozen: Frozen = load_tree(folder / "frozen", with_shardings(abstract_frozen(config), mesh))
-    keys = seed_keys(seed * len(prompts), len(prompts))
-    shape = (config.data.num_frames, *config.latent_shape)
-    sigmas = ode_sigmas(config.stream, config.initialize.ode_steps)
-
-    @jax.jit
-    def draw(teacher, text, null_text):
-        noise = jax.vmap(lambda key: draw_normal(key, shape))(keys)
-        guidance = config.initialize.guidance_scale
-        return sample_trajectory(teacher, noise, text, null_text, sigmas, guidance, config.initialize.ode_steps)[:, -1]
-
-    latents = draw(teacher, embed_prompts(frozen, prompts), embed_prompts(frozen, [config.negative_prompt]))
-    return np.asarray(decode_frames(frozen.codec, latents, (), True)[0])
-
-
-def glimpses(video: np.ndarray, length: int) -> np.ndarray:
-    """Every third frame of the first training length and, after a white one, of the video's last: [F, H, W, 3]."""
-    last = video[-length:] if len(video) > length else np.full_like(video, 255)
-    return np.concatenate([video[:length:3], np.full_like(video[:1], 255), last[::3]])

@@ -10,18 +10,17 @@ from adastate_jax.data.worlds import World
 from adastate_jax.evaluation import small_world
 from adastate_jax.evaluation.attention_probe import probe_stream
 from adastate_jax.generation.loading import Model, decode_frames
-from adastate_jax.models.attention import KeyValues
 from adastate_jax.streaming.cache import Cache
 from adastate_jax.streaming.carry import RolloutCarry, initial_carry, seed_keys
 from adastate_jax.streaming.rollout import rollout, stream_step
 from adastate_jax.streaming.schedule import phase_of
+from studies.contents import as_features, last_seen, read_linearly
 from studies.small_world import ABSENCE, UNSEEN
 
 SWAP_CHUNK, SWAP_CHUNKS = 9, 8  # when anchors are exchanged: no true ball is in a window of 3; how long it goes on
 READ_CHUNKS = range(4, 16)  # after which the cache is read: three balls come and go
 READ_SEEDS = range(4)  # of noise; as many streams as a linear classifier needs to be fitted on half of them
 PROBED_CHUNK = 20  # whose attention is measured
-_RIDGE = 1.0  # of the features' mean square
 
 
 def measure_swaps(model: Model, worlds: list[World], seed: int) -> Iterator[dict[str, object]]:
@@ -51,7 +50,7 @@ def measure_swaps(model: Model, worlds: list[World], seed: int) -> Iterator[dict
     carries = {"own": carry, **carries, "zeroed anchor": _zeroed(carry)}
     streams = {name: np.asarray(go_on(model.student, carry, text)) for name, carry in carries.items()}
 
-    held = _last_seen(_colours(model, before))[0]
+    held = last_seen(_colours(model, before))[0]
     differ = (held >= 0) & (held[other] >= 0) & (held != held[other])
     balls = {name: [_next_ball(colours) for colours in _colours(model, latents)] for name, latents in streams.items()}
     next_chunk = {name: latents[:, : stream.chunk_frames] for name, latents in streams.items()}
@@ -122,9 +121,9 @@ def measure_contents(model: Model, worlds: list[World]) -> Iterator[dict[str, ob
             carry, shown = stream_step(model.student, carry, text, stream, latent_shape, phase_of(chunk, stream))
             contents.append(shown.content)
             if chunk in READ_CHUNKS:
-                parts = {"caption": np.zeros((len(prompts), 0)), "window": _as_features(carry.cache.window)}
+                parts = {"caption": np.zeros((len(prompts), 0)), "window": as_features(carry.cache.window)}
                 if stream.anchor.frames:
-                    parts["anchor"] = _as_features(stream.anchor.read(carry.cache.anchor))
+                    parts["anchor"] = as_features(stream.anchor.read(carry.cache.anchor))
                 read.append(parts)
         latents.append(jnp.concatenate(contents, axis=1))
         features.append(read)
@@ -134,7 +133,7 @@ def measure_contents(model: Model, worlds: list[World]) -> Iterator[dict[str, ob
     right = {name: np.zeros((len(UNSEEN), len(prompts))) for name in features[0][0]}
     answers = np.zeros((len(UNSEEN), len(prompts)))
     for index, chunk in enumerate(READ_CHUNKS):
-        last, unseen = _last_seen(found[:, : (chunk + 1) * stream.chunk_frames])
+        last, unseen = last_seen(found[:, : (chunk + 1) * stream.chunk_frames])
         here = last >= 0
         place = np.digitize(unseen[here], UNSEEN) - 1, video[here]
         np.add.at(answers, place, 1)
@@ -172,54 +171,3 @@ def _colours(model: Model, latents: jax.Array | np.ndarray) -> np.ndarray:
     frames = decode_frames(model.codec, jnp.asarray(latents), (), True)[0]
     world = model.config.data.worlds
     return small_world.subject_colours(np.asarray(frames), world.colours, world.subject_radius[0])
-
-
-def _as_features(cached: KeyValues) -> np.ndarray:
-    """Keys and values [layers, B, tokens, heads, head_dim] as one row for each sample."""
-    rows = [np.moveaxis(np.asarray(x, np.float32), 1, 0) for x in (cached.key, cached.value)]
-    return np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1)
-
-
-def _last_seen(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The colour last seen in each video, −1 for none, and the frames since: [V, F] → [V], [V]."""
-    since = (found[:, ::-1] >= 0).argmax(axis=1)
-    return found[np.arange(len(found)), found.shape[1] - 1 - since], since
-
-
-def read_linearly(features: np.ndarray, labels: np.ndarray, captions: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """What a classifier that is fitted to the other folds says of each row: its label, −1 where there are no others.
-
-    How often each label goes with the row's caption, plus a ridge regression of the rest on what the features have
-    beyond their caption's mean.
-
-    Args:
-        features: [N, D], D may be 0.
-        labels, captions, folds: whole numbers [N].
-    """
-    said = np.full_like(labels, -1)
-    for fold in np.unique(folds):
-        known, asked = folds != fold, folds == fold
-        if not known.any():
-            continue
-        kinds = np.unique(labels[known])
-        target = (labels[known][:, None] == kinds).astype(np.float64)
-        score, rest = _beyond_captions(target, captions[known], captions[asked])
-        if features.shape[1]:
-            asked_mean, known_rest = _beyond_captions(features[known], captions[known], captions[asked])
-            scale = known_rest.std(axis=0) + 1e-6
-            known_rest, asked_rest = known_rest / scale, (features[asked] - asked_mean) / scale
-            kernel = known_rest @ known_rest.T
-            ridge = _RIDGE * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
-            score = score + asked_rest @ known_rest.T @ np.linalg.solve(kernel + ridge, rest)
-        said[asked] = kinds[score.argmax(axis=1)]
-    return said
-
-
-def _beyond_captions(values: np.ndarray, captions: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means by caption of values [N, D] for each asked caption [M, D], and the values without theirs [N, D].
-
-    A caption that no value has gets the mean of all.
-    """
-    means = {caption: values[captions == caption].mean(axis=0) for caption in np.unique(captions)}
-    every = values.mean(axis=0)
-    return np.stack([means.get(x, every) for x in asked]), values - np.stack([means[x] for x in captions])

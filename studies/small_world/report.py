@@ -9,13 +9,14 @@ import matplotlib
 import numpy as np
 
 from adastate_jax.errors import UserError
-from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once, read_columns
+from studies.rows import read_columns, rows_where
+from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once
+from studies.statistics import paired_rows, summarize, summary_of
+from studies.tables import cell, head, row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-DRAWS = 1000  # of a bootstrap
-FEWEST = 0.1  # of the videos; no more than these say nothing of an arm
 NEARLY_ALL = 0.95  # of the videos; where fewer tell, a table with intervals says how many
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
 
@@ -40,43 +41,6 @@ BASELINE = "adaptive"  # what the arms are compared with
 _DIFFERENCES = ("hue_lock", "picture_lock")
 # Not to be compared with the truth's mean: they are so by what they are.
 _ITSELF = ("pan", "hue", "reversed", "identity", "memory")
-
-
-def summarize(
-    values: np.ndarray, seeds: np.ndarray, videos: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[float, float, float, float]:
-    """Mean, standard error over training seeds (NaN for one), and a 95 % interval by a bootstrap of seeds and videos.
-
-    values: [N], or [2, N] for the first mean minus the second. Where one is NaN it is left out, and where nearly all
-        are, so is what is told of them.
-    seeds, videos: [N].
-    weights: of the values in their mean, shaped as they are; one each unless told.
-    """
-    values = np.atleast_2d(values)
-    weights = np.ones_like(values) if weights is None else np.atleast_2d(weights)
-    kept = np.isfinite(values).all(axis=0)
-    if kept.sum() <= FEWEST * values.shape[1]:
-        return (float("nan"),) * 4
-    values, weights, seeds, videos = values[:, kept], weights[:, kept], seeds[kept], videos[kept]
-    # Sums by seed and video make a resample a product of multiplicities.
-    seed_names, seed = np.unique(seeds, return_inverse=True)
-    video_names, video = np.unique(videos, return_inverse=True)
-    total, weight = np.zeros((2, len(values), len(seed_names), len(video_names)))
-    np.add.at(total, (slice(None), seed, video), values * weights)
-    np.add.at(weight, (slice(None), seed, video), weights)
-
-    def mean_of(total, weight):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = total / weight
-        return means[0] - means[1] if len(means) == 2 else means[0]
-
-    by_seed = mean_of(total.sum(axis=2), weight.sum(axis=2))
-    error = by_seed.std(ddof=1) / np.sqrt(len(by_seed)) if len(by_seed) > 1 else float("nan")
-    rng = np.random.default_rng(0)
-    of_seed, of_video = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in (len(seed_names), len(video_names)))
-    drawn = mean_of(*(((of_seed @ of_both) * of_video).sum(axis=2) for of_both in (total, weight)))
-    low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
-    return float(mean_of(total.sum(axis=(1, 2)), weight.sum(axis=(1, 2)))), float(error), float(low), float(high)
 
 
 def compared_with_truth(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,7 +147,7 @@ def _read_videos(results: Path) -> tuple[dict[str, np.ndarray], dict[tuple[str, 
 def _summarize_all(columns: dict[str, np.ndarray]) -> dict[tuple[str, str, float], tuple[float, float, float, float]]:
     """`summarize` of every measure, arm and horizon."""
     return {
-        (measure_name, arm, horizon): _summary_of(columns, measure_name, here)
+        (measure_name, arm, horizon): summary_of(columns, measure_name, here)
         for arm in dict.fromkeys(columns["arm"])
         for horizon in HORIZONS
         for here in [(columns["arm"] == arm) & (columns["horizon"] == horizon)]
@@ -196,8 +160,7 @@ def _apart_table(summary: dict, first: dict) -> list[str]:
         "**How far distilled arms are from the first time's: in the mean over arms, at most, and how many within two "
         "standard errors of the difference**",
         "",
-        _row("at", *OVERVIEW),
-        _row(*["---"] * (1 + len(OVERVIEW))),
+        *head("at", *OVERVIEW),
     ]
     for horizon in HORIZONS:
         cells = []
@@ -213,17 +176,16 @@ def _apart_table(summary: dict, first: dict) -> list[str]:
             near = sum(value <= 2 * errors[arm] for arm, value in told.items())
             mean = np.mean(list(told.values()))
             cells.append(f"{mean:.3f}, {told[farthest]:.2f} ({farthest}), {near} of {len(told)}")
-        lines.append(_row(f"{horizon:g}×", *cells))
+        lines.append(row(f"{horizon:g}×", *cells))
     return lines
 
 
 def _overview_table(summary: dict, names: list[str], horizon: float, at: str = "At") -> list[str]:
-    lines = [f"**{at} {horizon:g}×: mean ± standard error over training seeds**", "", _row("arm", *OVERVIEW)]
-    lines.append(_row(*["---"] * (1 + len(OVERVIEW))))
+    lines = [f"**{at} {horizon:g}×: mean ± standard error over training seeds**", "", *head("arm", *OVERVIEW)]
     for arm in names:
-        cells = [_cell(*summary[measure_name, arm, horizon][:2]) for measure_name in OVERVIEW]
+        cells = [cell(*summary[measure_name, arm, horizon][:2]) for measure_name in OVERVIEW]
         if any(cells):
-            lines.append(_row(arm, *cells))
+            lines.append(row(arm, *cells))
     return lines
 
 
@@ -231,13 +193,12 @@ def _difference_table(columns: dict[str, np.ndarray], names: list[str], horizon:
     lines = [
         f"**At {horizon:g}×: `{BASELINE}` minus the others, by training seed, noise and caption, with 95 % intervals**",
         "",
-        _row("minus", *OVERVIEW),
-        _row(*["---"] * (1 + len(OVERVIEW))),
+        *head("minus", *OVERVIEW),
     ]
     for arm in filter(_distilled, names):
-        cells = [_cell(*paired_difference(columns, arm, name, horizon), signed=True) for name in OVERVIEW]
+        cells = [cell(*paired_difference(columns, arm, name, horizon), signed=True) for name in OVERVIEW]
         if arm != BASELINE and any(cells):
-            lines.append(_row(arm, *cells))
+            lines.append(row(arm, *cells))
     return lines if len(lines) > 4 else []
 
 
@@ -245,53 +206,23 @@ def paired_difference(
     columns: dict[str, np.ndarray], arm: str, measure_name: str, horizon: float
 ) -> tuple[float, float, float, float]:
     """`summarize` of `BASELINE` minus `arm`, video by video of the same seeds."""
-    rows = {}
-    for name in (BASELINE, arm):
-        (here,) = np.nonzero((columns["arm"] == name) & (columns["horizon"] == horizon))
-        keys = zip(*(columns[key][here] for key in ("seed", "noise", "video")), strict=True)
-        rows[name] = dict(zip(keys, here, strict=True))
-    both = np.array([[rows[name][key] for key in rows[BASELINE] if key in rows[arm]] for name in (BASELINE, arm)], int)
-    return _summary_of(columns, measure_name, both)
-
-
-def _summary_of(columns: dict[str, np.ndarray], name: str, here: np.ndarray) -> tuple[float, float, float, float]:
-    """`summarize` of the column `name` in some rows, or in [2, N] of them, that are alike in seed and video."""
-    weights = columns[f"{name}_weight"][here] if f"{name}_weight" in columns else None
-    seeds, videos = (np.atleast_2d(columns[key][here])[0] for key in ("seed", "video"))
-    return summarize(columns[name][here], seeds, videos, weights)
+    baseline, other = (rows_where(columns, arm=name, horizon=horizon) for name in (BASELINE, arm))
+    return summary_of(columns, measure_name, paired_rows(columns, baseline, other))
 
 
 def _measure_table(columns: dict[str, np.ndarray], summary: dict, names: list[str], measure_name: str) -> list[str]:
     text = MEASURES[measure_name]
-    lines = [f"**{text[0].upper()}{text[1:]}**", "", _row("arm", *(f"{horizon:g}×" for horizon in HORIZONS))]
-    lines.append(_row(*["---"] * (1 + len(HORIZONS))))
+    lines = [f"**{text[0].upper()}{text[1:]}**", "", *head("arm", *(f"{horizon:g}×" for horizon in HORIZONS))]
     for arm in names:
         cells = []
         for horizon in HORIZONS:
-            cells.append(_cell(*summary[measure_name, arm, horizon]))
+            cells.append(cell(*summary[measure_name, arm, horizon]))
             here = (columns["arm"] == arm) & (columns["horizon"] == horizon)
             told = np.isfinite(columns[measure_name][here])
             if cells[-1] and told.mean() < NEARLY_ALL:
                 cells[-1] += f" of {told.mean():.0%}"
-        lines.append(_row(arm, *cells))
+        lines.append(row(arm, *cells))
     return lines
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell(mean: float, error: float, low: float = np.nan, high: float = np.nan, signed: bool = False) -> str:
-    """A table's cell; what is NaN is left out."""
-    if not np.isfinite(mean):
-        return ""
-    sign = "+" if signed else ""
-    text = f"{mean:{sign}.2f}"
-    if np.isfinite(error):
-        text += f" ± {error:.2f}"
-    if np.isfinite(low):
-        text += f" [{low:{sign}.2f}, {high:{sign}.2f}]"
-    return text
 
 
 def _without(columns: dict[str, np.ndarray], gone: dict[tuple[str, int], str]) -> dict[str, np.ndarray]:
@@ -301,23 +232,17 @@ def _without(columns: dict[str, np.ndarray], gone: dict[tuple[str, int], str]) -
     return {name: values[keep] for name, values in columns.items()}
 
 
-def _rows_where(columns: dict[str, np.ndarray], **where) -> np.ndarray:
-    """Which rows' columns are as told."""
-    return np.all([columns[name] == value for name, value in where.items()], axis=0)
-
-
 def _swap_table(columns: dict[str, np.ndarray]) -> list[str]:
     lines = [
         "**What exchanging a part of the cache with another video's does to the next chunk and to the next ball**",
         "",
-        _row("arm", "exchanged", "next chunk moves", "its own colour", "the other's", "videos"),
-        _row(*["---"] * 6),
+        *head("arm", "exchanged", "next chunk moves", "its own colour", "the other's", "videos"),
     ]
     for arm in dict.fromkeys(columns["arm"]):
         for swap in dict.fromkeys(columns["swap"]):
-            here = _rows_where(columns, arm=arm, swap=swap)
-            found = [_summary_of(columns, name, here) for name in ("moved", "own_colour", "other_colour")]
-            lines.append(_row(arm, "nothing" if swap == "own" else swap, *(_cell(*x) for x in found), str(here.sum())))
+            here = rows_where(columns, arm=arm, swap=swap)
+            found = [summary_of(columns, name, here) for name in ("moved", "own_colour", "other_colour")]
+            lines.append(row(arm, "nothing" if swap == "own" else swap, *(cell(*x) for x in found), str(here.sum())))
     return lines
 
 
@@ -327,32 +252,30 @@ def _contents_table(columns: dict[str, np.ndarray]) -> list[str]:
     lines = [
         "**How often the colour of the ball last seen is told right, by how long it has been out of view**",
         "",
-        _row("arm", "from", *spans),
-        _row(*["---"] * (2 + len(spans))),
+        *head("arm", "from", *spans),
     ]
     for arm in dict.fromkeys(columns["arm"]):
         of_arm = columns["arm"] == arm
         for part in dict.fromkeys(columns["part"][of_arm]):
-            spans_of = [_rows_where(columns, arm=arm, part=part, unseen=first) for first in UNSEEN]
-            found = [_summary_of(columns, "right", here) for here in spans_of]
-            lines.append(_row(arm, part, *(_cell(*x) for x in found)))
+            spans_of = [rows_where(columns, arm=arm, part=part, unseen=first) for first in UNSEEN]
+            found = [summary_of(columns, "right", here) for here in spans_of]
+            lines.append(row(arm, part, *(cell(*x) for x in found)))
         answers = [columns["answers"][of_arm & (columns["part"] == part) & (columns["unseen"] == x)] for x in UNSEEN]
         total = sum(x.sum() for x in answers)
-        lines.append(_row(arm, "share of the answers", *(f"{x.sum() / total:.2f}" if total else "" for x in answers)))
+        lines.append(row(arm, "share of the answers", *(f"{x.sum() / total:.2f}" if total else "" for x in answers)))
     return lines
 
 
 def _attention_table(columns: dict[str, np.ndarray]) -> list[str]:
     lines = ["**Share of a content frame's attention outside itself that a frame gets, in the mean over its part**", ""]
-    lines += [_row("arm", "anchor", "state", "oldest in the window", "newest in the window", "of its own chunk")]
-    lines.append(_row(*["---"] * 6))
+    lines += head("arm", "anchor", "state", "oldest in the window", "newest in the window", "of its own chunk")
     for arm in dict.fromkeys(columns["arm"]):
         shares = [
             [_attention_of(columns, arm, seed, part, end) for seed in np.unique(columns["seed"][columns["arm"] == arm])]
             for part, end in (("anchor", None), ("state", None), ("window", 0), ("window", -1), ("chunk", None))
         ]
-        cells = [_cell(*summarize(np.array(x), np.arange(len(x)), np.zeros(len(x)))[:2]) for x in shares]
-        lines.append(_row(arm, *cells))
+        cells = [cell(*summarize(np.array(x), np.arange(len(x)), np.zeros(len(x)))[:2]) for x in shares]
+        lines.append(row(arm, *cells))
     return lines
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from adastate_jax.data.batches import open_source, read_batch
-from adastate_jax.data.worlds import DIRECTIONS, MOTIONS, PALETTES, WorldConfig, render_world, worlds
+from adastate_jax.data.palettes import PALETTES
+from adastate_jax.data.worlds import DIRECTIONS, MOTIONS, WorldConfig, captions, render_world, worlds
 from adastate_jax.errors import UserError
+from adastate_jax.evaluation.small_world import subject_colours
 
 LARGE = WorldConfig(height=192, width=176, num_frames=5, fps=32)
 
@@ -158,9 +160,52 @@ def test_subjects_without_scatter_stand_in_a_row_at_even_distances():
     np.testing.assert_array_equal(seen[:-period], seen[period:])
 
 
+CHANGING = WorldConfig(
+    height=16, width=16, num_frames=60, motions=("pan left", "pan up"), palettes=("clay",), shapes=("ball", "box"),
+    colours=("yellow", "cyan", "magenta"), speed=(3.0, 3.0), subject_spacing=3.1, subject_scatter=0.0,
+    subject_radius=(0.2, 0.2), name_colour=False, hue_turn=(1.0, 1.0), colour_change=0.5,
+)  # fmt: skip
+
+
+def test_a_subject_takes_another_colour_in_view_and_comes_back_in_the_last_one():
+    drawn = [render_world(CHANGING, 2, index) for index in range(64)]
+    wrong = seen = 0
+    for world in drawn:
+        video = world.video[None] if world.motion == "pan left" else world.video[None].transpose(0, 1, 3, 2, 4)
+        found = subject_colours(video, CHANGING.colours, 0.2)[0]
+        names = [world.colour] * 60
+        for frame, colour in world.changes:
+            assert found[frame] >= 0  # in view
+            assert colour != names[frame]
+            names[frame:] = [colour] * (60 - frame)
+        true = np.array([CHANGING.colours.index(name) for name in names])
+        wrong, seen = wrong + (found != true)[found >= 0].sum(), seen + (found >= 0).sum()
+        assert np.ptp(np.flatnonzero(found >= 0)) > 40  # they come back
+    assert wrong < 0.01 * seen
+    changing = [world for world in drawn if world.changes]
+    assert 24 <= len(changing) <= 40
+    assert all(world.changes[0][0] < 4 for world in changing)  # the first one that is seen changes in any of them
+    assert 0.3 < np.mean([any(16 <= frame < 22 for frame, _ in world.changes) for world in changing]) < 0.7
+    steady = dataclasses.replace(CHANGING, colour_change=0.0)
+    still = next(index for index, world in enumerate(drawn) if not world.changes)
+    np.testing.assert_array_equal(render_world(steady, 2, still).video, drawn[still].video)
+
+
+def test_withheld_captions_are_of_no_video():
+    known = captions(CHANGING)
+    assert len(known) == 8
+    held = known[:5]
+    config = dataclasses.replace(CHANGING, num_frames=1, withheld=held)
+    assert {render_world(config, 0, index).caption for index in range(64)} == set(known) - set(held)
+
+
 @pytest.mark.parametrize(
     ("fields", "culprit"),
     [
+        ({"colour_change": 1.5, "name_colour": False}, "colour_change is 1.5"),
+        ({"colour_change": 0.5}, "name_colour"),
+        ({"colour_change": 0.5, "name_colour": False, "colours": ("red",), "palettes": ("moon",)}, "two colours"),
+        ({"withheld": ("a zebra",)}, "a zebra"),
         ({"height": 4}, "height"),
         ({"num_frames": 0}, "num_frames"),
         ({"speed": (1.0, 0.5)}, "speed"),

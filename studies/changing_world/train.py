@@ -1,0 +1,111 @@
+"""Trains the runs of the study in the order of its plan; what is done is skipped, what was stopped goes on."""
+
+import collections
+import itertools
+import threading
+from pathlib import Path
+
+from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, start_of, workdir_of
+from studies.changing_world.gates import check_teacher
+from studies.changing_world.measure import Run, screen
+from studies.changing_world.memory import mean_memory, returns
+from studies.changing_world.plan import SCREENING, kept, longer
+from studies.rows import columns_of
+from studies.runs import done_file, train_all, train_one
+
+
+def train(folder: Path, jobs: int) -> None:
+    """Trains the teacher, the starts, the screening, and what its rule leaves, `jobs` at a time on cores of their own.
+
+    Raises:
+        UserError: the teacher does not pass its gates, or a run failed or was stopped.
+    """
+    train_runs(folder, [(arm, SCREENING_SEED) for arm in SCREENING], jobs)
+    final, longest = decide(folder, jobs)
+    train_runs(folder, [*final, *longest], jobs)
+
+
+def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
+    """Trains some runs, and before them what they start from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    locks = collections.defaultdict(threading.Lock)
+
+    def train_run(run: Run) -> None:
+        for needed in _needed(run[0]):
+            train_run((needed, 0))
+        with locks[run]:  # others may need it, too
+            _train_run(folder, *run)
+
+    train_run(("teacher", 0))
+    check_teacher(folder)
+    train_all(starts_ahead(runs), train_run, jobs)
+
+
+def starts_ahead(runs: list[Run], ahead: int = 3) -> list[Run]:
+    """The runs by what they start from, each start before the last runs of the one before: no core need wait long."""
+    ordered: list[Run] = []
+    for start, group in itertools.groupby(sorted(runs, key=_place), key=_place):
+        if start:
+            at = max(len(ordered) - ahead, 0)
+            ordered[at:at] = [(STARTS[start - 1], 0)]
+        ordered += group
+    return ordered
+
+
+def _place(run: Run) -> int:
+    """1 and more for the runs that start from one of `STARTS`."""
+    return 0 if once(run[0]) else STARTS.index(start_of(run[0])) + 1
+
+
+def is_screened(folder: Path) -> bool:
+    """Whether all arms of the screening are trained."""
+    return all(done_file(workdir_of(folder, arm, SCREENING_SEED)).exists() for arm in SCREENING)
+
+
+def decide(folder: Path, jobs: int) -> tuple[list[Run], list[Run]]:
+    """The runs that the screening leaves: of all seeds, and the longer ones of one seed.
+
+    What it found is kept: a decision does not change when an instrument does.
+    """
+    path = folder / "decision"
+    if not path.exists():
+        final = kept(*screened(screen(folder, jobs, [(arm, SCREENING_SEED) for arm in SCREENING])))
+        path.write_text("\n".join(final) + "\n")
+        print(f"kept: {', '.join(final)}", flush=True)
+    final = tuple(path.read_text().split())
+    return [(arm, seed) for seed in FINAL_SEEDS for arm in final], [(arm, SCREENING_SEED) for arm in longer(final)]
+
+
+def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What `kept` asks: memory of the colour seen last between 2.5 and 6 training lengths, and motion and look."""
+    videos, back = columns_of(rows["videos"]), returns(columns_of(rows["visits"]))
+    span = (back["frame"] >= 2.5 * LENGTH) & (back["frame"] < 6 * LENGTH)
+    arms = [arm for arm in dict.fromkeys(videos["arm"]) if arm != "truth"]
+    memory = {arm: mean_memory(back, "last", span & (back["arm"] == arm)) for arm in arms}
+
+    def mean(arm: str, name: str, horizon: float) -> float:
+        return float(videos[name][(videos["arm"] == arm) & (videos["horizon"] == horizon)].mean())
+
+    motion = {
+        arm: {
+            **{name: mean(arm, name, 6.0) for name in ("pan", "hue")},
+            **{x: mean(arm, x, 1.0) / mean("truth", x, 1.0) for x in ("brightness", "saturation", "contrast")},
+        }
+        for arm in arms
+    }
+    return memory, motion
+
+
+def _needed(arm: str) -> list[str]:
+    """What is trained before an arm, the one that it starts from last."""
+    before = ["anchored"] if arm == "anchored_tenth" else []
+    return [] if arm == "teacher" else [*before, start_of(arm)]
+
+
+def _train_run(folder: Path, arm: str, seed: int) -> None:
+    overrides = []
+    if arm != "teacher":
+        overrides = [f"--config.seed={seed}", f"--config.start_from={folder / start_of(arm)}"]
+    if arm == "anchored_tenth":
+        overrides.append(f"--config.initialize.weights={folder / 'anchored' / 'initialize'}")
+    train_one(f"{CONFIG}:{arm}", workdir_of(folder, arm, seed), overrides)
