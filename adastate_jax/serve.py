@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before all other imports: a signal that comes duri
 import argparse
 import contextlib
 import importlib.util
+import logging
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
@@ -159,6 +160,8 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
         timeout_graceful_shutdown=2,
     )
 
+    logging.getLogger("uvicorn.error").addFilter(_without_trace_of_a_client)
+
     class Server(uvicorn.Server):
         """Leaves signals to `interrupts`."""
 
@@ -178,6 +181,13 @@ def _serve(options: argparse.Namespace, listener: socket.socket, announce: str) 
             await serving
 
         asyncio.run(run())
+
+
+def _without_trace_of_a_client(record: logging.LogRecord) -> bool:
+    """Takes the traceback off what a client sent: text that is no UTF-8 has the socket closed, and that is all."""
+    if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def main(arguments: Sequence[str]) -> int:

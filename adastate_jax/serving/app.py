@@ -34,10 +34,12 @@ from adastate_jax.serving.viewer import Viewer
 
 _PAGE = Path(__file__).parent / "page"
 MOST_PICTURE_BYTES = 8 << 20
-_MOST_PICTURE_PIXELS = 40_000_000
+_MOST_PICTURE_PIXELS = 16_000_000
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # 8 bits a channel
 _MOST_PICTURES = 8  # of a session
 _MOST_REFUSALS = 100  # messages that make no sense, or are too many, until the socket is closed
 _PART = 1 << 16  # bytes of a file that are read at once
+_PATIENCE = 5.0  # seconds that closing a socket may take
 _POLICY = 1008  # a WebSocket's close code: against the rules
 _TRY_LATER = 1013
 
@@ -81,6 +83,7 @@ class Allowed:
     sessions: tuple[float, float] = (0.2, 12)
     sockets: tuple[float, float] = (5, 100)
     messages: tuple[float, float] = (40, 80)
+    pictures: tuple[float, float] = (0.5, 8)
 
 
 def make_app(
@@ -103,7 +106,10 @@ def make_app(
 
     app = FastAPI(title="adastate live", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(guard.middleware)
-    new_sessions, new_sockets = Rates(*allowed.sessions), Rates(*allowed.sockets)
+    new_sessions, new_sockets, new_pictures = (
+        Rates(*rate) for rate in (allowed.sessions, allowed.sockets, allowed.pictures)
+    )
+    one_picture = asyncio.Semaphore(1)  # is decoded at a time: each may take many bytes
 
     def find(name: str, key: str, steer: bool) -> Session:
         found = live.find(name, key)
@@ -158,7 +164,7 @@ def make_app(
     async def delete(name: str, key: Key) -> dict[str, str]:
         """Ends a session; what it recorded stays."""
         session = find(name, key, steer=True)
-        live.failed(session, "it was stopped by who steers it")
+        live.end(session, "it was stopped by who steers it")
         return {"state": session.state.value}
 
     @app.post("/v1/sessions/{name}/picture")
@@ -167,6 +173,8 @@ def make_app(
         session = find(name, key, steer=True)
         forget_uploads()
         kept = uploads.setdefault(session.name, [])
+        if not new_pictures.take(_client(request), live.clock()):
+            raise HTTPException(429, "too many pictures from this client; wait a little")
         if len(kept) >= _MOST_PICTURES:
             raise HTTPException(429, f"a session takes {_MOST_PICTURES} pictures")
         label = secrets.token_hex(8)
@@ -174,7 +182,8 @@ def make_app(
         kept.append(path)
         try:
             path.write_bytes(await request.body())  # the guard has seen its length
-            await run_in_threadpool(_check_picture, path, live.facts.height, live.facts.width)
+            async with one_picture:
+                await run_in_threadpool(_check_picture, path, live.facts.height, live.facts.width)
         except BaseException as error:  # a client that goes away in the middle, too
             kept.remove(path)
             path.unlink(missing_ok=True)
@@ -198,9 +207,11 @@ def make_app(
     async def socket(websocket: WebSocket, name: str, key: str = "") -> None:
         await websocket.accept()
         found = live.find(name, key)
-        if found is None or not new_sockets.take(_client(websocket), live.clock()):
-            reason = "no session has this id and key" if found is None else "too many sockets from this client"
-            await _turn_away(websocket, reason, _POLICY if found is None else _TRY_LATER)
+        if not new_sockets.take(_client(websocket), live.clock()):
+            await _turn_away(websocket, "too many sockets from this client", _TRY_LATER)
+            return
+        if found is None:
+            await _turn_away(websocket, "no session has this id and key", _POLICY)
             return
         session, role = found
         try:
@@ -260,8 +271,9 @@ async def _serve(websocket: WebSocket, live: Live, session: Session, viewer: Vie
         if isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect | RuntimeError | OSError):
             raise result
     if websocket.client_state == websocket.application_state == WebSocketState.CONNECTED:
-        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it may go at this moment
-            await websocket.close(_TRY_LATER if viewer.overflow else _POLICY)
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it may go at this moment
+            closing = websocket.close(_TRY_LATER if viewer.overflow else _POLICY)
+            await asyncio.wait_for(closing, _PATIENCE)
 
 
 async def _hear(websocket: WebSocket, live: Live, session: Session, viewer: Viewer, rate: Rate) -> None:
@@ -316,11 +328,13 @@ def _check_picture(path: Path, height: int, width: int) -> None:
     """Raises UserError for what is no picture of a kind and size that is taken."""
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            pixels = image.width * image.height
+            pixels, mode = image.width * image.height, image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"{path}: is no PNG, JPEG or WebP") from None
     if pixels > _MOST_PICTURE_PIXELS:
         raise UserError(f"{path}: has more than {_MOST_PICTURE_PIXELS // 10**6} million pixels")
+    if mode not in _MODES:
+        raise UserError(f"{path}: has pixels of the kind {mode}; send one of 8 bits a channel")
     read_image(path, height, width)
 
 

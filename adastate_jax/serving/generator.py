@@ -5,6 +5,7 @@ It asks its desk (`live.py`) what to do next, does it, and tells the desk what c
 
 import concurrent.futures
 import dataclasses
+import logging
 import math
 import threading
 import time
@@ -19,19 +20,23 @@ from adastate_jax.errors import UserError, one_line
 from adastate_jax.generation.loading import Model, stream_config
 from adastate_jax.generation.takes import RunningTake, Step, Take, check_anchors, check_prompt, session_head
 from adastate_jax.media import FPS, read_image
-from adastate_jax.serving.live import Facts, Live
+from adastate_jax.serving.live import Live
 from adastate_jax.serving.meters import LiveMeters
 from adastate_jax.serving.protocol import Control, Pictures, Prompt, Restart, pack
 from adastate_jax.serving.recording import Recording, Store
-from adastate_jax.serving.session import Session, Wish
+from adastate_jax.serving.said import Facts
+from adastate_jax.serving.session import Session, State, Wish
 from adastate_jax.streaming.names import TRANSITIONS
 from adastate_jax.streaming.prompts import obstacle
+
+_log = logging.getLogger(__name__)
 
 _SMALL = 256 * 256  # pixels of a picture that is enlarged where it is shown
 _QUALITY, _FINE_QUALITY = 90, 95
 _FULL_COLOUR = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 _MEASURED = 0.4  # seconds between chunks that are measured: the flow takes a quarter of a chunk's time on two cores
 _MESSAGE = 96 * 1024  # bytes from which on pictures go in another message
+_MOST_FAILURES = 3  # sessions in a row that fail without a chunk in between: then it is not they
 _BEHIND = 4  # chunks that may be generated and not recorded: bounds memory
 
 
@@ -66,6 +71,7 @@ class Generator(threading.Thread):
         self._sender = concurrent.futures.ThreadPoolExecutor(1, "sender")
         self._recorder = concurrent.futures.ThreadPoolExecutor(1, "recorder")
         self._behind = threading.Semaphore(_BEHIND)
+        self._failures = 0
         self.pictures: dict[str, Path] = {}  # uploads, by name
 
     def run(self) -> None:
@@ -75,8 +81,13 @@ class Generator(threading.Thread):
                 session, controls = found
                 if session is None:  # the running one has ended
                     self._finish()
-                else:
+                    continue
+                try:
                     self._work(session, controls)
+                except UserError as error:
+                    self._live.failed(session, str(error))
+                except Exception as error:
+                    self._fail(session, error)
             self._finish()
         except Exception as error:  # nothing goes on without this thread: the desk says so
             traceback.print_exc()
@@ -84,6 +95,15 @@ class Generator(threading.Thread):
         finally:
             self._sender.shutdown()
             self._recorder.shutdown()
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        """Ends a session that broke, and raises the error again where one after the other breaks."""
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # it asked for too much
+            self._failures += 1
+        if self._failures >= _MOST_FAILURES:
+            raise error
+        traceback.print_exception(error)
+        self._live.failed(session, one_line(f"{type(error).__name__}: {error}", 300))
 
     def check(self, wish: Wish) -> None:
         """Raises UserError for what no session can begin with; from any thread."""
@@ -116,20 +136,23 @@ class Generator(threading.Thread):
     # --- a chunk
 
     def _work(self, session: Session, controls: list[Control]) -> None:
-        """Applies the controls that are due, and generates the next chunk."""
+        """Applies the controls that are due, and generates the next chunk.
+
+        Raises:
+            UserError: the session cannot go on.
+        """
         begun = time.perf_counter()
         if self._running is None or self._running.session is not session:
             self._finish()
-            try:
-                take = self._begin(session.wish.prompt, session.wish.seed, session.wish.anchors, None)
-                recording = self._store.begin(session, self._head, FPS)
-            except UserError as error:
-                self._live.failed(session, str(error))
-                return
+            take = self._begin(session.wish.prompt, session.wish.seed, session.wish.anchors, None)
+            recording = self._store.begin(session, self._head, FPS)
             self._running = _Running(session, take, LiveMeters(FPS), recording)
             self._live.began(session, self._settled())
         running = self._running
         for control in controls:
+            if session.state == State.ENDED:  # the one before has stopped it
+                self._live.refused(session, control, f"the session has ended: {session.reason}")
+                continue
             try:
                 self._apply(running, control)
             except UserError as error:
@@ -138,11 +161,8 @@ class Generator(threading.Thread):
                 self._live.applied(session, control)
         if not self._live.goes_on(session):
             return
-        try:
-            step = running.take.step()
-        except UserError as error:
-            self._live.failed(session, str(error))
-            return
+        step = running.take.step()
+        self._failures = 0
         chunk, number = self._live.generated(session)
         self._behind.acquire()
         jobs = (
@@ -183,7 +203,12 @@ class Generator(threading.Thread):
         if self._running is not None:
             running, self._running = self._running, None
             session = running.session
-            self._recorder.submit(running.recording.end, session.reason, self._live.controls_of(session)).result()
+            ending = self._recorder.submit(running.recording.end, session.reason, self._live.controls_of(session))
+            error = ending.exception()
+            if isinstance(error, UserError):  # a full disk: what was written before stays, and the next session begins
+                _log.warning("%s", error)
+            elif error is not None:
+                traceback.print_exception(error)
 
     # --- behind it
 

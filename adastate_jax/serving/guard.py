@@ -7,14 +7,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adastate_jax.serving.limits import Door
 
 _MOST_JSON = 16 * 1024
-_OPEN = ("/", "/healthz", "/readyz", "/docs")  # without the server's token
+_OPEN = ("/", "/healthz", "/readyz", "/docs", "/v1/model")  # without the server's token
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",
+    "cache-control": "no-store",
 }
 
 

@@ -70,13 +70,21 @@ class Door:
         """
         if self._loopback and self._token is None and not is_loopback(_name(host)):
             return "the request names another host than this machine"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             return "the request comes from another site's page"
         if guarded and self._token is not None:
             given = (authorization or "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), self._token.encode()):
                 return "the server's token is missing or wrong"
         return None
+
+
+def _place(origin: str) -> str:
+    """Host and port of an origin."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _name(host: str) -> str:

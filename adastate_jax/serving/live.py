@@ -6,6 +6,7 @@ microseconds. Viewers' buffers belong to the event loop alone: the generator's w
 
 import asyncio
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,25 +17,16 @@ from adastate_jax.generation.takes import RunningTake, Step
 from adastate_jax.serving import protocol
 from adastate_jax.serving.metrics import Metrics
 from adastate_jax.serving.pace import Pace
-from adastate_jax.serving.protocol import Control, Message, Pause, Prompt, Resume, Stop
+from adastate_jax.serving.protocol import Control, Message, Prompt, Resume
 from adastate_jax.serving.queue import Queue
+from adastate_jax.serving.said import Facts, place_of, state_of, welcome
 from adastate_jax.serving.session import RETURN_SECONDS, Session, State, Wish
 from adastate_jax.serving.viewer import Viewer
 
-MOST_VIEWERS = 64  # of a session
+_log = logging.getLogger(__name__)
+
+MOST_WATCHERS = 64  # of a session
 _TICK = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a client is told of the model."""
-
-    fps: int
-    height: int
-    width: int
-    chunk_frames: int
-    chunk_seconds: float
-    transitions: tuple[str, ...]
 
 
 class Live:
@@ -66,7 +58,10 @@ class Live:
         """Moves the queue on, for as long as the server runs."""
         self._loop = asyncio.get_running_loop()
         while True:
-            self.tick()
+            try:
+                self.tick()
+            except Exception:  # the queue must move on, whatever one session has done
+                _log.exception("the clock")
             await asyncio.sleep(_TICK)
 
     def tick(self) -> None:
@@ -78,14 +73,14 @@ class Live:
                 self._move(session, state, reason)
             waiting = list(self.queue.waiting)
             for name, session in list(self.sessions.items()):
-                gone = session.state == State.ENDED and now - session.ended > RETURN_SECONDS
-                if gone and not self._viewers.get(name):
-                    del self.sessions[name], self._viewers[name]
-            if moves:
-                self._lock.notify_all()
+                if session.state == State.ENDED and now - session.ended > RETURN_SECONDS:
+                    for viewer in self._viewers[name]:
+                        viewer.close()
+                    if not self._viewers[name]:
+                        del self.sessions[name], self._viewers[name]
         self.metrics.waiting.set(len(waiting))
         for session in waiting:
-            self.say_here(session, self._queued(session))
+            self.say_here(session, place_of(session, self.clock(), self.queue))
 
     def create(self, wish: Wish) -> Session:
         """A new session, at the queue's end; raises UserError where that is full."""
@@ -111,8 +106,8 @@ class Live:
                 if other.role == "steer":
                     other.say(protocol.Refused(reason="the session was opened elsewhere, and is steered from there"))
                     other.close()
-        if len(viewers) >= MOST_VIEWERS:
-            raise UserError(f"{MOST_VIEWERS} viewers watch this session already")
+        elif sum(other.role == "watch" for other in viewers) >= MOST_WATCHERS:
+            raise UserError(f"{MOST_WATCHERS} viewers watch this session already")
         viewer = Viewer(role, client)
         with self._lock:
             viewers.append(viewer)
@@ -120,14 +115,14 @@ class Live:
                 session.left = None
                 session.shown = session.chunk - 1  # what was on its way is lost
             self._lock.notify_all()
-            viewer.say(self._welcome(session, role))
-            viewer.say(self._state(session))
+            viewer.say(welcome(self.facts, session, role, self.queue.limit))
+            viewer.say(state_of(session, self.clock(), self.queue.limit))
             if self.percent < 100:
                 viewer.say(protocol.Compiling(percent=self.percent))
             for entry in session.entries():
                 viewer.say(entry)
             if session.state == State.QUEUED:
-                viewer.say(self._queued(session))
+                viewer.say(place_of(session, self.clock(), self.queue))
         self.metrics.viewers.inc()
         return viewer
 
@@ -136,7 +131,8 @@ class Live:
         with self._lock:
             viewers = self._viewers.get(session.name, [])
             viewers.remove(viewer)
-            if not any(other.role == "steer" for other in viewers) and viewer.role == "steer":
+            steered = any(other.role == "steer" and not other.closing for other in viewers)
+            if viewer.role == "steer" and not steered:
                 session.left = self.clock()
         self.metrics.viewers.dec()
         self.metrics.dropped.inc(viewer.dropped)
@@ -159,7 +155,7 @@ class Live:
     def _control(self, session: Session, viewer: Viewer, control: Control) -> None:
         with self._lock:
             again = control.number <= session.last_number
-            now = isinstance(control, Pause | Resume | Stop) and (control.at or 0) <= session.chunk
+            now = session.comes_at_once(control)
             if isinstance(control, Resume) and not now:
                 viewer.say(protocol.Refused(number=control.number, reason="resume comes at once; leave out at"))
                 return
@@ -170,6 +166,8 @@ class Live:
                     answers.append(self._at_once(session, control))
                 else:
                     self._arrived[session.name, control.number] = self.clock()
+            elif isinstance(answers[0], protocol.Withdrawn):
+                self._arrived.pop((session.name, control.target), None)
             self._lock.notify_all()
         for answer in answers:
             self.metrics.controls.labels(answer.type).inc()
@@ -184,7 +182,9 @@ class Live:
     def _at_once(self, session: Session, control: Control) -> Message:
         """Pauses, resumes or stops."""
         wanted = {"pause": State.PAUSED, "resume": State.RUNNING, "stop": State.ENDED}[control.type]
-        allowed = {"pause": (State.RUNNING,), "resume": (State.PAUSED,), "stop": tuple(State)}[control.type]
+        allowed = {"pause": (State.RUNNING,), "resume": (State.PAUSED,), "stop": set(State) - {State.ENDED}}[
+            control.type
+        ]
         if session.state not in allowed:
             return session.failed(control, f"the session is {session.state}")
         self._move(session, wanted, "it was stopped by who steers it" if control.type == "stop" else "")
@@ -212,13 +212,18 @@ class Live:
                     self._move(session, State.ENDED, "the server stops")
             self._lock.notify_all()
 
-    def _move(self, session: Session, state: State, reason: str = "") -> None:
+    def _move(self, session: Session, state: State, reason: str = "", label: str = "") -> None:
+        """Under the lock: goes to a state; `label` is the reason in the metrics, where that could name anything."""
         session.move(state, self.clock(), reason)
         if state == State.ENDED:
             self.queue.remove(session)
             self._arrived = {who: at for who, at in self._arrived.items() if who[0] != session.name}
-            self.metrics.sessions.labels(reason.split(":")[0]).inc()
-        self.say(session, self._state(session))
+            self.metrics.sessions.labels(label or reason.partition(":")[0]).inc()
+            waiting, session.pending = session.pending, []
+            for pending in waiting:
+                self.say(session, session.failed(pending.control, f"the session has ended: {reason}"))
+        self.say(session, state_of(session, self.clock(), self.queue.limit))
+        self._lock.notify_all()
 
     # --- the generator's side
 
@@ -291,7 +296,8 @@ class Live:
     def _answer(self, session: Session, control: Control, answer: Message) -> None:
         self.metrics.controls.labels(answer.type).inc()
         if answer.type == "refused":
-            self._arrived.pop((session.name, control.number), None)
+            with self._lock:
+                self._arrived.pop((session.name, control.number), None)
         self.say(session, answer)
 
     def goes_on(self, session: Session) -> bool:
@@ -324,11 +330,15 @@ class Live:
         times = {name: round(1000 * seconds, 2) for name, seconds in kept.items()}
         self.say(session, protocol.ChunkDone(chunk=chunk, take=take, frames=len(step.frames), lead=lead, **times))
 
-    def failed(self, session: Session, reason: str) -> None:
-        """A session cannot go on."""
+    def end(self, session: Session, reason: str, label: str = "") -> None:
+        """Ends a session that has not ended; see `_move`."""
         with self._lock:
             if session.state != State.ENDED:
-                self._move(session, State.ENDED, reason)
+                self._move(session, State.ENDED, reason, label)
+
+    def failed(self, session: Session, reason: str) -> None:
+        """A session cannot go on."""
+        self.end(session, reason, "it failed")
 
     def controls_of(self, session: Session) -> list[dict[str, Any]]:
         """What was applied, for the session's file."""
@@ -355,39 +365,8 @@ class Live:
     def _new_take(self, session: Session) -> None:
         for viewer in self._viewers.get(session.name, ()):
             viewer.flush()
-            viewer.say(self._welcome(session, viewer.role))
+            viewer.say(welcome(self.facts, session, viewer.role, self.queue.limit))
 
     def _tell_all(self, message: Message) -> None:
         for session in list(self.sessions.values()):
             self.say_here(session, message)
-
-    # --- messages
-
-    def _welcome(self, session: Session, role: str) -> Message:
-        facts, wish = self.facts, session.wish
-        return protocol.Welcome(
-            session=session.name,
-            role=role,
-            prompt=wish.prompt,
-            seed=wish.seed,
-            anchors=list(wish.anchors),
-            fps=facts.fps,
-            height=facts.height,
-            width=facts.width,
-            chunk_frames=facts.chunk_frames,
-            transitions=list(facts.transitions),
-            limit_seconds=self.queue.limit,
-            last_number=session.last_number,
-        )
-
-    def _state(self, session: Session) -> Message:
-        now, left = self.clock(), 0.0
-        if session.began is not None and session.state != State.ENDED:
-            left = max(0.0, self.queue.limit - (now - session.began))
-        return protocol.StateChange(
-            state=session.state.value, reason=session.reason, chunk=session.chunk, seconds_left=round(left, 1)
-        )
-
-    def _queued(self, session: Session) -> Message:
-        seconds = round(self.queue.seconds(session, self.clock()), 1)
-        return protocol.Queued(position=self.queue.position(session), waiting=len(self.queue.waiting), seconds=seconds)

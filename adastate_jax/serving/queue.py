@@ -46,9 +46,10 @@ class Queue:
                 moves.append((session, State.ENDED, "its client went away while it waited"))
         session = self.current
         if session is not None and session.state != State.ENDED:
-            if session.began is None and session.left is not None and now - self._offered > CLAIM_SECONDS:
+            away = session.left is not None
+            if away and session.began is None and now - max(self._offered, session.left) > CLAIM_SECONDS:
                 moves.append((session, State.ENDED, "nobody came when it was its turn"))
-            elif session.left is not None and now - session.left > RETURN_SECONDS:
+            elif away and now - session.left > RETURN_SECONDS:
                 moves.append((session, State.ENDED, "its client went away, and did not come back within a minute"))
             elif session.began is not None and now - session.began > self.limit:
                 moves.append((session, State.ENDED, f"its time is up: a session lasts {self.limit:g} seconds"))

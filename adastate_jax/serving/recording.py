@@ -47,6 +47,7 @@ class Recording:
         self._scale = 1
         self._finished: list[dict[str, Any]] = []  # takes
         self._take: Take | None = None
+        self._number: int | None = None
         self._timings: list[tuple[float, float]] = []
         self._head = head | {"session": session.name, "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         with writing(folder):
@@ -56,9 +57,9 @@ class Recording:
 
     def add(self, take: Take, number: int, step: Step, controls: list[dict[str, Any]]) -> None:
         """Adds a chunk, of take `number`, as it is after it."""
-        while len(self._finished) < number:
+        if self._take is not None and number != self._number:  # takes without a chunk are none
             self._finished.append(take_to_dict(self._take))
-        self._take = take
+        self._take, self._number = take, number
         self._timings.append((round(1000 * step.network, 2), round(1000 * step.decoded, 2)))
         self._video.write(self._fit(step.frames))
         self._write(controls, None)
@@ -115,7 +116,8 @@ class Store:
 
     def begin(self, session: Session, head: dict[str, Any], fps: int) -> Recording:
         """A new recording; the oldest goes where there are too many."""
-        kept = sorted(self._recordings(), key=lambda folder: folder.stat().st_mtime)
+        with writing(self.folder):
+            kept = sorted(self._recordings(), key=lambda folder: folder.stat().st_mtime)
         for folder in kept[: max(0, len(kept) + 1 - self.most)]:
             shutil.rmtree(folder, ignore_errors=True)
         return Recording(self.folder / session.name, session, head, fps)

@@ -11,16 +11,21 @@ from adastate_jax.serving.protocol import (
     Applied,
     Control,
     Message,
+    Pause,
     Prompt,
     Received,
     Refused,
     Restart,
+    Resume,
+    Stop,
     Withdraw,
     Withdrawn,
 )
 
 MOST_PENDING = 64  # controls that wait
 MOST_CUES = 500  # of a take
+MOST_TAKES = 200
+MOST_GIVEN = 8  # takes that begin from a picture: the session's file holds it once for each
 _MOST_REMEMBERED = 1000  # answers, for retries
 RETURN_SECONDS = 60.0  # within which a client that went away comes back
 
@@ -83,6 +88,7 @@ class Session:
         self.chunk = 0  # the next one to generate
         self.shown = -1  # the newest that the steering viewer shows
         self.take = 0
+        self.given = 0  # takes that were to begin from a picture
         self.cues = 1  # of the running take
         self.settled = 1  # the first chunk before which its memory may be changed
         self.last_number = -1
@@ -110,6 +116,10 @@ class Session:
 
     # --- controls
 
+    def comes_at_once(self, control: Control) -> bool:
+        """Whether a control waits for no chunk."""
+        return isinstance(control, Pause | Resume | Stop) and (control.at or 0) <= self.chunk
+
     def submit(self, control: Control) -> Message:
         """The first answer to a control: received, or refused; of one that was sent before, its latest answer."""
         known = self._answers.get(control.number)
@@ -126,12 +136,18 @@ class Session:
             return Refused(number=number, reason=f"the session has ended: {self.reason}")
         if isinstance(control, Withdraw):
             return self._withdraw(control)
-        if len(self.pending) >= MOST_PENDING:
+        if len(self.pending) >= MOST_PENDING and not self.comes_at_once(control):
             return Refused(number=number, reason=f"{MOST_PENDING} controls are waiting already")
         if isinstance(control, Prompt) and control.text is None and control.transition in ("switch", "blend"):
             return Refused(number=number, reason=f"{control.transition} needs a text")
         if isinstance(control, Prompt) and self.cues >= MOST_CUES:
             return Refused(number=number, reason=f"the take has {MOST_CUES} prompts already: restart")
+        if isinstance(control, Restart):
+            if self.take >= MOST_TAKES:
+                return Refused(number=number, reason=f"the session has begun anew {MOST_TAKES} times: start another")
+            if control.picture and self.given >= MOST_GIVEN:
+                return Refused(number=number, reason=f"a session begins from a picture {MOST_GIVEN} times at most")
+            self.given += bool(control.picture)
         chunk = max(control.at or 0, self.chunk)
         if isinstance(control, Prompt):
             chunk = max(chunk, 1 if control.transition in _TEXT_ALONE else self.settled)

@@ -8,6 +8,7 @@ from adastate_jax.serving.protocol import Dropped, Message
 
 _MOST_TEXTS = 512
 _MOST_CHUNKS = 2  # of which pictures wait
+_PATIENCE = 20.0  # seconds that a message may take until the socket has it: who does not read is given up
 _MOST_UNSHOWN = 4  # chunks that a viewer was sent and has not shown: what is on its way cannot be taken back
 
 
@@ -22,7 +23,7 @@ class Viewer:
         self._texts: deque[str] = deque()
         self._pictures: deque[tuple[int, int, bytes]] = deque()  # chunk, number of frames, message
         self._news = asyncio.Event()
-        self._closing = False
+        self.closing = False
 
     def say(self, message: Message | str) -> None:
         """Puts a message in the queue; one that was made text for several viewers is taken as it is."""
@@ -52,7 +53,7 @@ class Viewer:
 
     def close(self) -> None:
         """Lets `send` end when its messages are sent."""
-        self._closing = True
+        self.closing = True
         self._news.set()
 
     def _may_send(self, chunk: int) -> bool:
@@ -63,21 +64,25 @@ class Viewer:
         self.dropped += frames
 
     async def send(self, text: Callable[[str], Awaitable[None]], pictures: Callable[[bytes], Awaitable[None]]) -> None:
-        """Sends what comes until `close`, or until the viewer reads too little of it."""
+        """Sends what comes until `close`, or until the viewer reads too little of it.
+
+        Raises:
+            TimeoutError: he reads nothing.
+        """
         said = 0
         while not self.overflow:
             self._news.clear()
             while self._texts:
-                await text(self._texts.popleft())
+                await asyncio.wait_for(text(self._texts.popleft()), _PATIENCE)
             if self._pictures and self._may_send(chunk := self._pictures[0][0]):
                 message = self._pictures.popleft()[2]
                 if chunk not in self._unshown:
                     self._unshown.append(chunk)
-                await pictures(message)
+                await asyncio.wait_for(pictures(message), _PATIENCE)
                 continue
             if self.dropped != said:
                 said = self.dropped
-                await text(Dropped(frames=said).model_dump_json())
-            if self._closing and not self._texts:
+                await asyncio.wait_for(text(Dropped(frames=said).model_dump_json()), _PATIENCE)
+            if self.closing and not self._texts:
                 return
             await self._news.wait()

@@ -16,7 +16,7 @@ from adastate_jax.serving.recording import Store
 ANCHORS = ("static", "adastate")
 PROMPT = "a camera pans left"
 LOOPBACK = Door("127.0.0.1", None)
-MANY = Allowed(sessions=(1e6, 1e6), sockets=(1e6, 1e6), messages=(1e6, 1e6))
+MANY = Allowed(sessions=(1e6, 1e6), sockets=(1e6, 1e6), messages=(1e6, 1e6), pictures=(1e6, 1e6))
 
 
 def assemble(

@@ -283,6 +283,43 @@ def test_a_session_ends_when_its_time_is_up(model, tmp_path, server):
         server.live.queue.limit = before
 
 
+def test_a_session_is_stopped_once_and_what_waits_is_refused(server):
+    """Two stops at one chunk: the second one, and a prompt for later, have the end as their answer."""
+    with steered(server) as (session, socket):
+        socket.until("state", state="running")
+        late = socket.control("prompt", text="later", at=10**6)
+        first, second = (socket.control("stop", at=socket.chunk + 6) for _ in range(2))
+        reason = socket.until("state", state="ended")["reason"]
+        socket.until("applied", number=first)
+        for number in (second, late):
+            assert socket.until("refused", number=number)["reason"] == f"the session has ended: {reason}"
+    assert ended(server, session)["ended"] == reason
+    assert not server.live.trouble
+
+
+def test_a_take_without_a_chunk_is_no_part_of_the_session(server):
+    """Restarts before the first chunk, and one that is followed by another: the file has the chunks that were made."""
+    with steered(server) as (session, socket):
+        socket.control("restart", seed=5)
+        socket.until("state", state="running")
+        socket.show(2)
+        at = socket.chunk + 4
+        socket.control("restart", seed=6, at=at)
+        socket.control("pause", at=at)
+        socket.until("state", state="paused")
+        socket.control("restart", seed=7)
+        socket.control("resume")
+        socket.until("welcome", seed=7)
+        socket.show(4)
+        socket.control("pause")
+        socket.until("state", state="paused")
+        server.client.delete(f"/v1/sessions/{session['id']}", params={"key": session["key"]})
+        found = ended(server, session)  # also of a session that was paused
+    seeds, chunks = zip(*((take["seed"], take["chunks"]) for take in found["takes"]), strict=True)
+    assert seeds == (5, 7)
+    assert sum(chunks) == len(found["timings_ms"]["network"])
+
+
 def test_a_stream_starts_from_a_picture_that_was_sent(server):
     with steered(server) as (session, socket):
         socket.until("state", state="running")
@@ -296,6 +333,9 @@ def test_a_stream_starts_from_a_picture_that_was_sent(server):
         bomb = io.BytesIO()
         Image.new("1", (9000, 9000)).save(bomb, "PNG")
         assert "million pixels" in server.client.post(path, params=keys, content=bomb.getvalue()).json()["detail"]
+        deep = io.BytesIO()
+        Image.new("I;16", (300, 200)).save(deep, "PNG")
+        assert "8 bits" in server.client.post(path, params=keys, content=deep.getvalue()).json()["detail"]
         body = io.BytesIO()
         Image.new("RGB", (300, 200), (200, 30, 30)).save(body, "JPEG")
         watching = {"key": session["watch_key"]}
@@ -381,7 +421,8 @@ def test_too_much_of_anything_is_refused_in_words(guarded):
 
 
 def test_beyond_loopback_the_token_is_needed(guarded):
-    for path in ("/v1/model", "/metrics", "/openapi.json", "/asyncapi.json"):
+    assert guarded.client.get("/v1/model").status_code == 200  # a watch link's page asks for it, and has no token
+    for path in ("/metrics", "/openapi.json", "/asyncapi.json"):
         assert guarded.client.get(path).status_code == 403
         assert guarded.client.get(path, headers=BEARER).status_code == 200
     for path in ("/", "/healthz", "/readyz", "/page/main.js", "/docs"):
@@ -389,7 +430,7 @@ def test_beyond_loopback_the_token_is_needed(guarded):
 
 
 def test_other_sites_are_kept_out(server):
-    for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
+    for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "http://["}):
         for path in ("/", "/v1/model", "/healthz", "/page/main.js"):
             assert server.client.get(path, headers=headers).status_code == 403
         with (
@@ -483,6 +524,10 @@ def test_a_generator_that_breaks_says_so(model, server, tmp_path, monkeypatch, c
             socket.until("state", state="running")
             monkeypatch.setattr("adastate_jax.generation.takes.RunningTake.step", lambda take: 1 / 0)
             assert "ZeroDivisionError" in socket.until("state", state="ended")["reason"]
-        assert broken.client.get("/readyz").json()["trouble"]
+        for trouble in (False, True):  # one session's fault ends that session; the third one's in a row is the server's
+            assert bool(broken.client.get("/readyz").json()["trouble"]) is False
+            with steered(broken) as (_, socket):
+                assert "ZeroDivisionError" in socket.until("state", state="ended")["reason"]
+            assert bool(broken.client.get("/readyz").json()["trouble"]) is trouble
         assert broken.client.post("/v1/sessions", json={}).status_code == 503
     assert "ZeroDivisionError" in capfd.readouterr().err

@@ -7,7 +7,16 @@ import pytest
 from adastate_jax.serving.pace import Pace
 from adastate_jax.serving.protocol import Applied, Pause, Prompt, Received, Refused, Restart, Stop, Withdraw, Withdrawn
 from adastate_jax.serving.queue import CLAIM_SECONDS, Queue
-from adastate_jax.serving.session import MOST_PENDING, RETURN_SECONDS, IllegalTransition, Session, State, Wish
+from adastate_jax.serving.session import (
+    MOST_GIVEN,
+    MOST_PENDING,
+    MOST_TAKES,
+    RETURN_SECONDS,
+    IllegalTransition,
+    Session,
+    State,
+    Wish,
+)
 
 LEGAL = {
     ("queued", "starting"),
@@ -86,10 +95,22 @@ def test_what_waits_is_bounded_and_can_be_withdrawn():
     full = session.submit(Prompt(number=MOST_PENDING, text="x"))
     assert isinstance(full, Refused)
     assert str(MOST_PENDING) in full.reason
+    assert isinstance(session.submit(Pause(number=MOST_PENDING + 1)), Received)  # waits for nothing
+    session.pending = [waiting for waiting in session.pending if not isinstance(waiting.control, Pause)]
     assert session.submit(Withdraw(number=100, target=3)) == Withdrawn(number=100, target=3)
     assert session.submit(Prompt(number=3, text="x")) == Refused(number=3, reason="it was withdrawn")
     assert isinstance(session.submit(Withdraw(number=101, target=3)), Refused)
     assert len(session.pending) == MOST_PENDING - 1
+
+
+def test_takes_are_bounded_those_from_pictures_more_narrowly():
+    session = new()
+    for number in range(MOST_GIVEN):
+        assert isinstance(session.submit(Restart(number=number, picture="0" * 16)), Received)
+    assert isinstance(session.submit(Restart(number=MOST_GIVEN, picture="0" * 16)), Refused)
+    assert isinstance(session.submit(Restart(number=MOST_GIVEN + 1)), Received)
+    session.take = MOST_TAKES
+    assert isinstance(session.submit(Restart(number=MOST_GIVEN + 2)), Refused)
 
 
 def test_what_makes_no_sense_is_refused_with_the_reason():
@@ -147,6 +168,19 @@ def test_a_turn_that_nobody_claims_passes_on():
     assert (absent.state, present.state) == ("starting", "queued")
     run(queue, CLAIM_SECONDS + 0.1)
     assert (absent.state, present.state) == ("ended", "starting")
+
+
+def test_who_loads_the_page_again_while_programs_are_compiled_keeps_the_turn():
+    queue = Queue(limit=100.0, most=8)
+    session = new()
+    session.left = None
+    queue.add(session)
+    run(queue, 0.0)
+    session.left = CLAIM_SECONDS + 10  # long after the turn came
+    run(queue, CLAIM_SECONDS + 11)
+    assert session.state == "starting"
+    run(queue, 2 * CLAIM_SECONDS + 11)
+    assert session.state == "ended"
 
 
 def test_who_went_away_keeps_the_place_for_a_minute():
