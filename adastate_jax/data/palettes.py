@@ -23,7 +23,7 @@ class Palette:
     avoid: tuple[str, ...]  # subject colours that would vanish into this landscape
 
 
-DARKER = ("loam", "peat", "basalt")  # clay, but for its brightness
+DARKER = {"loam": 0.76, "peat": 0.58, "basalt": 0.44}  # clay at so much of its brightness
 
 PALETTES = {
     "meadow": Palette(
@@ -75,24 +75,6 @@ PALETTES = {
         0.55,
         ("red", "orange"),
     ),
-    "loam": Palette(
-        "loam",
-        ((0.0, "#2e140c"), (0.35, "#512418"), (0.65, "#753824"), (1.0, "#92553d")),
-        0.55,
-        ("red", "orange"),
-    ),
-    "peat": Palette(
-        "peat",
-        ((0.0, "#230f09"), (0.35, "#3e1c13"), (0.65, "#592b1c"), (1.0, "#6f412e")),
-        0.55,
-        ("red", "orange"),
-    ),
-    "basalt": Palette(
-        "basalt",
-        ((0.0, "#1b0b07"), (0.35, "#2f150e"), (0.65, "#442115"), (1.0, "#543123")),
-        0.55,
-        ("red", "orange"),
-    ),
     "moon": Palette(
         "grey moon rock",
         ((0.0, "#17181c"), (0.35, "#4a4c52"), (0.6, "#808389"), (1.0, "#cfd0d2")),
@@ -100,3 +82,14 @@ PALETTES = {
         (),
     ),
 }
+
+
+def _darkened(palette: Palette, landscape: str, brightness: float) -> Palette:
+    stops = tuple(
+        (height, "#" + "".join(f"{round(brightness * channel):02x}" for channel in bytes.fromhex(colour[1:])))
+        for height, colour in palette.stops
+    )
+    return dataclasses.replace(palette, landscape=landscape, stops=stops)
+
+
+PALETTES |= {name: _darkened(PALETTES["clay"], name, brightness) for name, brightness in DARKER.items()}
