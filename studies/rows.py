@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from adastate_jax.errors import UserError
+
 _TEXT = ("arm", "swap", "part")  # columns that are no numbers
 
 
@@ -28,6 +30,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with gzip.open(path, "rt") as file:
         return list(csv.DictReader(file))
+
+
+def require_rows(path: Path) -> None:
+    """Raises UserError if nothing was measured yet."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `measure` first, or name another --results")
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:

@@ -10,10 +10,9 @@ import numpy as np
 
 from adastate_jax.config.files import parse_config
 from adastate_jax.data.worlds import captions
-from adastate_jax.errors import UserError
 from studies.changing_world import CONFIG, HORIZONS, LENGTH, PER_CAPTION, PERIOD, STARTS, UNTRAINED, once
 from studies.changing_world.memory import half_life, returns
-from studies.rows import read_columns, rows_where
+from studies.rows import read_columns, require_rows, rows_where
 from studies.statistics import holm, significance, summarize, summary_of
 from studies.tables import cell, head, row
 
@@ -52,8 +51,7 @@ def report(results: Path) -> None:
     Raises:
         UserError: there are no rows.
     """
-    if not (results / "videos.csv.gz").exists():
-        raise UserError(f"{results}/videos.csv.gz: no such file; run `measure` first, or name another --results")
+    require_rows(results / "videos.csv.gz")
     videos, gone = _read_videos(results)
     visits = _without(read_columns(results / "visits.csv.gz"), gone)
     back = returns(visits)

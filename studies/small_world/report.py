@@ -8,8 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from adastate_jax.errors import UserError
-from studies.rows import read_columns, rows_where
+from studies.rows import read_columns, require_rows, rows_where
 from studies.small_world import ANCHORS, HORIZONS, LENT, UNSEEN, once
 from studies.statistics import paired_rows, summarize, summary_of
 from studies.tables import cell, head, row
@@ -107,8 +106,7 @@ def report(results: Path) -> None:
     Raises:
         UserError: there are no rows.
     """
-    if not (results / "videos.csv.gz").exists():
-        raise UserError(f"{results}/videos.csv.gz: no such file; run `measure` first, or name another --results")
+    require_rows(results / "videos.csv.gz")
     columns, gone = _read_videos(results)
     summary = _summarize_all(columns)
     names = list(dict.fromkeys(columns["arm"]))
