@@ -203,7 +203,7 @@ def test_a_phone_scrolls_down_and_not_sideways(open_page):
     stop(page)
 
 
-def test_another_anchor_or_a_start_picture_begins_anew(open_page, tmp_path):
+def test_another_anchor_or_a_start_picture_begins_anew(open_page, address, tmp_path):
     """A take begins with other anchors, one panel, or a picture that was sent; what is no picture is refused."""
     page = open_page()
     wait_until_drawn(page)
@@ -224,3 +224,8 @@ def test_another_anchor_or_a_start_picture_begins_anew(open_page, tmp_path):
     page.set_input_files("#picture", picture)
     page.wait_for_selector("#status >> text=refused")
     stop(page)
+    file = page.request.get(address.rstrip("/") + page.get_attribute("#session", "href")).json()
+    panels = [[panel["anchor"] for panel in take["panels"]] for take in file["takes"]]
+    assert panels[:2] == [["static", "adastate"], ["static", "longlive"]]
+    assert panels[-1] == ["longlive"]
+    assert [take["picture"] is not None for take in file["takes"]] == [*[False] * (len(panels) - 1), True]
