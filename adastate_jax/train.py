@@ -64,7 +64,6 @@ def train(config: "Config", workdir: Path, begun: float | None = None, profile: 
     work = Work(functools.partial(step_flops, config), math.prod(dataclasses.astuple(config.mesh)), device_peak())
     metrics = Metrics(workdir, Spans(begun), work)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watched())
 
         def open_workdir() -> None:
             stack.enter_context(_open_workdir(workdir))
@@ -102,7 +101,7 @@ def _train(config: "Config", workdir: Path, metrics: "Metrics", profile: "Profil
     stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
-    networks = check_networks(config, workdir)
+    networks = from_first(lambda: check_networks(config, workdir))
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
@@ -317,8 +316,8 @@ def main(arguments: Sequence[str]) -> int:
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config
 
-    config = parse_config([f"--config={known.config}", *rest])
-    with if_stopped(f"the same command resumes {known.workdir}"):
+    with if_stopped(f"the same command resumes {known.workdir}"), watched():
+        config = parse_config([f"--config={known.config}", *rest])
         train(config, known.workdir, begun, known.profile)
     return 0
 

@@ -86,6 +86,13 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
     assert seconds < 120
 
 
+def test_a_process_that_never_gives_a_sign_of_life_is_named(monkeypatch):
+    [(code, line, seconds)] = ended(monkeypatch, lockstep.Watch(Service(), 0, 2), lambda: None)
+    assert code == 75
+    assert line.startswith("error: process 1 was there at the start and has given no sign of life since: it is dead; ")
+    assert seconds < 120
+
+
 def test_a_process_that_lives_and_passes_no_step_is_named(monkeypatch):
     """The first process has passed four steps, of ten milliseconds each, and waits; the second has passed two."""
     service = Service()
@@ -103,13 +110,17 @@ def test_a_process_that_lives_and_passes_no_step_is_named(monkeypatch):
     assert seconds < 120
 
 
-def test_what_takes_its_time_is_not_taken_for_stuck(monkeypatch):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_takes_its_time_is_not_taken_for_stuck(monkeypatch, steps):
+    """Within any of the steps that it was said of."""
     service = Service()
     watch = lockstep.Watch(service, 0, 2)
     monkeypatch.setattr(lockstep.time, "monotonic", lambda: 1000.0)
     for _ in range(5):
         watch.pass_step()
-    watch.untimed()
+    watch.untimed(steps)
+    for _ in range(steps - 1):
+        watch.pass_step()
     rounds = iter(range(1000))
 
     def beat():
