@@ -56,13 +56,17 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     def file(index: int) -> Path:
         return folder / _name(index)
 
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
-    missing = distributed.from_first(
-        lambda: [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
-    )
-    if missing:
+    sealed: dict[str, seals.Fingerprint] = {}  # of the first process, which writes
+
+    def look() -> list[int]:
+        """The numbers of files that are missing."""
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        if seals.is_sealed(folder):
+            sealed.update(seals.read_seal(folder, _fix(folder)))
+        return [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+
+    if missing := distributed.from_first(look):
         teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
