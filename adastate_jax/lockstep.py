@@ -10,6 +10,7 @@ all have said so; the first step that none has passed is where all stop. The mai
 wait in a collective for a process that waits here.
 """
 
+import _thread
 import atexit
 import collections
 import contextlib
@@ -94,7 +95,13 @@ class Watch:
         """Says that this process ends; the one that holds the service waits until the others have left, too."""
         if self._leaving:
             return
-        self._leaving = True
+        self._leaving, said = True, threading.Event()
+        # In a thread of its own: a call to a service whose process hangs does not return. Not by `threading`, within
+        # whose locks the signal that ends this process may have come.
+        _thread.start_new_thread(self._say_goodbye, (why, said))
+        said.wait(2 * _FAREWELL)
+
+    def _say_goodbye(self, why: str, said: threading.Event) -> None:
         with contextlib.suppress(Exception):
             if number := interrupts.received():  # it may end the process before the next round
                 self._client.key_value_set(f"{_SIGNAL}0", str(int(number)), allow_overwrite=True)
@@ -102,6 +109,7 @@ class Watch:
             deadline = time.monotonic() + _FAREWELL
             while self._index == 0 and time.monotonic() < deadline and len(self._read(_LEFT)) < self._count:
                 time.sleep(0.2)
+        said.set()
 
     def start(self) -> None:
         """Starts the threads."""

@@ -140,6 +140,16 @@ def test_a_process_that_has_left_takes_the_others_with_it(monkeypatch):
     )
 
 
+def test_leaving_does_not_wait_for_a_service_that_hangs(monkeypatch):
+    monkeypatch.setattr(lockstep, "_FAREWELL", 0.05)
+    service, hangs = Service(), threading.Event()
+    service.key_value_set = lambda *_, **__: hangs.wait(20.0)
+    begun = time.monotonic()
+    lockstep.Watch(service, 1, 2).leave("it was stopped")
+    assert time.monotonic() - begun < 10
+    hangs.set()
+
+
 def test_a_signal_that_ends_a_process_at_once_ends_the_others_by_it(monkeypatch):
     """Where nothing is to be saved, a process has left before its next round."""
     monkeypatch.setattr(lockstep, "_FAREWELL", 0.02)
