@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from adastate_jax.benchmarking.targets import Target, answering_for, find_target
 from adastate_jax.benchmarking.workloads import Workload, device_bytes, make_workload, mesh_over
 from adastate_jax.config.run import Config
 from adastate_jax.console import progress
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reason
 from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_file
 from adastate_jax.models.dit import DiTConfig
@@ -154,8 +156,8 @@ def compile_for(workload: Workload, target: Target, cache: Path | None) -> Compi
     for part in (_compiler(target), target.name, str(_OPTIONS[platform]), without_addresses(lowered.as_text())):
         key.update(part.encode())
     stored = cache and cache / f"{workload.name}-{target.name.replace(':', '-')}-{key.hexdigest()[:24]}.json.gz"
-    if stored and stored.is_file():
-        return Compilation(**json.loads(gzip.decompress(stored.read_bytes())))
+    if stored and (kept := _kept(stored)):
+        return kept
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=_OPTIONS[platform])
@@ -171,10 +173,21 @@ def compile_for(workload: Workload, target: Target, cache: Path | None) -> Compi
         }
         result = Compilation(compiled.as_text(), sizes, "", seconds)
     if stored:
-        stored.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(stored) as path:
-            path.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
+        try:
+            stored.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with whole_file(stored) as path:
+                path.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
+        except OSError as error:  # it took minutes, and is an answer all the same
+            print(f"note: {stored.parent}: what was compiled is not kept ({reason(error)})", file=sys.stderr)
     return result
+
+
+def _kept(stored: Path) -> Compilation | None:
+    """What was compiled before; None where there is nothing, or it is damaged or another version's."""
+    try:
+        return Compilation(**json.loads(gzip.decompress(stored.read_bytes())))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError):
+        return None
 
 
 def without_addresses(text: str) -> str:

@@ -101,6 +101,9 @@ def test_what_was_compiled_before_is_not_compiled_again(tmp_path, monkeypatch):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
     with pytest.raises(TypeError):
         describe("stream", config=other, cache=tmp_path)
+    assert ahead._kept(stored) is not None
+    stored.write_bytes(stored.read_bytes()[:-9])  # is made again
+    assert ahead._kept(stored) is None
 
 
 def test_what_the_chip_has_not_room_for_is_said(stream, monkeypatch):
