@@ -41,6 +41,9 @@ _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "da
 # Fields that a later call with the same work directory may change: they do not alter what was trained so far.
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
+# Neither do these, by the ends of their names, but for the order of sums: what does not fit can go on with others.
+_FREE_SETTINGS = ("accumulate", "remat")
+
 
 def train(config: "Config", workdir: Path, begun: float | None = None, profile: str | None = None) -> None:
     """Runs the stages; those that the work directory has already finished are not repeated.
@@ -209,7 +212,7 @@ def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
 
     before, after = (flatten({name: to_dict(config)[name] for name in fields}) for config in (old, new))
     for name in sorted({*before, *after}):
-        if before.get(name) != after.get(name):
+        if name.rpartition("/")[2] not in _FREE_SETTINGS and before.get(name) != after.get(name):
             return f"config.{name.replace('/', '.')}={before.get(name)!r}, now it is {after.get(name)!r}"
     return ""
 
