@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -305,3 +306,24 @@ def test_local_processes_have_one_exit_code(codes, code):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert sorted(done.stdout.splitlines()) == ["[0] here", "[1] here"]
+
+
+def test_local_processes_do_not_wait_for_one_who_reads_no_more():
+    script = "import sys; print('x' * 99); sys.stdout.flush(); [print('x' * 99) for _ in range(20_000)]"
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+        launcher.stdout.readline()
+        launcher.stdout.close()
+        launcher.wait(timeout=60)
+
+
+def test_local_processes_end_with_their_terminal():
+    """SIGHUP reaches them as SIGTERM."""
+    script = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(143)); print('here', flush=True); signal.pause()"
+    )
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-uc", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+        assert {launcher.stdout.readline() for _ in range(2)} == {b"[0] here\n", b"[1] here\n"}
+        launcher.send_signal(signal.SIGHUP)
+        assert launcher.wait(timeout=60) == 143
