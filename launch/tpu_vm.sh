@@ -232,26 +232,31 @@ delete() {
 # is JAX's where the first process is gone, 137 a kill's, 255 ssh's for a machine that is gone: after all of them the
 # training goes on from the newest checkpoint.
 babysit() {
-  local code lost='' restarts=0
+  local code lost='' dropped begun='' restarts=0 failures=0
   while true; do
     # Later on it may fail because the state could not be asked for, and the machines are there: `await` finds that out.
-    if [[ -n $DRY || -z $(state) ]]; then create || ((restarts)) || return; fi
-    code=255
-    if await; then
-      code=0
-      if [[ -n $lost ]]; then follow || code=$?; else { setup && end_all && run && follow; } || code=$?; fi
+    if [[ -n $DRY || -z $(state) ]]; then create || [[ -n $begun ]] || return; fi
+    begun=1 code=255 dropped=
+    if await; then # until there are machines, for ever: they are not paid for
+      if [[ -n $lost ]] || { setup && end_all && run; }; then
+        code=0 failures=0
+        follow || code=$? restarts=$((restarts + 1))
+        [[ $code != 255 ]] || dropped=1
+      else # a machine that ssh does not reach yet, say
+        failures=$((failures + 1))
+        ((failures < 4)) || { echo "$NAME: could not be set up, $failures times; given up" >&2; code=1; break; }
+      fi
     fi
     lost=
     case $code in
       75 | 134 | 137 | 143 | 255)
         [[ -z $DRY ]] || break
-        ((restarts < RESTARTS)) || { echo "$NAME: ended with $code; started again $restarts times, given up" >&2; break; }
-        restarts=$((restarts + 1))
+        ((restarts <= RESTARTS)) || { echo "$NAME: ended with $code, after $RESTARTS restarts; given up" >&2; break; }
         echo "$NAME: ended with $code; again" >&2
         # Machines that are still there go on as they are; others are made anew. Where they are there and ssh is not, the
         # connection was lost, and the training may go on without it.
         case $(state) in
-          ACTIVE | RUNNING) [[ $code != 255 ]] || lost=1 ;;
+          ACTIVE | RUNNING) lost=$dropped ;;
           '') ;;
           *) delete || true ;;
         esac

@@ -155,12 +155,22 @@ def test_a_connection_that_is_lost_does_not_end_what_goes_on(fakes, found, start
     assert actions == ["create", "delete"]
 
 
+@pytest.mark.parametrize(("fails", "code", "starts"), [(2, 0, 1), (9, 1, 0)])
+def test_machines_that_are_not_ready_yet_are_set_up_again(fakes, fails, code, starts):
+    answers = [[" describe ", [["", 0], *[["ACTIVE", 0]] * 19]], [" scp ", [["", 1]] * fails]]
+    (fakes / "answers").write_text(json.dumps(answers))
+    done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], TPU)
+    assert done.returncode == code, done.stderr
+    assert sum("nohup" in " ".join(call) for call in calls(fakes)) == starts
+    assert "delete" in calls(fakes)[-1]
+
+
 def test_a_training_that_ends_by_the_same_again_and_again_is_given_up(fakes):
     answers = [[" describe ", [["", 0], *[["ACTIVE", 0]] * 9]], ["train.exit ]", [["", 75]] * 9]]
     (fakes / "answers").write_text(json.dumps(answers))
     done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], {**TPU, "RESTARTS": "2"})
     assert done.returncode == 75
-    assert "run: ended with 75; started again 2 times, given up" in done.stderr
+    assert "run: ended with 75, after 2 restarts; given up" in done.stderr
     assert sum("nohup" in " ".join(call) for call in calls(fakes)) == 3
     assert "delete" in calls(fakes)[-1]
 
