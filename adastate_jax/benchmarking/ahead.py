@@ -4,9 +4,11 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from adastate_jax.benchmarking.targets import Target, answering_for, find_target
 from adastate_jax.benchmarking.workloads import Workload, device_bytes, make_workload, mesh_over
 from adastate_jax.config.run import Config
 from adastate_jax.console import progress
-from adastate_jax.errors import UserError
+from adastate_jax.errors import UserError, reason
 from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_file
 from adastate_jax.models.dit import DiTConfig
+
+_log = logging.getLogger(__name__)
 
 _LARGE_COPY = 2**24  # bytes of a result from which on a kernel that only moves data is worth a line
 _MOST_COPIES = 8
@@ -63,7 +67,8 @@ def run(
     """
     targets = [find_target(name) for name in names]
     if config.decoder == "patch":
-        programs = [program for program in programs if program not in ("wan", "tiny")]
+        # Of no others, `make_workload` says why.
+        programs = [program for program in programs if program not in ("wan", "tiny")] or programs
     rows, skipped = [], []
     with progress("compile", len(targets) * len(programs), unit="program", counts_compiling=True) as bar:
         for target in targets:
@@ -154,8 +159,8 @@ def compile_for(workload: Workload, target: Target, cache: Path | None) -> Compi
     for part in (_compiler(target), target.name, str(_OPTIONS[platform]), without_addresses(lowered.as_text())):
         key.update(part.encode())
     stored = cache and cache / f"{workload.name}-{target.name.replace(':', '-')}-{key.hexdigest()[:24]}.json.gz"
-    if stored and stored.is_file():
-        return Compilation(**json.loads(gzip.decompress(stored.read_bytes())))
+    if stored and (kept := _kept(stored)):
+        return kept
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=_OPTIONS[platform])
@@ -171,10 +176,26 @@ def compile_for(workload: Workload, target: Target, cache: Path | None) -> Compi
         }
         result = Compilation(compiled.as_text(), sizes, "", seconds)
     if stored:
-        stored.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(stored) as path:
-            path.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
+        _keep(result, stored)
     return result
+
+
+def _kept(path: Path) -> Compilation | None:
+    """What was compiled before; None where nothing was, or where the file is damaged."""
+    try:
+        return Compilation(**json.loads(gzip.decompress(path.read_bytes())))
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        return None
+
+
+def _keep(result: Compilation, path: Path) -> None:
+    """Leaves a compilation for the next run; where that cannot be written, this one has it all the same."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(path) as place:
+            place.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s); the next run compiles again", path.parent, reason(error))
 
 
 def without_addresses(text: str) -> str:
