@@ -4,11 +4,10 @@
 #   benchmarks/gpu_day.sh OUT              # requirements-dev.txt, and jax[cuda12]
 #   benchmarks/gpu_day.sh --dry-run OUT    # on a processor, with small networks: shows that every line runs
 #
-# Each step has a time limit, a log OUT/STEP.log and a line in OUT/summary.txt; one that fails does not end the others,
-# and the exit code is 1 in the end. Compiled programs are kept in OUT/cache. REFERENCES names a folder of reference
-# files for `verify`, beside those that ship.
+# Each step has a time limit, and no more than is left of the 25 minutes (MINUTES sets others), a log OUT/STEP.log and a
+# line in OUT/summary.txt; one that fails does not end the others, and the exit code is 1 in the end. Compiled programs
+# are kept in OUT/cache. REFERENCES names a folder of reference files for `verify`, beside those that ship.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
 
 DRY=
 if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
@@ -16,6 +15,7 @@ if (($# != 1)); then echo "error: name one folder for the results" >&2; exit 2; 
 if [[ -e $1 ]]; then echo "error: $1: is there already; name another folder" >&2; exit 2; fi
 mkdir -p "$1/cache" || exit 2
 OUT=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2  # OUT is where the caller said
 PYTHON=${PYTHON:-python}
 export JAX_COMPILATION_CACHE_DIR=$OUT/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
@@ -26,10 +26,16 @@ else
   platform=cuda config=(--config=configs/wan_1_3b.py) training=training long=400 peers=(--dtype=bfloat16 --device=cuda --compile --turns 5)
 fi
 
-failed=0
+failed=0 MINUTES=${MINUTES:-25}
 step() {  # NAME SECONDS COMMAND…
-  local name=$1 limit=$2 began=$SECONDS code=0
+  local name=$1 limit=$2 began=$SECONDS left=$((60 * MINUTES - SECONDS)) code=0
   shift 2
+  if ((left < limit)); then limit=$left; fi
+  if ((limit <= 0)); then
+    failed=1
+    printf '%-14s not run: time is up\n' "$name" | tee -a "$OUT/summary.txt"
+    return
+  fi
   echo "== $name: $*" | tee "$OUT/$name.log"
   timeout --signal=INT --kill-after=20 "$limit" "$@" >> "$OUT/$name.log" 2>&1 || code=$?
   ((code == 0)) || failed=1
