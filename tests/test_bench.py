@@ -319,6 +319,22 @@ def test_what_does_not_fit_is_said(tmp_path, small_probe, monkeypatch):
     assert "chunk: out of memory" in report.table(record)
 
 
+def test_all_devices_of_the_mesh_share_the_ceiling():
+    """Those along `context`, too."""
+    config = parse_config([*SMALL_CONFIG, *WAN_DECODERS, "--config.mesh.context=2", "--config.mesh.model=2"])
+    row = measure.Measurement("chunk", (0.5,), flops=10**9, dtype="float32")
+    record = report._record(config, [row], {}, {"bfloat16": 2e9, "float32": 1e9, "copy": 1e9})
+    assert record["devices_used"] == 4
+    assert record["measurements"][0]["percent_of_ceiling"] == pytest.approx(50)
+
+
+def test_the_ceiling_of_float32_is_float32():
+    """On a GPU it would be that of TF32, which no network computes in."""
+    for dtype, exact in (("float32", 2), ("bfloat16", 0)):
+        square = jax.ShapeDtypeStruct((4, 4), dtype)
+        assert machine._multiply.lower(square, square).as_text().count("HIGHEST") == exact
+
+
 def test_the_probe_finds_a_machine():
     ceilings = machine.probe()
     assert ceilings.keys() == {"bfloat16", "float32", "copy"}
