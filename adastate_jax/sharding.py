@@ -28,11 +28,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
+    "rank": ("fsdp", "context"),
 }
 
 # Where these are not divided, every device holds them whole.
 #     vocab: the 259 rows of the byte tokenizer's table, a prime times 7; UMT5's 256,384 are divided by all meshes.
-MAY_STAY_WHOLE = ("vocab",)
+#     rank: of small adapters.
+MAY_STAY_WHOLE = ("vocab", "rank")
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +53,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"modulation", (None, "embed")),
     # LoRA's factors, beside the kernels that they change.
     (r"(query|key|value|ffn_in|time_projection|head)/down", ("embed", None)),
-    (r"output/down", ("heads", None)),
-    (r"ffn_out/down", ("mlp", None)),
-    (r"(query|key|value)/up", (None, "heads")),
-    (r"(ffn_in|time_projection)/up", (None, "mlp")),
+    (r"output/down", ("heads", "rank")),
+    (r"ffn_out/down", ("mlp", "rank")),
+    (r"(patch_embedding|text_in|text_out|time_in|time_out)/down", (None, "rank")),
+    (r"(query|key|value)/up", ("rank", "heads")),
+    (r"(ffn_in|time_projection)/up", ("rank", "mlp")),
     (r"(output|ffn_out|patch_embedding|text_in|text_out|time_in|time_out)/up", (None, "embed")),
+    (r"head/up", ("rank", None)),
 )
 
 

@@ -181,11 +181,11 @@ def test_targets_are_ends_of_paths():
 
 
 def test_every_factor_of_the_real_networks_is_split():
-    shapes = jax.eval_shape(lambda: create_adapters(SMALL, LoRAConfig(2, 1.0, (".*",)), jax.random.key(0)))
-    shardings = tree_shardings(shapes, make_mesh(fsdp=2, model=2))
-    whole = {path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(shardings) if x.is_fully_replicated}
-    # Their other side is text or patches, frequencies or pixels: as the kernels', it is not split.
-    assert whole == {
-        *(f"{name}/down" for name in ("patch_embedding", "text_in", "text_out", "time_in", "time_out")),
-        "head/up",
-    }
+    """Over `fsdp`, both of each; a rank that it does not divide stays whole, and the kernel's own side is split."""
+    for rank, whole in ((2, 0), (3, 1)):
+        shapes = jax.eval_shape(
+            lambda rank=rank: create_adapters(SMALL, LoRAConfig(rank, 1.0, (".*",)), jax.random.key(0))
+        )
+        for name, shardings in tree_shardings(shapes, make_mesh(fsdp=2, model=2)).items():
+            specs = shardings.down.spec, shardings.up.spec
+            assert sum("fsdp" not in str(spec) for spec in specs) == whole, f"{name} of rank {rank}: {specs}"
