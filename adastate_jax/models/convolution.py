@@ -84,10 +84,12 @@ def _in_parts(convolve: Callable, frames: jax.Array, window: int, stride: int, f
     more than malloc holds ready they get from the system, page by page, anew in every call.
     """
     outputs = (frames.shape[1] - window) // stride + 1
-    if target_device().platform != "cpu" or outputs * frame_bytes <= MOST_CONVOLVED_BYTES:
+    if target_device().platform != "cpu":
         return convolve(frames)
     most = max(MOST_CONVOLVED_BYTES // frame_bytes, 1)
-    size = next(size for size in range(most, 0, -1) if outputs % size == 0)
+    size = next(size for size in range(min(most, outputs), 0, -1) if outputs % size == 0)
+    if size == outputs:
+        return convolve(frames)
 
     def part(first: jax.Array) -> jax.Array:
         return convolve(jax.lax.dynamic_slice_in_dim(frames, first, stride * (size - 1) + window, axis=1))
