@@ -194,6 +194,7 @@ def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
         UserError: there is no finished checkpoint, it is damaged, or it does not hold this tree.
     """
     path = Path(path).absolute()
+    path = path.with_name(distributed.from_first(lambda: path.name, "load"))  # the newest, where a host lists it late
     _refuse_unfinished(path)
     fix = f"remove {path}, to use an older one or make it again"
     with distributed.together("load"):
@@ -203,7 +204,8 @@ def load_tree(path: str | Path, like: Any, prefix: str = "") -> Any:
     with _context(), reading(path, _UNLIKE, *_STRANGE):
         saved = ocp.metadata(path).metadata
     _check_names(path, wanted, saved, partial=bool(prefix))
-    _say_fall_back(path)
+    if distributed.is_first():
+        _say_fall_back(path)
     context = _context()
     context.pytree.loading.partial_load = bool(prefix)
     with context, reading(path, _UNLIKE, *_STRANGE):

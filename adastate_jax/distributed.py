@@ -88,6 +88,11 @@ def start(
     platform = None if given else several_by_platform(os.environ)
     if given is None and platform is None:
         return
+    if platform == "Slurm" and "SLURM_STEP_NODELIST" not in os.environ:  # in the job's own script, or its shell
+        raise UserError(
+            f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but srun did not start this process: put srun before the "
+            "command, or unset SLURM_NTASKS for a single process"
+        )
     loopback = bool(given) and is_loopback(given[0].rpartition(":")[0])
     if loopback and several_machines(os.environ):
         raise UserError(f"coordinator {given[0]}: {_LOOPBACK}")

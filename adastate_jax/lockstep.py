@@ -10,6 +10,7 @@ all have said so; the first step that none has passed is where all stop. The mai
 wait in a collective for a process that waits here.
 """
 
+import _thread
 import atexit
 import collections
 import contextlib
@@ -62,9 +63,10 @@ class Watch:
         self._posted = False  # whether it was said how many; none is passed until all have said it
         self._stop_at: int | None = None
         self._rounds = 0
+        self._begun = 0.0  # when the first round was
         self._seen: dict[int, tuple[str, float]] = {}  # per process: the newest sign of life, and since when
         self._heard = self._since = time.monotonic()  # when the service answered, and when the last step was passed
-        self._timed = False
+        self._untimed = 1  # steps from here on whose time says nothing
         self._times: collections.deque[float] = collections.deque(maxlen=50)
         self._leaving = False
         self._ending = threading.Lock()
@@ -79,21 +81,27 @@ class Watch:
             while self._posted and self._stop_at is None and not self._closed.is_set():
                 self._agreed.wait(0.1)
             now = time.monotonic()
-            if self._timed:
+            if not self._untimed:
                 self._times.append(now - self._since)
-            self._since, self._timed = now, True
+            self._since, self._untimed = now, max(self._untimed - 1, 0)
             self._steps += 1
             return self._stop_at is not None and self._steps >= self._stop_at
 
-    def untimed(self) -> None:
-        """Says that what comes until the next step is passed takes its time: a compilation, a save."""
-        self._timed = False
+    def untimed(self, steps: int = 1) -> None:
+        """Says that what comes until so many steps are passed takes its time: a compilation, a save."""
+        self._untimed = max(self._untimed, steps)
 
     def leave(self, why: str) -> None:
         """Says that this process ends; the one that holds the service waits until the others have left, too."""
         if self._leaving:
             return
-        self._leaving = True
+        self._leaving, said = True, threading.Event()
+        # In a thread of its own: a call to a service whose process hangs does not return. Not by `threading`, within
+        # whose locks the signal that ends this process may have come.
+        _thread.start_new_thread(self._say_goodbye, (why, said))
+        said.wait(2 * _FAREWELL)
+
+    def _say_goodbye(self, why: str, said: threading.Event) -> None:
         with contextlib.suppress(Exception):
             if number := interrupts.received():  # it may end the process before the next round
                 self._client.key_value_set(f"{_SIGNAL}0", str(int(number)), allow_overwrite=True)
@@ -101,6 +109,7 @@ class Watch:
             deadline = time.monotonic() + _FAREWELL
             while self._index == 0 and time.monotonic() < deadline and len(self._read(_LEFT)) < self._count:
                 time.sleep(0.2)
+        said.set()
 
     def start(self) -> None:
         """Starts the threads."""
@@ -149,6 +158,7 @@ class Watch:
         self._client.key_value_set(f"{_BEATS}{self._index}", beat, allow_overwrite=True)
         beats, left = self._read(_BEATS), self._read(_LEFT)
         self._heard = now = time.monotonic()
+        self._begun = self._begun or now
         self._pass_signal_on()
         if left and not self._leaving:
             self._follow(*next(iter(left.items())))
@@ -158,8 +168,11 @@ class Watch:
         for index, (beat, since) in self._seen.items():
             if now - since > SILENCE and index not in left:
                 self._finish(f"process {index} on {json.loads(beat)[2]} has given no sign of life {_DEAD}")
+        silent = [index for index in range(self._count) if index not in self._seen and index not in left]
+        if silent and now - self._begun > 2 * SILENCE:
+            self._finish(f"process {silent[0]} was there at the start and has given no sign of life since: it is dead")
         limit = _STUCK + 3 * max(self._times, default=0.0)
-        if self._timed and len(self._times) > 2 and now - self._since > limit:
+        if not self._untimed and len(self._times) > 2 and now - self._since > limit:
             steps = {index: json.loads(beat)[1] for index, (beat, _) in self._seen.items()}
             slowest = min(steps, key=steps.get)
             self._finish(
@@ -261,7 +274,7 @@ def pass_step(requested: bool) -> bool:
     return requested if _watch is None else _watch.pass_step()
 
 
-def untimed() -> None:
-    """Says that what comes until the next step is passed takes its time: a compilation, a save."""
+def untimed(steps: int = 1) -> None:
+    """Says that what comes until so many steps are passed takes its time: a compilation, a save."""
     if _watch is not None:
-        _watch.untimed()
+        _watch.untimed(steps)

@@ -100,7 +100,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, context: int = 1, de
     types = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices[:size]})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices[:size])
+        shape = tuple(sizes.values())
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:size])
+        except NotImplementedError:  # the sides of a TPU's torus are no products of these: axes take parts of sides
+            arranged = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+            return jax.sharding.Mesh(arranged, MESH_AXES, axis_types=types)
     across = {"data": math.gcd(data, slices)}
     across["fsdp"] = slices // across["data"]
     if fsdp % across["fsdp"]:

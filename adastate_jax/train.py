@@ -41,6 +41,9 @@ _INHERITED_FIELDS = ("text", "decoder", "codec", "vae", "tiny_vae", "model", "da
 # Fields that a later call with the same work directory may change: they do not alter what was trained so far.
 _FREE_FIELDS = ("stages", "sample", "logging", "mesh")
 
+# Neither do these, by the ends of their names, but for the order of sums: what does not fit can go on with others.
+_FREE_SETTINGS = ("accumulate", "remat")
+
 
 def train(config: "Config", workdir: Path, begun: float | None = None, profile: str | None = None) -> None:
     """Runs the stages; those that the work directory has already finished are not repeated.
@@ -64,7 +67,6 @@ def train(config: "Config", workdir: Path, begun: float | None = None, profile: 
     work = Work(functools.partial(step_flops, config), math.prod(dataclasses.astuple(config.mesh)), device_peak())
     metrics = Metrics(workdir, Spans(begun), work)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watched())
 
         def open_workdir() -> None:
             stack.enter_context(_open_workdir(workdir))
@@ -102,7 +104,7 @@ def _train(config: "Config", workdir: Path, metrics: "Metrics", profile: "Profil
     stages = {"pretrain": pretrain, "initialize": initialize, "distill": distill, "sample": sample}
     _refuse_other_configuration(workdir, config)
     _refuse_other_start(config)
-    networks = check_networks(config, workdir)
+    networks = from_first(lambda: check_networks(config, workdir))
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
@@ -210,7 +212,7 @@ def _difference(old: "Config", new: "Config", fields: Sequence[str]) -> str:
 
     before, after = (flatten({name: to_dict(config)[name] for name in fields}) for config in (old, new))
     for name in sorted({*before, *after}):
-        if before.get(name) != after.get(name):
+        if name.rpartition("/")[2] not in _FREE_SETTINGS and before.get(name) != after.get(name):
             return f"config.{name.replace('/', '.')}={before.get(name)!r}, now it is {after.get(name)!r}"
     return ""
 
@@ -317,8 +319,8 @@ def main(arguments: Sequence[str]) -> int:
     distributed.start(known.coordinator, known.processes, known.process, known.start_timeout)
     from adastate_jax.config.files import parse_config
 
-    config = parse_config([f"--config={known.config}", *rest])
-    with if_stopped(f"the same command resumes {known.workdir}"):
+    with if_stopped(f"the same command resumes {known.workdir}"), watched():
+        config = parse_config([f"--config={known.config}", *rest])
         train(config, known.workdir, begun, known.profile)
     return 0
 

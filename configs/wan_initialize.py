@@ -2,7 +2,8 @@
 
 python -m adastate_jax.train --config=configs/wan_initialize.py --workdir=runs/wan_initialize --config.mesh.fsdp=64
 
-configs/self_forcing_wan.py goes on from there. The files are those of configs/adastate_wan.py without teacher and
+configs/self_forcing_wan.py goes on from there. The trajectories take 671 GB of disk (5 states of 21 frames in float32,
+42 MB each), in the work directory. The files are those of configs/adastate_wan.py without teacher and
 student: weights/critic of 1.3B draws the trajectories and is what the student starts from; and data/prompts.
 
 Sources: [paper] arXiv 2506.08009, [sf] guandeh17/Self-Forcing, [causvid] tianweiy/CausVid, from which it has the stage.

@@ -17,7 +17,10 @@ DRY=
 if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
 ACTION=${1:-}
 [[ $# -gt 0 ]] && shift
-[[ ${1:-} == -- ]] && shift
+# What stands where it means nothing is refused: a --dry-run behind the action would start or delete a training.
+[[ ${1:---} == -- ]] || fail "$1: --dry-run comes first, and what training is given behind --"
+(($#)) && shift
+[[ $ACTION == apply || $# == 0 ]] || fail "$1: $ACTION trains nothing"
 NAME=${NAME:-}
 [[ $NAME =~ ^[a-z][a-z0-9-]{0,27}$ ]] || fail "NAME=$NAME: at most 28 small letters, digits and dashes; pods add to it"
 

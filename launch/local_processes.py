@@ -4,13 +4,15 @@
     python launch/local_processes.py --processes=2 -- -m adastate_jax.train --config=configs/tiny.py --workdir=runs/two
 
 What follows `--` are the arguments of `python`. Each process computes on the CPU, with as many devices as --devices
-says; what it prints is labelled with its number. SIGINT and SIGTERM are passed on to all. The exit code is 0 if all end
-with it, else that of the process which ended first with another one (128 + N for one that signal N ended).
+says; what it prints is labelled with its number. SIGINT and SIGTERM are passed on to all; that the terminal is gone, as
+SIGTERM. The exit code is 0 if all end with it, else that of the process which ended first with another one (128 + N for
+one that signal N ended).
 
 It needs nothing but Python. For what several machines can show, before there are several.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -49,10 +51,11 @@ def environments(processes: int, devices: int, port: int) -> list[dict[str, str]
 
 
 def label(stream, name: str, output) -> None:
-    """Copies the lines of a stream, each behind a name."""
+    """Copies the lines of a stream, each behind a name, also when nobody reads them: the process would wait."""
     for line in stream:
-        output.write(f"[{name}] {line}")
-        output.flush()
+        with contextlib.suppress(OSError):
+            output.write(f"[{name}] {line}")
+            output.flush()
 
 
 def run(command: Sequence[str], processes: int, devices: int) -> int:
@@ -80,6 +83,8 @@ def run(command: Sequence[str], processes: int, devices: int) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # the terminal is gone; nohup has it ignored
+        signal.signal(signal.SIGHUP, lambda *_: pass_on(signal.SIGTERM, None))
     code = wait(started)
     for thread in threads:
         thread.join(timeout=5.0)

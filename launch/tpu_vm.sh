@@ -5,7 +5,8 @@
 #
 #   create       make the TPU          setup   copy this checkout to all its machines, and install it
 #   run          start training there  follow  show the log until the training ends; exits with its exit code
-#   babysit      all of these, again and again until the training ends by itself; then delete
+#   babysit      all of these, again and again until the training ends by itself; then delete. Where the connection was
+#                lost and the training goes on, it follows that
 #   status       what the TPU is       delete  delete it
 #
 # Settings are variables of the environment:
@@ -16,6 +17,8 @@
 #   PROVISION             spot (default), flex-start or standard          HOURS   of flex-start (default 24)
 #   RUNTIME               software of the TPU (default by TYPE), or family of images for Compute Engine
 #   IMAGE_PROJECT         project of that family (default ubuntu-os-accelerator-images)
+#   PREPARE               a shell command for each machine before it is set up, such as the mount of the work directory
+#   RESTARTS              how often babysit starts the training again at most (default 100)
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -25,11 +28,19 @@ if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
 ACTION=${1:-}
 [[ -n $ACTION ]] || fail "name an action: create, setup, run, follow, babysit, status or delete"
 shift
-[[ ${1:-} == -- ]] && shift
+# What stands where it means nothing is refused: a --dry-run behind the action would make or delete what costs money.
+[[ ${1:---} == -- ]] || fail "$1: --dry-run comes first, and what training is given behind --"
+(($#)) && shift
 TRAIN=("$@")
+case $ACTION in
+  run | babysit) ((${#TRAIN[@]})) || fail "name what to train after --: --config=… --workdir=…" ;;
+  *) ((${#TRAIN[@]} == 0)) || fail "${TRAIN[0]}: $ACTION trains nothing" ;;
+esac
 
 for name in PROJECT ZONE NAME TYPE; do [[ -n ${!name:-} ]] || fail "$name is not set"; done
 PROVISION=${PROVISION:-spot} HOURS=${HOURS:-24} HOSTS=${HOSTS:-1} TOPOLOGY=${TOPOLOGY:-}
+RESTARTS=${RESTARTS:-100}
+[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: must be a number"
 PAUSE=${PAUSE:-60} # seconds between two looks
 # shellcheck disable=SC2153
 [[ $NAME =~ ^[a-z][a-z0-9-]{0,40}$ ]] || fail "NAME=$NAME: small letters, digits and dashes"
@@ -155,7 +166,9 @@ await() {
 setup() {
   local archive machine
   archive=$(mktemp "${TMPDIR:-/tmp}/adastate.XXXXXX")
-  do_ tar -czf "$archive" -C "$ROOT" --exclude=.git --exclude=runs . || return
+  # Without what was made here: an environment would be unpacked into the one that is made there.
+  do_ tar -czf "$archive" -C "$ROOT" --exclude=.git --exclude=.venv --exclude=venv --exclude=runs \
+    --exclude=__pycache__ . || return
   if [[ $KIND == tpu ]]; then
     do_ gcloud compute tpus tpu-vm scp "$archive" "$NAME:adastate.tgz" "${HERE[@]}" --worker=all || return
   else
@@ -165,9 +178,16 @@ setup() {
     done
   fi
   rm -f "$archive"
-  on all "set -e; mkdir -p adastate; tar -xzf adastate.tgz -C adastate; python3 -m venv adastate/.venv;\
- adastate/.venv/bin/pip install -q -U 'jax[tpu]' -r adastate/requirements.txt"
+  [[ -z ${PREPARE:-} ]] || on all "$PREPARE" || return
+  # Ubuntu 22.04, which most TPUs have, comes with Python 3.10: uv brings a newer one.
+  on all "set -e; mkdir -p adastate; tar -xzf adastate.tgz -C adastate; cd adastate; if [ ! -x .venv/bin/pip ]; then\
+ if python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))'; then python3 -m venv .venv;\
+ else curl -LsSf https://astral.sh/uv/install.sh | sh; ~/.local/bin/uv venv --clear --seed --python 3.12 .venv; fi; fi;\
+ .venv/bin/pip install -q -U 'jax[tpu]' -r requirements.txt"
 }
+
+# A pattern for pgrep and pkill, which by its brackets is not that of the shell in whose command it stands.
+TRAINING='[a]dastate_jax.train'
 
 # What starts the training on one machine, detached, with its exit code in a file beside the log.
 command_line() {
@@ -180,14 +200,20 @@ command_line() {
 }
 
 run() {
-  ((${#TRAIN[@]})) || fail "name what to train after --: --config=… --workdir=…"
   [[ $KIND == tpu ]] || find_machines || return
   on all "$(command_line)"
 }
 
-# The log of the first machine as it grows; then the exit code of the training.
+# The log of the first machine as it grows; then the exit code of the training: 137 if it is gone without one, by a kill
+# or because the machine was started again.
 follow() {
-  on 0 "tail -n +1 -F $LOG & while [ ! -e adastate/train.exit ]; do sleep 2; done; kill \$!; exit \$(cat adastate/train.exit)"
+  on 0 "mkdir -p adastate; tail -n +1 -F $LOG & while [ ! -s adastate/train.exit ]; do sleep 2; pgrep -f '$TRAINING' > /dev/null ||\
+ [ -s adastate/train.exit ] || echo 137 > adastate/train.exit; done; kill \$!; exit \$(cat adastate/train.exit)"
+}
+
+# Ends what is left of a training on all machines: it holds the chips.
+end_all() {
+  on all "pkill -KILL -f '$TRAINING'; true"
 }
 
 delete() {
@@ -206,24 +232,33 @@ delete() {
 # is JAX's where the first process is gone, 137 a kill's, 255 ssh's for a machine that is gone: after all of them the
 # training goes on from the newest checkpoint.
 babysit() {
-  ((${#TRAIN[@]})) || fail "name what to train after --: --config=… --workdir=…"
-  local code
+  local code lost='' dropped begun='' restarts=0 failures=0
   while true; do
-    if [[ -n $DRY || -z $(state) ]]; then create; fi
-    code=255
-    if await; then
-      code=0
-      { setup && run && follow; } || code=$?
+    # Later on it may fail because the state could not be asked for, and the machines are there: `await` finds that out.
+    if [[ -n $DRY || -z $(state) ]]; then create || [[ -n $begun ]] || return; fi
+    begun=1 code=255 dropped=
+    if await; then # until there are machines, for ever: they are not paid for
+      if [[ -n $lost ]] || { setup && end_all && run; }; then
+        code=0 failures=0
+        follow || code=$? restarts=$((restarts + 1))
+        [[ $code != 255 ]] || dropped=1
+      else # a machine that ssh does not reach yet, say
+        failures=$((failures + 1))
+        ((failures < 4)) || { echo "$NAME: could not be set up, $failures times; given up" >&2; code=1; break; }
+      fi
     fi
+    lost=
     case $code in
       75 | 134 | 137 | 143 | 255)
+        [[ -z $DRY ]] || break
+        ((restarts <= RESTARTS)) || { echo "$NAME: ended with $code, after $RESTARTS restarts; given up" >&2; break; }
         echo "$NAME: ended with $code; again" >&2
-        [[ -n $DRY ]] && break
-        # Machines that are still there go on as they are; others are made anew.
+        # Machines that are still there go on as they are; others are made anew. Where they are there and ssh is not, the
+        # connection was lost, and the training may go on without it.
         case $(state) in
-          ACTIVE | RUNNING) ;;
+          ACTIVE | RUNNING) lost=$dropped ;;
           '') ;;
-          *) delete ;;
+          *) delete || true ;;
         esac
         sleep "$PAUSE"
         ;;

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adastate_jax import distributed
 from adastate_jax.checkpoint import Checkpoints, latest_step, load_tree, save_tree
 from adastate_jax.config.stages import OptimizerConfig
 from adastate_jax.errors import UserError
@@ -54,6 +55,15 @@ def test_the_newest_finished_checkpoint_counts(tmp_path, state):
         assert same(checkpoints.load(state), state)
         checkpoints.save(6, state)
     assert latest_step(tmp_path) == 6
+
+
+def test_all_processes_load_what_the_first_takes_for_the_newest(tmp_path, monkeypatch):
+    """One to which a network file system lists the newest late would load another state than the others."""
+    tree = {"a": jnp.zeros(2)}
+    for step in (2, 4):
+        save_tree(tmp_path / str(step), {"a": jnp.full(2, step)})
+    monkeypatch.setattr(distributed, "from_first", lambda function, channel="main": "4")
+    assert same(load_tree(tmp_path / "2", tree), {"a": np.full(2, 4.0)})
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])

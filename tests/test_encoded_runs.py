@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -161,6 +162,14 @@ def test_without_clips_the_prompts_are_enough(inputs, tmp_path, monkeypatch):
     found = trajectories.make_trajectories(run)(np.arange(4))
     assert found.shape == (4, 3, config.distill.rollout_frames, *config.latent_shape)
     assert not np.array_equal(found[0], found[1])
+
+
+def test_a_disk_without_room_for_all_trajectories_is_refused_before_the_first(inputs, tmp_path, monkeypatch):
+    run = opened_run(configured(inputs, "--config.stages=('initialize',)"), tmp_path)
+    monkeypatch.setattr(Run, "network", lambda *_: pytest.fail("something was made"))
+    monkeypatch.setattr(trajectories.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"trajectories: trajectories take .* GB, 1e-06 GB are free there; make room"):
+        trajectories.make_trajectories(run)
 
 
 def test_a_batch_carries_what_the_networks_would_give(inputs):

@@ -86,6 +86,13 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
     assert seconds < 120
 
 
+def test_a_process_that_never_gives_a_sign_of_life_is_named(monkeypatch):
+    [(code, line, seconds)] = ended(monkeypatch, lockstep.Watch(Service(), 0, 2), lambda: None)
+    assert code == 75
+    assert line.startswith("error: process 1 was there at the start and has given no sign of life since: it is dead; ")
+    assert seconds < 120
+
+
 def test_a_process_that_lives_and_passes_no_step_is_named(monkeypatch):
     """The first process has passed four steps, of ten milliseconds each, and waits; the second has passed two."""
     service = Service()
@@ -103,13 +110,17 @@ def test_a_process_that_lives_and_passes_no_step_is_named(monkeypatch):
     assert seconds < 120
 
 
-def test_what_takes_its_time_is_not_taken_for_stuck(monkeypatch):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_takes_its_time_is_not_taken_for_stuck(monkeypatch, steps):
+    """Within any of the steps that it was said of."""
     service = Service()
     watch = lockstep.Watch(service, 0, 2)
     monkeypatch.setattr(lockstep.time, "monotonic", lambda: 1000.0)
     for _ in range(5):
         watch.pass_step()
-    watch.untimed()
+    watch.untimed(steps)
+    for _ in range(steps - 1):
+        watch.pass_step()
     rounds = iter(range(1000))
 
     def beat():
@@ -127,6 +138,16 @@ def test_a_process_that_has_left_takes_the_others_with_it(monkeypatch):
         75,
         "error: process 1 has ended: data.txt: damaged; remove it; the same command goes on from the last checkpoint",
     )
+
+
+def test_leaving_does_not_wait_for_a_service_that_hangs(monkeypatch):
+    monkeypatch.setattr(lockstep, "_FAREWELL", 0.05)
+    service, hangs = Service(), threading.Event()
+    service.key_value_set = lambda *_, **__: hangs.wait(20.0)
+    begun = time.monotonic()
+    lockstep.Watch(service, 1, 2).leave("it was stopped")
+    assert time.monotonic() - begun < 10
+    hangs.set()
 
 
 def test_a_signal_that_ends_a_process_at_once_ends_the_others_by_it(monkeypatch):

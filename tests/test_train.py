@@ -13,6 +13,8 @@ import av
 import numpy as np
 import pytest
 
+from adastate_jax import train
+from adastate_jax.config.files import parse_config, save_config
 from adastate_jax.errors import UserError
 from adastate_jax.train import main
 from adastate_jax.training.metrics import read_metrics, read_times
@@ -338,6 +340,18 @@ def test_another_configuration_is_refused(environment, uninterrupted):
     code, errors = run(environment, uninterrupted, "--config.distill.horizon_alpha=4.0")
     assert code == 2
     assert "was made with config.distill.horizon_alpha=2.0, now it is 4.0" in errors.strip().splitlines()[-1]
+
+
+def test_how_it_is_computed_may_change(tmp_path):
+    """What turns out not to fit goes on in smaller pieces."""
+    options = ["--config.pretrain.batch_size=8", "--config.distill.batch_size=8"]
+    config = parse_config(["--config=configs/tiny.py", *options])
+    save_config(config, tmp_path / "config.json")
+    other = ["--config.pretrain.accumulate=4", "--config.distill.accumulate=2", "--config.model.remat=block"]
+    train._refuse_other_configuration(tmp_path, parse_config(["--config=configs/tiny.py", *options, *other]))
+    options[0] = "--config.pretrain.batch_size=4"
+    with pytest.raises(UserError, match=r"was made with config\.pretrain\.batch_size=8, now it is 4"):
+        train._refuse_other_configuration(tmp_path, parse_config(["--config=configs/tiny.py", *options]))
 
 
 def sample(environment, *arguments):

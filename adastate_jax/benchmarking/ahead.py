@@ -4,9 +4,9 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import logging
 import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,6 @@ from adastate_jax.errors import UserError, reason
 from adastate_jax.fields import to_dict
 from adastate_jax.files import whole_file
 from adastate_jax.models.dit import DiTConfig
-
-_log = logging.getLogger(__name__)
 
 _LARGE_COPY = 2**24  # bytes of a result from which on a kernel that only moves data is worth a line
 _MOST_COPIES = 8
@@ -176,26 +174,21 @@ def compile_for(workload: Workload, target: Target, cache: Path | None) -> Compi
         }
         result = Compilation(compiled.as_text(), sizes, "", seconds)
     if stored:
-        _keep(result, stored)
+        try:
+            stored.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with whole_file(stored) as path:
+                path.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
+        except OSError as error:  # it took minutes, and is an answer all the same
+            print(f"note: {stored.parent}: what was compiled is not kept ({reason(error)})", file=sys.stderr)
     return result
 
 
-def _kept(path: Path) -> Compilation | None:
-    """What was compiled before; None where nothing was, or where the file is damaged."""
+def _kept(stored: Path) -> Compilation | None:
+    """What was compiled before; None where there is nothing, or it is damaged or another version's."""
     try:
-        return Compilation(**json.loads(gzip.decompress(path.read_bytes())))
-    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        return Compilation(**json.loads(gzip.decompress(stored.read_bytes())))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError):
         return None
-
-
-def _keep(result: Compilation, path: Path) -> None:
-    """Leaves a compilation for the next run; where that cannot be written, this one has it all the same."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(path) as place:
-            place.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 6))
-    except OSError as error:
-        _log.warning("%s: cannot be written (%s); the next run compiles again", path.parent, reason(error))
 
 
 def without_addresses(text: str) -> str:

@@ -128,14 +128,15 @@ def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str 
     data_dir = pathlib.Path(data_dir)
     with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-    with reading(data_dir, _again(data_dir), Exception):  # TFDS reads its descriptions, if any, and fails in many ways
-        dataset = builder(data_dir=data_dir)
-    folder = pathlib.Path(dataset.data_dir)
 
-    def build() -> bool:
-        """Whether the dataset was built now."""
+    def described() -> tfds.core.DatasetBuilder:
+        with reading(data_dir, _again(data_dir), Exception):  # TFDS reads its descriptions, and fails in many ways
+            return builder(data_dir=data_dir)
+
+    def build() -> None:
+        folder = pathlib.Path(described().data_dir)
         if folder.exists():
-            return False
+            return
         with writing(data_dir, RuntimeError), _only_process(folder.parent):
             for stale in folder.parent.glob(f"incomplete.*_{folder.name}"):
                 shutil.rmtree(stale)
@@ -143,11 +144,11 @@ def open_source(builder: Callable[..., tfds.core.DatasetBuilder], data_dir: str 
             if not folder.exists():
                 dataset.download_and_prepare()
                 seals.write_seal(folder, {path.name: seals.fingerprint(path) for path in sorted(folder.glob("*.json"))})
-        return True
 
-    if distributed.from_first(build):
-        with reading(data_dir, _again(data_dir), Exception):
-            dataset = builder(data_dir=data_dir)
+    # The other processes look only now: network file systems keep for a while what they have once called missing.
+    distributed.from_first(build)
+    dataset = described()
+    folder = pathlib.Path(dataset.data_dir)
     if seals.is_sealed(folder):
         for name, listed in seals.read_seal(folder, _again(folder)).items():
             seals.verify_file(folder / name, listed, _again(folder))

@@ -95,7 +95,11 @@ def run_stage(
             if compiles := compiling(step):
                 bar.set_description(f"{name} (compiling)")
                 lockstep.untimed()
+            before = scalars
             state, scalars = step_function(state, batch, step)
+            # One step is handed over while another runs, and no more. In a longer queue, a signal would wait for all of
+            # it, and only the step whose numbers are asked for would seem to take its time, as if it were stuck.
+            jax.block_until_ready(before)
             pending.append((step, scalars))
             if compiles:
                 spans.lap("compile")

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
-from adastate_jax import distributed
+from adastate_jax import distributed, lockstep
 from adastate_jax.config.run import Config
 from adastate_jax.errors import UserError, writing
 from adastate_jax.files import whole_folder
 from adastate_jax.training.spans import Spans
 
 MOST = 100  # steps of one trace, which grows by megabytes with each
+_AHEAD = 4  # steps, more than a process can be ahead of the one that writes
 
 
 class Profile:
@@ -76,6 +77,8 @@ class Profile:
 
     def after(self, stage: str, step: int, outputs: Any, spans: Spans) -> None:
         """Ends the trace behind the last step, once the devices have done it."""
+        if step == self._last:
+            lockstep.untimed(_AHEAD)  # of all processes: those that write nothing wait in one of the next steps
         if step != self._last or self._tracing != stage:
             return
         jax.block_until_ready(outputs)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from adastate_jax import distributed
 from adastate_jax.data import worlds as worlds_module
 from adastate_jax.data.batches import example_indices, open_source, prefetch, read_batch
 from adastate_jax.data.worlds import WorldConfig, Worlds, worlds
@@ -144,6 +145,24 @@ def test_a_source_is_built_once_and_pickles(tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(other[3]["video"], source[3]["video"])
     assert len(open_source(dataset, tmp_path, "train[:50%]")) == 3
     assert capsys.readouterr() == ("", "")
+
+
+def test_other_processes_look_for_it_only_when_it_is_built(tmp_path, monkeypatch):
+    """A network file system may go on for a while to say that it is not there."""
+    looked, by_the_first = [], distributed.from_first
+
+    def dataset(**arguments):
+        looked.append(arguments)
+        return worlds(TINY, 6, 2, 0)(**arguments)
+
+    def built_elsewhere(build):
+        assert looked == []
+        monkeypatch.setattr(distributed, "from_first", by_the_first)
+        open_source(worlds(TINY, 6, 2, 0), tmp_path, "train")
+
+    monkeypatch.setattr(distributed, "from_first", built_elsewhere)
+    assert len(open_source(dataset, tmp_path, "train")) == 6
+    assert len(looked) == 1
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):

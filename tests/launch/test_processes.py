@@ -232,6 +232,16 @@ def test_arguments_that_do_not_fit_together_are_refused(arguments, message):
         distributed.start(*arguments)
 
 
+def test_a_job_of_slurm_without_srun_is_told_of_it(monkeypatch):
+    """Its script has the variables of one process of many, and would wait for the others."""
+    for name in ("SLURM_STEP_NODELIST", "ADASTATE_COORDINATOR", "ADASTATE_PROCESSES", "ADASTATE_PROCESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(UserError, match=r"SLURM_NTASKS=8, but srun did not start this process: put srun before"):
+        distributed.start()
+
+
 def test_loopback_is_refused_where_there_are_several_machines(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(UserError, match=r"coordinator 127\.0\.0\.1:5: means each machine itself"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,9 +134,66 @@ def test_after_a_pre_emption_the_tpu_is_made_again_and_in_the_end_deleted(fakes)
     done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], TPU)
     assert done.returncode == 0, done.stderr
     actions = [word for call in calls(fakes) for word in call if word in ("create", "delete", "scp", "ssh")]
-    once = ["scp", "ssh", "ssh", "ssh"]  # copy, install, start, follow
+    once = ["scp", "ssh", "ssh", "ssh", "ssh"]  # copy, install, end what is left, start, follow
     assert actions == ["create", *once, "delete", "create", *once, "delete"]
     assert "ended with 255; again" in done.stderr
+
+
+@pytest.mark.parametrize(("found", "starts"), [(0, 1), (137, 2)])
+def test_a_connection_that_is_lost_does_not_end_what_goes_on(fakes, found, starts):
+    """The machines are there: the training is followed again, and is started again if it is gone."""
+    answers = [
+        [" describe ", [["", 0], *[["ACTIVE", 0]] * 9]],
+        ["train.exit ]", [["", 255], ["", found], ["", 0]]],
+    ]
+    (fakes / "answers").write_text(json.dumps(answers))
+    done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], TPU)
+    assert done.returncode == 0, done.stderr
+    made = calls(fakes)
+    assert sum("nohup" in " ".join(call) for call in made) == starts
+    actions = [word for call in made for word in call if word in ("create", "delete")]
+    assert actions == ["create", "delete"]
+
+
+@pytest.mark.parametrize(("fails", "code", "starts"), [(2, 0, 1), (9, 1, 0)])
+def test_machines_that_are_not_ready_yet_are_set_up_again(fakes, fails, code, starts):
+    answers = [[" describe ", [["", 0], *[["ACTIVE", 0]] * 19]], [" scp ", [["", 1]] * fails]]
+    (fakes / "answers").write_text(json.dumps(answers))
+    done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], TPU)
+    assert done.returncode == code, done.stderr
+    assert sum("nohup" in " ".join(call) for call in calls(fakes)) == starts
+    assert "delete" in calls(fakes)[-1]
+
+
+def test_a_training_that_ends_by_the_same_again_and_again_is_given_up(fakes):
+    answers = [[" describe ", [["", 0], *[["ACTIVE", 0]] * 9]], ["train.exit ]", [["", 75]] * 9]]
+    (fakes / "answers").write_text(json.dumps(answers))
+    done = launch(fakes, "tpu_vm.sh", ["babysit", *TRAIN], {**TPU, "RESTARTS": "2"})
+    assert done.returncode == 75
+    assert "run: ended with 75, after 2 restarts; given up" in done.stderr
+    assert sum("nohup" in " ".join(call) for call in calls(fakes)) == 3
+    assert "delete" in calls(fakes)[-1]
+
+
+@pytest.mark.parametrize(("running", "code"), [(0, 75), (1, 137)])
+def test_following_ends_with_the_training(fakes, running, code):
+    """Its exit code, or that of a kill where no such process is left that could write one."""
+    assert launch(fakes, "tpu_vm.sh", ["follow"], TPU).returncode == 0
+    command = remote_command(calls(fakes)[0])
+    (fakes / "pgrep").write_text(f"#!/bin/sh\n[ {running} = 1 ] || echo 75 > adastate/train.exit\nexit {running}\n")
+    (fakes / "pgrep").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=fakes, env=environment, capture_output=True, check=False)
+    assert done.returncode == code
+
+
+def test_machines_get_the_checkout_without_what_was_made_in_it(fakes):
+    settings = {**TPU, "PREPARE": "sudo mount 10.0.0.2:/runs /runs"}
+    dry = launch(fakes, "tpu_vm.sh", ["--dry-run", "setup"], settings)
+    archived, _, prepared, installed = map(shlex.split, dry.stdout.splitlines())
+    assert {"--exclude=.git", "--exclude=.venv", "--exclude=runs"} <= {*archived}
+    assert remote_command(prepared) == settings["PREPARE"]
+    assert "requirements.txt" in remote_command(installed)
 
 
 def test_a_slice_that_is_not_complete_is_not_used(fakes):
@@ -162,10 +220,14 @@ def test_the_jobset_is_filled_in(fakes):
     assert dry.stdout == f"kubectl apply -f - <<END\n{call[-1]}END\n"
     assert "${" not in call[-1]
     job = yaml.safe_load(call[-1])
-    assert job["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    assert job["spec"]["failurePolicy"]["maxRestarts"] == 100
+    [rule] = job["spec"]["failurePolicy"]["rules"]  # bad input is not tried again
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     [replicated] = job["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (4, 4, 0)
+    [rule] = spec["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [2]}}
     pod = spec["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -187,11 +249,12 @@ def test_the_slurm_job_passes_arguments_on_and_goes_back_into_the_queue(fakes):
     first, _, rest = dry.stdout.partition("<<END\n")
     assert shlex.split(first) == [name, *options]
     assert rest == f"{script}END\n"
-    for code, requeued in ((0, False), (2, False), (75, True), (143, True)):
+    often = {"SLURM_RESTART_COUNT": "100"}
+    for code, more, requeued in ((0, {}, False), (2, {}, False), (75, {}, True), (137, {}, True), (143, often, False)):
         (fakes / "calls").unlink(missing_ok=True)
         (fakes / "answers").write_text(json.dumps([["adastate_jax.train", [["", code]]]]))
         path = f"{fakes}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "17"}
+        environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "17", **more}
         done = subprocess.run(["bash", "-c", script], env=environment, check=False)
         assert done.returncode == code
         made = [call[:-1] for call in calls(fakes)]
@@ -216,6 +279,11 @@ def test_the_slurm_job_passes_arguments_on_and_goes_back_into_the_queue(fakes):
         ("tpu_vm.sh", ["run"], TPU, "name what to train"),
         ("tpu_vm.sh", ["create"], {**TPU, "PROVISION": "cheap"}, "PROVISION=cheap: must be"),
         ("tpu_vm.sh", ["create"], {**ENGINE, "HOSTS": "2"}, "TOPOLOGY is not set"),
+        ("tpu_vm.sh", ["create", "--dry-run"], TPU, "--dry-run: --dry-run comes first"),
+        ("tpu_vm.sh", ["run", "--config=configs/tiny.py"], TPU, "what training is given behind --"),
+        ("tpu_vm.sh", ["delete", "--", "--config=configs/tiny.py"], TPU, "delete trains nothing"),
+        ("gke.sh", ["delete", "--dry-run"], GKE, "--dry-run: --dry-run comes first"),
+        ("slurm.sh", ["--config=configs/tiny.py", "--dry-run"], {}, "what training is given behind --"),
         ("gke.sh", ["apply", *TRAIN], {**GKE, "NAME": "a" * 29}, "at most 28"),
         ("gke.sh", ["apply", *TRAIN], {**GKE, "IMAGE": ""}, "IMAGE is not set"),
         ("slurm.sh", [], {}, "name what to train"),
@@ -248,3 +316,24 @@ def test_local_processes_have_one_exit_code(codes, code):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert sorted(done.stdout.splitlines()) == ["[0] here", "[1] here"]
+
+
+def test_local_processes_do_not_wait_for_one_who_reads_no_more():
+    script = "import sys; print('x' * 99); sys.stdout.flush(); [print('x' * 99) for _ in range(20_000)]"
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+        launcher.stdout.readline()
+        launcher.stdout.close()
+        launcher.wait(timeout=60)
+
+
+def test_local_processes_end_with_their_terminal():
+    """SIGHUP reaches them as SIGTERM."""
+    script = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(143)); print('here', flush=True); signal.pause()"
+    )
+    command = [sys.executable, "launch/local_processes.py", "--processes=2", "--", "-uc", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+        assert {launcher.stdout.readline() for _ in range(2)} == {b"[0] here\n", b"[1] here\n"}
+        launcher.send_signal(signal.SIGHUP)
+        assert launcher.wait(timeout=60) == 143

@@ -152,9 +152,10 @@ def make_frozen(config: Config, workdir: Path, clips, mesh) -> Frozen:
     if config.data.encoded:
         return abstract_frozen(config)
     folder = workdir / "frozen"
-    if not is_finished(folder) and config.start_from:
+    missing = distributed.from_first(lambda: not is_finished(folder))
+    if missing and config.start_from:
         save_tree(folder, make_frozen(*start_of(config), clips, mesh))
-    elif not is_finished(folder):
+    elif missing:
         codec = _fit_codec(config, clips)
         encoder = init_sharded(lambda key: TextEncoder(config.text, rngs=nnx.Rngs(key)), mesh, key_of(config, "frozen"))
         save_tree(folder, Frozen(codec, encoder))

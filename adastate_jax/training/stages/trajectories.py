@@ -2,6 +2,8 @@
 
 import functools
 import io
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +35,8 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
         is first read.
 
     Raises:
-        UserError: trajectories are not finite, or a file is damaged or cannot be written; the function that reads, too.
+        UserError: the disk has no room for all of them, they are not finite, or a file is damaged or cannot be written;
+            the function that reads, too.
     """
     config, stream = run.config.initialize, run.config.stream
     try:
@@ -42,6 +45,7 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
         raise UserError(f"config.initialize: {error}") from None
     keep_every = config.ode_steps // len(stream.sigmas)
     shape = (run.config.trajectory_frames, *run.latent_shape)
+    kept = (len(stream.sigmas) + 1, *shape)
     key = run.key("trajectories")
     folder = run.workdir / "trajectories"
     per_file = config.batch_size
@@ -56,13 +60,24 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     def file(index: int) -> Path:
         return folder / _name(index)
 
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    sealed = seals.read_seal(folder, _fix(folder)) if seals.is_sealed(folder) else {}
-    missing = distributed.from_first(
-        lambda: [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
-    )
-    if missing:
+    sealed: dict[str, seals.Fingerprint] = {}  # of the first process, which writes
+
+    def look() -> list[int]:
+        """The numbers of files that are missing."""
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        if seals.is_sealed(folder):
+            sealed.update(seals.read_seal(folder, _fix(folder)))
+        found = [i for i in range(num_files) if file(i).name not in sealed or not file(i).exists()]
+        needed = len(found) * per_file * math.prod(kept) * np.dtype(np.float32).itemsize
+        if (free := shutil.disk_usage(folder).free) < needed:  # rather now than after hours
+            raise UserError(
+                f"{folder}: trajectories take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there; make room, or "
+                "set config.initialize.trajectories to fewer"
+            )
+        return found
+
+    if missing := distributed.from_first(look):
         teacher = run.network("teacher")
         with progress("trajectories (compiling)", num_files * per_file, (num_files - len(missing)) * per_file) as bar:
             for index in missing:
@@ -80,7 +95,7 @@ def make_trajectories(run: Run) -> Callable[[np.ndarray], np.ndarray]:
                 bar.set_description("trajectories")
                 bar.update(per_file)
     run.metrics.spans.lap("data")
-    return read_trajectories(folder, per_file, (len(stream.sigmas) + 1, *shape))
+    return read_trajectories(folder, per_file, kept)
 
 
 def write_trajectories(file: Path, drawn: np.ndarray, sealed: dict[str, seals.Fingerprint]) -> None:
