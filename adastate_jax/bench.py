@@ -126,26 +126,41 @@ def _earlier(path: Path) -> dict:
     """What an earlier run wrote."""
     record = parse_json(read_text(path), str(path))
     rows = record.get("programs") if isinstance(record, dict) else None
-    named = isinstance(rows, list) and all(
-        isinstance(row, dict) and {"target", "program", "mesh"} <= {*row} for row in rows
-    )
-    if not named:
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise UserError(f"--against={path}: not what bench --compile-for wrote")
     return record
 
 
+def _is_row(row: object) -> bool:
+    """Whether lines of a comparison can be made of it."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("target", "program")):
+        return False
+    if not isinstance(mesh := row.get("mesh"), dict):
+        return False
+    counted = [name for name in row if name.endswith(("_bytes", "_ms", "_seconds", "tflop")) and row[name] is not None]
+    numbers = [*mesh.values(), *(row[name] for name in counted)]
+    for name in ("collectives", "copies"):
+        moved = row.get(name, [])
+        if not isinstance(moved, list) or not all(isinstance(each, dict) for each in moved):
+            return False
+        numbers += [each.get(part) for each in moved for part in ("bytes", "runs")]
+    return all(isinstance(number, int | float) and abs(number) < 1e30 for number in numbers)
+
+
 def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Compiles for the chips that were named, prints the table and writes the file."""
-    config = options.config or _CONFIG
+    config = _CONFIG if options.config is None else options.config
     refuse_configuration(config, rest)
-    if options.teacher and not Path(options.teacher.partition(":")[0]).is_file():
+    if options.teacher is not None and not Path(options.teacher.partition(":")[0]).is_file():
         raise UserError(f"--teacher={options.teacher}: no such file{what_lies_near(options.teacher.partition(':')[0])}")
     if options.default_output:
         options.default_output = Path("compiled.json")
     for name in ("only", "repeats"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name}: does not go with --compile-for, which times nothing")
-    before = options.against and _earlier(options.against)
+    if options.until_ready:
+        raise UserError("--until-ready: does not go with --compile-for, which runs nothing")
+    before = None if options.against is None else _earlier(options.against)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; an accelerator that is here is left alone
     with claimed_output(options) as output, if_unwritten(output):
         starting()
@@ -154,8 +169,15 @@ def _compile(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from adastate_jax.config.files import parse_config
 
         parsed = parse_config([f"--config={config}", *rest])
-        teacher = parse_config([f"--config={options.teacher}"]).model if options.teacher else wan_14b(parsed.model)
-        record = ahead.run(parsed, teacher, options.compile_for, options.programs or PROGRAMS, ahead.cache_folder())
+        teacher = wan_14b(parsed.model)
+        if options.teacher:
+            try:
+                teacher = parse_config([f"--config={options.teacher}"]).model
+            except UserError as error:
+                raise UserError(f"--teacher={options.teacher}: {str(error).partition(': ')[2] or error}") from None
+        targets = list(dict.fromkeys(options.compile_for))
+        programs = list(dict.fromkeys(options.programs or PROGRAMS))
+        record = ahead.run(parsed, teacher, targets, programs, ahead.cache_folder())
         output = _write(output, record, options.overwrite)
     print(ahead.table(record))
     if before:

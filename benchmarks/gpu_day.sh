@@ -9,7 +9,6 @@
 # less than half a minute left is named as not run. Compiled programs are kept in OUT/cache. REFERENCES names a folder
 # of reference files for `verify`, beside those that ship.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
 
 DRY=
 if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
@@ -17,6 +16,7 @@ if (($# != 1)); then echo "error: name one folder for the results" >&2; exit 2; 
 if [[ -e $1 ]]; then echo "error: $1: is there already; name another folder" >&2; exit 2; fi
 mkdir -p "$1/cache" || exit 2
 OUT=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2  # OUT is where the caller said
 PYTHON=${PYTHON:-python}
 export JAX_COMPILATION_CACHE_DIR=$OUT/cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 

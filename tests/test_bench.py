@@ -108,9 +108,23 @@ def test_a_pass_takes_what_is_counted(student):
     assert counted(adapted.text_keys_values, embeddings) == flops.text_flops(SMALL, lora).total
 
 
+def _causal_products(config, height, width) -> int:
+    """Products of inputs and outputs over all causal convolutions of 3×3 pixels that a first frame passes, per tap."""
+    levels, pixels = decoder_levels(config), height * width
+    middle = levels[0].inputs
+    total = pixels * (config.latent_channels * middle + 4 * middle**2)
+    for level in levels:
+        if level.resample:
+            pixels *= 4
+        else:
+            total += pixels * (level.inputs * level.outputs + level.outputs**2)
+    return total + pixels * config.dim * 3
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_decoder_takes_what_is_counted(first):
-    """But for the convolution behind an upsampling, which ours folds into it: four taps for nine."""
+    """But for the convolution behind an upsampling, which ours folds into it: four taps for nine; and for the two
+    frames of zeros before the first."""
     config = VAEConfig(dim=4, latent_channels=2, num_res_blocks=1, latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0))
     model = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0), parts=("decoder",)))
     cache = decoder_cache(model, 1, 2, 3)
@@ -118,6 +132,8 @@ def test_a_decoder_takes_what_is_counted(first):
     saved = 0
     for frames, growth in ((1, 1), (2, 2)) if first else ((3, 2),):  # the first frame is not resampled in time
         height, width = 2, 3
+        if first and frames == 1:
+            saved += 2 * 18 * _causal_products(config, 2, 3)
         for level in (level for level in decoder_levels(config) if level.resample):
             frames *= growth if level.temporal else 1
             taps = 9 * 4 * height * width - 4 * 4 * (height + 1) * (width + 1)  # four small images, with a margin
@@ -127,14 +143,20 @@ def test_a_decoder_takes_what_is_counted(first):
 
 
 def test_the_tiny_decoder_takes_what_is_counted():
-    """But for growing in time, which ours does before the upsampling: a quarter of the counted products."""
+    """But for growing in time, which ours does before the upsampling: a quarter of the counted products.
+
+    And on a processor for the convolution behind it, as above.
+    """
     config = TinyVAEConfig(latent_channels=2, widths=(4, 4, 4))
     model = jax.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0), parts=("decoder",)))
     cache = decoder_cache(model, 1, 2, 3)
     work = counted(lambda model: decode(model, jnp.zeros((1, 3, 2, 3, 2)), cache, False), model)
     pixels = 3 * 2 * 3  # and levels of 1, 4 and 2 · 16 times as many latents, growing 1, 2 and 2 times
     growing = 2 * 4**2 * pixels * (1 + 4 * 2 + 2 * 16 * 2)
-    assert work == flops.decoder_flops(config, 2, 3, 3) - 3 * growing
+    saved = 0
+    for frames, height, width in ((3, 2, 3), (6, 4, 6), (12, 8, 12)):  # behind growing
+        saved += 2 * 4**2 * frames * (9 * 4 * height * width - 4 * 4 * (height + 1) * (width + 1))
+    assert work == flops.decoder_flops(config, 2, 3, 3) - 3 * growing - saved
 
 
 def test_wan_2_1_takes_what_is_published():
@@ -317,6 +339,22 @@ def test_what_does_not_fit_is_said(tmp_path, small_probe, monkeypatch):
     assert record["skipped"] == {"chunk": "out of memory"}
     assert [row["name"] for row in record["measurements"]] == ["DiT pass"]
     assert "chunk: out of memory" in report.table(record)
+
+
+def test_all_devices_of_the_mesh_share_the_ceiling():
+    """Those along `context`, too."""
+    config = parse_config([*SMALL_CONFIG, *WAN_DECODERS, "--config.mesh.context=2", "--config.mesh.model=2"])
+    row = measure.Measurement("chunk", (0.5,), flops=10**9, dtype="float32")
+    record = report._record(config, [row], {}, {"bfloat16": 2e9, "float32": 1e9, "copy": 1e9})
+    assert record["devices_used"] == 4
+    assert record["measurements"][0]["percent_of_ceiling"] == pytest.approx(50)
+
+
+def test_the_ceiling_of_float32_is_float32():
+    """On a GPU it would be that of TF32, which no network computes in."""
+    for dtype, exact in (("float32", 2), ("bfloat16", 0)):
+        square = jax.ShapeDtypeStruct((4, 4), dtype)
+        assert machine._multiply.lower(square, square).as_text().count("HIGHEST") == exact
 
 
 def test_the_probe_finds_a_machine():

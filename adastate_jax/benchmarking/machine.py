@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.models.linear import stated_precision
+
 _CHAIN = 8  # products or copies per timed call, so that a call's overhead does not count
 
 
@@ -55,7 +57,8 @@ def timed(step: Callable[[], Any], repeats: int) -> tuple[float, ...]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return jax.lax.fori_loop(0, _CHAIN, lambda _, x: x @ matrix, x)
+    precision = stated_precision(x.dtype)  # as the networks: a float32 ceiling of TF32 would be none of theirs
+    return jax.lax.fori_loop(0, _CHAIN, lambda _, x: jnp.matmul(x, matrix, precision=precision), x)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -78,8 +81,8 @@ def probe() -> dict[str, float]:
     """What the default device reaches at best.
 
     Returns:
-        `bfloat16` and `float32`: FLOP/s of square matrix products at JAX's default precision. `copy`: bytes read and
-        written per second by adding one to a large array.
+        `bfloat16` and `float32`: FLOP/s of square matrix products, float32 ones of that precision, as the
+        networks'. `copy`: bytes read and written per second by adding one to a large array.
     """
     small = jax.devices()[0].platform == "cpu"
     side, length = (1024, 1 << 26) if small else (8192, 1 << 29)

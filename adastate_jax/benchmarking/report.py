@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -36,7 +37,8 @@ DEFINITIONS = {
     "steady, the transition a switch",
     "training": "one update, without reading data or encoding text and video; a student's rollout draws how many "
     "denoising steps it takes, its operations are those of the mean",
-    "percent_of_ceiling": "counted operations / median time / the square matrix product of the same dtype",
+    "percent_of_ceiling": "counted operations / median time / the square matrix product of the same dtype, "
+    "float32 in full precision",
     "fps dit": "images of a chunk / its time",
     "fps with_decoder": "images of a chunk / (its time + the decoder's, one after the other)",
     "fps end_to_end": "images of the steady chunks / their time until the mp4 file is closed",
@@ -167,7 +169,7 @@ def _record(
     config: Config, rows: Sequence[Measurement], skipped: Mapping[str, str], ceilings: Mapping[str, float]
 ) -> dict[str, Any]:
     model = config.model
-    devices = config.mesh.data * config.mesh.fsdp * config.mesh.model
+    devices = math.prod(dataclasses.astuple(config.mesh))
     named = {row.name: row for row in rows}
     images = config.stream.chunk_frames * config.time_factor
     fps: dict[str, Any] = {"images_per_chunk": images}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adastate_jax.checks import require_at_least_one, require_dtypes
+from adastate_jax.models.convolution import doubling_convolution, folds_upsampling
 from adastate_jax.models.video_layers import PARTS, Blocks, FeatureCache, Memory, check_tile, pointwise, spatial_conv
 from adastate_jax.sharding import constrain
 
@@ -99,6 +100,8 @@ class UpLevel(nnx.Module):
             x = block(x, memory)
         # Growing commutes with the nearest-neighbour upsampling that precedes it officially, and is cheaper before it.
         x = einops.rearrange(self.grow(x), "b f h w (grown c) -> b (f grown) h w c", grown=self.frames)
+        if folds_upsampling():
+            return doubling_convolution(x, self.conv.kernel[...], None, self.conv.dtype)
         return self.conv(einops.repeat(x, "b f h w c -> b f (h down) (w across) c", down=2, across=2))
 
 

@@ -112,8 +112,10 @@ class CausalConv(nnx.Module):
 
     def __call__(self, x: jax.Array, memory: Memory) -> jax.Array:
         """[B, F, H, W, inputs] → [B, F / stride, H, W, outputs]; F is a multiple of the stride."""
-        seen = memory.extend(x, 3 - self.stride)
-        return causal_convolution(seen, self.kernel[...], self.bias[...], self.stride, self.dtype)
+        seen, kernel = memory.extend(x, 3 - self.stride), self.kernel[...]
+        if memory.empty and x.shape[1] == self.stride == 1:  # the two frames before it are zeros, and add none
+            seen, kernel = x, kernel[2:]
+        return causal_convolution(seen, kernel, self.bias[...], self.stride, self.dtype)
 
 
 class ChannelNorm(nnx.Module):
@@ -321,7 +323,7 @@ class VAE(nnx.Module):
         self, latents: jax.Array, cache: FeatureCache | None, first: bool
     ) -> tuple[jax.Array, FeatureCache]:
         """One pass of the decoder: `decode` of a single latent frame, or, if not the first, of several at once."""
-        config, memory = self.config, Memory(cache)
+        config, memory = self.config, Memory(cache, empty=first)
         mean, std = (np.asarray(x, np.float32) for x in (config.latents_mean, config.latents_std))
         raw = (latents.astype(jnp.float32) * std + mean).astype(config.dtype)
         return self.decoder(constrain(raw, "batch"), memory, first), memory.cache()
@@ -330,7 +332,7 @@ class VAE(nnx.Module):
         self, video: jax.Array, cache: FeatureCache | None, first: bool
     ) -> tuple[tuple[jax.Array, jax.Array], FeatureCache]:
         """One pass of the encoder: `encode_moments` of one latent frame's worth of frames."""
-        config, memory = self.config, Memory(cache)
+        config, memory = self.config, Memory(cache, empty=first)
         moments = self.encoder(constrain(video.astype(config.dtype), "batch"), memory, first)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         center, std = (np.asarray(x, np.float32) for x in (config.latents_mean, config.latents_std))

@@ -36,9 +36,13 @@ class Memory:
     """Hands the layers of one pass their past frames, in calling order, and collects what the next pass will need.
 
     Without a cache every past is zeros, in the shape that the layer asks for.
+
+    Attributes:
+        empty: whether the past is zeros, known when the program is traced: that of a stream's first call.
     """
 
-    def __init__(self, cache: FeatureCache | None):
+    def __init__(self, cache: FeatureCache | None, empty: bool = False):
+        self.empty = empty or cache is None
         self._past = None if cache is None else iter(cache.frames)
         self._newest: list[jax.Array] = []
 

@@ -1,6 +1,7 @@
 """Compiling ahead of time: the records, the cache, the command. The processor's compiler stands for the others."""
 
 import dataclasses
+import gzip
 import json
 
 import jax
@@ -14,6 +15,8 @@ from adastate_jax.benchmarking.targets import Chip
 from adastate_jax.benchmarking.workloads import make_workload, mesh_over, wan_14b
 from adastate_jax.errors import UserError
 from adastate_jax.models.dit import DiT, DiTConfig
+
+PATCHES = ["--config.model.in_channels=48", "--config.model.out_channels=48"]  # what one of configs/tiny.py holds
 
 
 def describe(program: str, devices: int = 1, config=CONFIG, chip: Chip = HOST, cache=None) -> dict:
@@ -106,6 +109,23 @@ def test_what_was_compiled_before_is_not_compiled_again(tmp_path, monkeypatch):
     assert ahead._kept(stored) is None
 
 
+def test_a_damaged_cache_is_made_again(tmp_path):
+    first = describe("tiny", cache=tmp_path)
+    (stored,) = tmp_path.iterdir()
+    whole = stored.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], gzip.compress(b"[]"), gzip.compress(b'{"text": 1}')):
+        stored.write_bytes(damaged)
+        again = describe("tiny", cache=tmp_path)
+        assert again | {"compile_seconds": 0} == first | {"compile_seconds": 0}
+    assert len(stored.read_bytes()) > len(whole) // 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert describe("tiny", cache=tmp_path / "file" / "cache")["fits"] == "yes"
+    assert "what was compiled is not kept" in capsys.readouterr().err
+
+
 def test_what_the_chip_has_not_room_for_is_said(stream, monkeypatch):
     """By the sizes that the compiler gives, or by its own refusal, with its words."""
     held = stream["peak_bytes"] + stream["resident_bytes"]
@@ -172,6 +192,9 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
         bench.main([*command, "critic", "student"])
     with pytest.raises(UserError, match=r"config.mesh: cpu:8 has 8 devices, not 2 \(data 1, fsdp 2, "):
         bench.main([*command, "stream", "--config.mesh.fsdp=2"])
+    monkeypatch.setattr(ahead, "find_target", lambda name: here(1))
+    with pytest.raises(UserError, match=r"--programs wan: config\.decoder is patch"):
+        bench.main([*command, "wan", "--config.decoder=patch", *PATCHES])
     assert not output.exists()
 
 
@@ -188,6 +211,11 @@ def test_what_cannot_be_split_is_left_out(tmp_path, monkeypatch, capsys):
         (["--compile-for", "v5e:1", "--programs", "all"], "--programs: invalid choice: 'all'"),
         (["--compile-for", "v5e:1", "--teacher=nowhere.py"], "--teacher=nowhere.py: no such file"),
         (["--compile-for", "v5e:1", "--against=nowhere.json"], "nowhere.json"),
+        (["--compile-for", "v5e:1", "--teacher="], "--teacher=: no such file"),
+        (["--compile-for", "v5e:1", f"--teacher={__file__}"], "--teacher=.*test_ahead.py: not a configuration file"),
+        (["--compile-for", "v5e:1", "--against="], "cannot be read"),
+        (["--compile-for", "v5e:1", "--config="], "--config=: no such file"),
+        (["--compile-for", "v5e:1", "--until-ready"], "--until-ready: does not go with --compile-for"),
         (["--programs", "stream"], "--programs: goes with --compile-for"),
         (["--compile-for", "v5e:1", "--repeats=3"], "--repeats: does not go with --compile-for"),
         (["--compile-for", "v5e:1", "--only", "chunk"], "--only: does not go with --compile-for"),
@@ -220,3 +248,25 @@ def test_wan_14b_has_its_published_size():
     """14.29 billion weights. Source: the safetensors index of Wan-AI/Wan2.1-T2V-14B, 57.2 GB in float32."""
     network = jax.eval_shape(lambda: DiT(wan_14b(DiTConfig()), rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == pytest.approx(14.29e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mesh": 3},
+        {"mesh": {"model": [2]}},
+        {"program": None},
+        {"peak_bytes": "1e9"},
+        {"estimated_ms": float("nan")},
+        {"temp_bytes": 10**400},
+        {"collectives": {"bytes": 1}},
+        {"copies": [{"bytes": 1}]},
+    ],
+)
+def test_an_earlier_run_that_is_none_is_refused_before_anything_is_compiled(damage, stream, tmp_path):
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"programs": [stream]}))
+    assert bench._earlier(earlier)["programs"] == [stream]
+    earlier.write_text(json.dumps({"programs": [stream | damage]}))
+    with pytest.raises(UserError, match=r"--against=.*earlier\.json: not what bench --compile-for wrote"):
+        bench._earlier(earlier)

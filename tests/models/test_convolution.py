@@ -43,12 +43,38 @@ def test_a_causal_convolution_is_the_sum_over_its_window(form, space, stride):
 
 
 @FORMS
+def test_one_frame_of_a_window_is_that_behind_two_of_zeros(form):
+    """How a stream's first call runs: with the same bits, and a third of the products."""
+    x, kernel, bias = jnp.asarray(drawn(2, 1, 4, 5, 3)), jnp.asarray(drawn(3, 3, 3, 3, 2)), jnp.asarray(drawn(2))
+    behind = jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+    alone = causal_convolution(x, kernel[2:], bias, 1, "float32")
+    np.testing.assert_allclose(alone, causal_convolution(behind, kernel, bias, 1, "float32"), rtol=0, atol=2e-5)
+
+
+@FORMS
 def test_doubling_is_every_pixel_twice_and_a_convolution(form):
     x, kernel, bias = drawn(2, 3, 4, 5, 3), drawn(3, 3, 3, 2), drawn(2)
-    larger = x.repeat(2, axis=2).repeat(2, axis=3)
+    larger = plain(x.repeat(2, axis=2).repeat(2, axis=3), kernel[None], 1, 1)
     y = doubling_convolution(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias), "float32")
     assert y.shape == (2, 3, 8, 10, 2)
-    np.testing.assert_allclose(y, plain(larger, kernel[None], 1, 1) + bias, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(y, larger + bias, rtol=0, atol=2e-5)
+    y = doubling_convolution(jnp.asarray(x), jnp.asarray(kernel), None, "float32")
+    np.testing.assert_allclose(y, larger, rtol=0, atol=2e-5)
+
+
+def test_large_images_are_convolved_in_parts_to_the_same_numbers(monkeypatch):
+    """Of the causal ones, of 480 bytes a frame, two at once or one, of the enlarged ones one."""
+    x, kernel, bias = jnp.asarray(drawn(2, 8, 4, 5, 3)), jnp.asarray(drawn(3, 3, 3, 3, 2)), jnp.asarray(drawn(2))
+
+    def convolved():
+        forms = {stride: causal_convolution(x[:, : 9 - stride], kernel, bias, stride, "float32") for stride in (1, 2)}
+        return [*forms.values(), doubling_convolution(x, kernel[0], bias, "float32")]
+
+    whole = convolved()
+    monkeypatch.setattr(convolution, "MOST_CONVOLVED_BYTES", 2 * 480)
+    assert "while" in jax.jit(lambda x: causal_convolution(x, kernel, bias, 1, "float32")).lower(x).as_text()
+    for parts, wanted in zip(convolved(), whole, strict=True):
+        np.testing.assert_allclose(parts, wanted, rtol=0, atol=1e-5)
 
 
 def test_folded_weights_are_rounded_once():
