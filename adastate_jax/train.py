@@ -183,16 +183,31 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
-    """Checks that what the work directory holds was made with this configuration."""
+    """Checks that what the work directory holds was made with this configuration, but for more steps of its end."""
     from adastate_jax.config.files import load_config
     from adastate_jax.config.run import Config
 
     path = workdir / "config.json"
     if path.exists():
         fields = [field.name for field in dataclasses.fields(Config) if field.name not in _FREE_FIELDS]
-        difference = _difference(load_config(path), config, fields)
+        old = load_config(path)
+        extended = _extended(old, config, workdir)
+        difference = _difference(extended, config, fields)
         if difference:
             raise UserError(f"{workdir}: was made with {difference}; use a fresh --workdir or the old value")
+        if extended != old:
+            _refuse_early_end(config)
+
+
+def _extended(old: "Config", new: "Config", workdir: Path) -> "Config":
+    """The old configuration with as many steps as the new one's, of stages that no other went on from."""
+    stages = ("pretrain", "initialize", "distill")
+    for index, stage in enumerate(stages):
+        steps = getattr(new, stage).steps
+        begun = any((workdir / later).exists() for later in stages[index + 1 :])
+        if steps > getattr(old, stage).steps and not begun:
+            old = dataclasses.replace(old, **{stage: dataclasses.replace(getattr(old, stage), steps=steps)})
+    return old
 
 
 def _refuse_other_start(config: "Config") -> None:

@@ -195,7 +195,6 @@ def test_the_rule_keeps_the_best_of_each_kind_and_what_claims_are_of():
     assert plan.longer(plan.kept(memory, motion)) == (
         *("anchored/static/updates_1000", "anchored/adaptive/updates_1000"),
         *("recurrent/adaptive/state_4/updates_1000", "anchored/adaptive/updates_3000"),
-        "recurrent/adaptive/state_4/updates_3000",
     )
 
 
@@ -212,6 +211,23 @@ def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_pa
     assert len(ordered) == len(plan.SCREENING) + len(STARTS) == len(set(ordered))
     assert ordered[:2] == [("anchored", 0), ("anchored/none", 0)]
     assert ordered.index(("unanchored", 0)) == ordered.index(("unanchored/none", 0)) - 4
+
+
+def test_what_is_trained_longer_goes_on_from_what_is_trained(tmp_path, monkeypatch):
+    trained = []
+
+    def train(config, workdir, overrides):
+        workdir.mkdir(exist_ok=True)
+        trained.append((workdir.name, [path.name for path in workdir.iterdir()]))
+        (workdir / workdir.name).touch()
+
+    monkeypatch.setattr(training, "train_one", train)
+    monkeypatch.setattr(training, "check_teacher", lambda folder: None)
+    training.train_runs(tmp_path, [("anchored/adaptive/updates_3000", 0)], jobs=1)
+    *_, (name, before), (longer, after) = trained
+    assert (name, before) == ("anchored.adaptive.updates_1000-0", ["anchored.adaptive-0"])
+    assert (longer, set(after)) == ("anchored.adaptive.updates_3000-0", {*before, name})
+    assert [name for name, _ in trained][-3] == "anchored.adaptive-0"
 
 
 def test_a_run_that_fails_keeps_no_other_from_being_trained():

@@ -354,6 +354,25 @@ def test_how_it_is_computed_may_change(tmp_path):
         train._refuse_other_configuration(tmp_path, parse_config(["--config=configs/tiny.py", *options]))
 
 
+def test_a_run_may_go_on_for_more_steps(tmp_path):
+    """Of a stage that no other went on from; never for fewer, and not at a rate that has decayed to zero."""
+    options = ["--config=configs/tiny.py", "--config.initialize.steps=300"]
+    save_config(parse_config(options), tmp_path / "config.json")
+
+    def check(*others):
+        train._refuse_other_configuration(tmp_path, parse_config([*options, *others]))
+
+    check("--config.distill.steps=200")
+    with pytest.raises(UserError, match=r"distill\.steps=100, now it is 90"):
+        check("--config.distill.steps=90")
+    with pytest.raises(UserError, match=r"initialize\.optimizer\.decay_steps 300 ends before the 400 updates"):
+        check("--config.initialize.steps=400")
+    (tmp_path / "distill").mkdir()
+    with pytest.raises(UserError, match=r"initialize\.steps=300, now it is 400"):
+        check("--config.initialize.steps=400")
+    check("--config.distill.steps=200")
+
+
 def sample(environment, *arguments):
     done = subprocess.run(
         [sys.executable, "-m", "adastate_jax.sample", *map(str, arguments)],

@@ -59,9 +59,14 @@ def longer(final: tuple[str, ...]) -> tuple[str, ...]:
     """What is trained longer, with one seed, of the arms that are `kept`.
 
     With 1,000 updates of the student the paper's static and adaptive anchor, and the best recipe with a state; with
-    3,000 the latter two.
+    3,000 the paper's adaptive one, of which a claim is.
     """
     best = [arm for arm in final if is_adaptive(arm)][-1]
-    adaptive = dict.fromkeys([CLAIMED[2], best])
-    thousand = (f"{arm}/updates_1000" for arm in (CLAIMED[1], *adaptive))
-    return (*thousand, *(f"{arm}/updates_3000" for arm in adaptive))
+    thousand = dict.fromkeys(f"{arm}/updates_1000" for arm in (CLAIMED[1], CLAIMED[2], best))
+    return (*thousand, f"{CLAIMED[2]}/updates_3000")
+
+
+def shorter(arm: str) -> str | None:
+    """The arm that one which is trained longer goes on from: the same with fewer updates."""
+    name, _, updates = arm.rpartition("/")
+    return {"updates_1000": name, "updates_3000": f"{name}/updates_1000"}.get(updates)

@@ -2,14 +2,16 @@
 
 import collections
 import itertools
+import shutil
 import threading
 from pathlib import Path
 
+from adastate_jax.files import whole_folder
 from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, start_of, workdir_of
 from studies.changing_world.gates import check_teacher
 from studies.changing_world.measure import Run, screen
 from studies.changing_world.memory import mean_memory, returns
-from studies.changing_world.plan import SCREENING, kept, longer
+from studies.changing_world.plan import SCREENING, kept, longer, shorter
 from studies.rows import columns_of
 from studies.runs import done_file, train_all, train_one
 
@@ -97,9 +99,11 @@ def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], d
 
 
 def _needed(arm: str) -> list[str]:
-    """What is trained before an arm, the one that it starts from last."""
+    """What is trained before an arm."""
+    if arm == "teacher":
+        return []
     before = ["anchored"] if arm == "anchored_tenth" else []
-    return [] if arm == "teacher" else [*before, start_of(arm)]
+    return [*before, start_of(arm), *filter(None, [shorter(arm)])]
 
 
 def _train_run(folder: Path, arm: str, seed: int) -> None:
@@ -108,4 +112,8 @@ def _train_run(folder: Path, arm: str, seed: int) -> None:
         overrides = [f"--config.seed={seed}", f"--config.start_from={folder / start_of(arm)}"]
     if arm == "anchored_tenth":
         overrides.append(f"--config.initialize.weights={folder / 'anchored' / 'initialize'}")
-    train_one(f"{CONFIG}:{arm}", workdir_of(folder, arm, seed), overrides)
+    workdir = workdir_of(folder, arm, seed)
+    if (before := shorter(arm)) and not workdir.exists():
+        with whole_folder(workdir) as copy:
+            shutil.copytree(workdir_of(folder, before, seed), copy, dirs_exist_ok=True)
+    train_one(f"{CONFIG}:{arm}", workdir, overrides)
