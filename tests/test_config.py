@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_every_config_file_builds_and_says_how_to_run_it(path):
     require_whole_decay(parse_config([f"--config={path}", *folder]))
     docstring = path.read_text().split('"""')[1]
     assert f"--config=configs/{path.name}" in docstring
+
+
+def test_every_way_has_a_smallest_configuration_which_says_how_to_run_it():
+    file = CONFIGS / "smallest.py"
+    ways = runpy.run_path(str(file))["WAYS"]
+    built = {parse_config([f"--config={file}:{way}"]) for way in ways}
+    assert len(built) == len(ways)
+    assert all(f"--config=configs/smallest.py:{way} " in file.read_text() for way in ways)
+    with pytest.raises(UserError, match="unknown way 'nothing'; it is one of tiny, own_videos"):
+        parse_config([f"--config={file}:nothing"])
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden fixtures at {GOLDEN}")

@@ -19,33 +19,12 @@ from adastate_jax.weights.converted import load_converted
 from adastate_jax.weights.slots import leaves
 
 ROOT = Path(__file__).parents[1]
-SIZES = {
-    "data.num_worlds": 8,
-    "data.worlds.num_frames": 6,
-    "codec.channels": 8,
-    "model.in_channels": 8,
-    "model.out_channels": 8,
-    "model.dim": 16,
-    "model.ffn_dim": 24,
-    "model.num_heads": 1,
-    "model.num_layers": 1,
-    "stream.denoising_steps": (1000.0, 500.0),
-    "initialize.steps": 2,
-    "initialize.batch_size": 4,
-    "initialize.ode_steps": 4,
-    "distill.steps": 2,
-    "distill.batch_size": 2,
-    "distill.rollout_frames": 3,
-    "logging.save_every": 1,
-    "logging.log_every": 1,
-}
 LORA = {"student.lora.rank": 2, "critic.lora.rank": 1, "critic.lora.targets": ("self_attention/.*",)}
 
 
 def configured(**fields):
-    values = {**SIZES, **{name.replace("__", "."): value for name, value in fields.items()}}
-    arguments = [f"--config.{name}={value}" for name, value in values.items()]
-    return parse_config([f"--config={ROOT / 'configs' / 'tiny.py'}", *arguments])
+    arguments = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    return parse_config([f"--config={ROOT / 'configs' / 'smallest.py'}", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +106,12 @@ def test_exported_adapters_on_the_first_base_are_the_student_that_streams(names,
     convert.main([f"--source={own}", f"--lora={adapter}", f"--output={tmp_path / 'student'}"])
     found = leaves(load_converted(tmp_path / "student", "transformer", make_mesh(), "float32"))
     base = leaves(ada.load(own).student)
-    # The distilled run's base was frozen in bfloat16, and its student is of that.
+    # The distilled run's student is bfloat16: the first base is rounded, and so is each sum of a base and adapters.
     wanted = leaves(jax.tree.map(lambda x: x.astype("float32"), ada.load(distilled).student))
     assert {str(leaf.dtype) for leaf in leaves(ada.load(distilled).student).values()} == {"bfloat16"}
     changed = 0
     for name, leaf in wanted.items():
-        np.testing.assert_allclose(found[name], leaf, rtol=2**-7, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found[name], leaf, rtol=3 * 2**-8, atol=1e-6, err_msg=name)
         changed += bool(np.abs(found[name] - base[name]).max() > 1e-5)
     assert changed == 10
 
