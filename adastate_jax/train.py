@@ -201,10 +201,10 @@ def _refuse_other_configuration(workdir: Path, config: "Config") -> None:
 
 def _extended(old: "Config", new: "Config", workdir: Path) -> "Config":
     """The old configuration with as many steps as the new one's, of stages that no other went on from."""
-    stages = ("pretrain", "initialize", "distill")
-    for index, stage in enumerate(stages):
+    made = ("pretrain", "trajectories", "initialize", "distill")  # each of what stands before it
+    for stage in ("pretrain", "initialize", "distill"):
         steps = getattr(new, stage).steps
-        begun = any((workdir / later).exists() for later in stages[index + 1 :])
+        begun = any((workdir / later).exists() for later in made[made.index(stage) + 1 :])
         if steps > getattr(old, stage).steps and not begun:
             old = dataclasses.replace(old, **{stage: dataclasses.replace(getattr(old, stage), steps=steps)})
     return old

@@ -362,6 +362,12 @@ def test_a_run_may_go_on_for_more_steps(tmp_path):
     def check(*others):
         train._refuse_other_configuration(tmp_path, parse_config([*options, *others]))
 
+    more = "--config.pretrain.steps=1300", "--config.pretrain.optimizer.decay_steps=1200"
+    with pytest.raises(UserError, match=r"pretrain\.optimizer\.decay_steps 1200 ends before"):
+        check(*more)
+    (tmp_path / "trajectories").mkdir()  # of the teacher as it is
+    with pytest.raises(UserError, match=r"pretrain\.steps=1200, now it is 1300"):
+        check(*more)
     check("--config.distill.steps=200")
     with pytest.raises(UserError, match=r"distill\.steps=100, now it is 90"):
         check("--config.distill.steps=90")

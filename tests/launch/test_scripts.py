@@ -324,7 +324,7 @@ def test_local_processes_do_not_wait_for_one_who_reads_no_more():
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
         launcher.stdout.readline()
         launcher.stdout.close()
-        launcher.wait(timeout=60)
+        assert launcher.wait(timeout=60) == 0
 
 
 def test_local_processes_end_with_their_terminal():
