@@ -7,6 +7,12 @@ DRAWS = 1000  # of a bootstrap
 FEWEST = 0.1  # of the videos; no more than these say nothing of an arm
 
 
+def mean_of_told(values: np.ndarray) -> float:
+    """The mean of what is finite; NaN if nothing is."""
+    told = values[np.isfinite(values)]
+    return float(told.mean()) if len(told) else float("nan")
+
+
 def summarize(
     values: np.ndarray, seeds: np.ndarray, videos: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[float, float, float, float]:

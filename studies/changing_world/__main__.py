@@ -1,6 +1,5 @@
 """The study's command."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from studies.changing_world import RESULTS, SCREENING_SEED, STARTS
 from studies.changing_world.measure import measure
 from studies.changing_world.plan import SCREENING
 from studies.changing_world.report import report
-from studies.changing_world.train import decide, is_screened, train, train_runs
+from studies.changing_world.train import decide, final_runs, is_screened, train, train_runs
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         report(options.results)
     elif options.command == "measure":
         starts = [(start, 0) for start in STARTS]
-        final = [*starts, *itertools.chain(*decide(folder, options.jobs))] if is_screened(folder) else []
+        final = [*starts, *final_runs(decide(folder, options.jobs))] if is_screened(folder) else []
         screening = [*starts, *((arm, SCREENING_SEED) for arm in SCREENING)]
         measure(folder, options.jobs, options.results, screening, final)
     elif options.arms:

@@ -18,9 +18,10 @@ from studies.contents import as_features, last_seen, read_linearly
 
 READ_CHUNKS = range(4, 20)  # after which the cache is read: four balls come and go
 READ_SEEDS = range(4)  # of noise; as many streams as a linear classifier needs to be fitted on half of them
-PROBED_CHUNKS = range(4, 14)  # of the first noise seed, whose attention is measured
-LONGEST = 8  # chunks since a change that are told apart
-NEVER = -1  # in place of chunks since a change
+PROBED_CHUNKS = range(4, 20)  # of the first noise seed, whose attention is measured
+LONGEST = 5  # chunks since a change that are told apart: then the next ball comes
+AROUND = range(-3, LONGEST)  # chunks around a visit whose attention is told
+NEVER, PAST = -1, -2  # in place of chunks since a change: there was none; another ball has come since
 
 
 def measure_cache(model: Model, worlds: list[World]) -> tuple[Iterator[dict[str, object]], Iterator[dict[str, object]]]:
@@ -54,13 +55,17 @@ def measure_cache(model: Model, worlds: list[World]) -> tuple[Iterator[dict[str,
 def since_change(found: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunks since a colour was last replaced in view, and the colour before that, by the end of a chunk: [V] each.
 
-    `NEVER` where none was.
+    `NEVER` where none was; `PAST` where another ball has come since, or more than `LONGEST` chunks are over: it tells
+    the reader which colour it is, the stale one of an arm that forgets, too.
     """
     since, before = np.full((2, len(found)), NEVER)
     visits = small_world.visits(found[:, : (chunk + 1) * CHUNK], ABSENCE)
     for video, entry, last, frame in zip(*(visits[x] for x in ("video", "entry", "exit", "since")), strict=True):
         if entry != last:
-            since[video], before[video] = chunk - frame // CHUNK, entry
+            apart = chunk - frame // CHUNK
+            since[video], before[video] = apart if apart <= LONGEST else PAST, entry
+        elif since[video] != NEVER:
+            since[video] = PAST
     return since, before
 
 
@@ -82,8 +87,8 @@ def _read(found: np.ndarray, features: list, prompts: list[str]) -> Iterator[dic
     for index, chunk in enumerate(READ_CHUNKS):
         last, _ = last_seen(found[:, : (chunk + 1) * CHUNK])
         since, before = since_change(found, chunk)
-        here = last >= 0
-        place = np.minimum(since[here], LONGEST) + 1, video[here]
+        here = (last >= 0) & (since != PAST)
+        place = since[here] + 1, video[here]
         for name, of_part in sums.items():
             values = np.concatenate([read[index][name] for read in features])[here]
             said = read_linearly(values, last[here], captions[here], video[here] % 2)
@@ -109,18 +114,21 @@ def _shares(masses: np.ndarray, chunk: int, model: Model) -> dict[str, np.ndarra
 
 
 def _look(found: np.ndarray, shares: dict[int, dict[str, np.ndarray]]) -> Iterator[dict[str, object]]:
-    """Share of the attention that content gives to each part, by chunks until or since a change: a row each.
+    """Share of the attention that content gives to each part, by chunks until or since a visit's middle: a row each.
 
-    `chunks` counts from the change in whose neighbourhood a chunk is, −3 … `LONGEST`; what is in none's is left out.
+    Of visits that have all of `AROUND` probed, so that each row is of the same ones; `changed` tells those in which a
+    colour is replaced, by chunks from the replacement, from the others, by chunks from the visit's second frame.
     """
-    sums: dict[tuple[str, int], list[float]] = {}
+    sums: dict[tuple[str, int, int], list[float]] = {}
     visits = small_world.visits(found, ABSENCE)
     changed = visits["entry"] != visits["exit"]
-    for video, frame in zip(visits["video"][changed], visits["since"][changed], strict=True):
-        for chunk, parts in shares.items():
-            apart = int(chunk - frame // CHUNK)
-            if -3 <= apart <= LONGEST:
-                for name, of_part in parts.items():
-                    sums.setdefault((name, apart), []).append(float(of_part[video]))
-    for (name, apart), found_shares in sorted(sums.items()):
-        yield {"part": name, "chunks": apart, "share": float(np.mean(found_shares)), "videos": len(found_shares)}
+    frames = np.where(changed, visits["since"], visits["frame"] + 1)
+    for video, frame, is_changed in zip(visits["video"], frames, changed, strict=True):
+        chunks = [frame // CHUNK + apart for apart in AROUND]
+        if chunks[0] in shares and chunks[-1] in shares:
+            for apart, chunk in zip(AROUND, chunks, strict=True):
+                for name, of_part in shares[chunk].items():
+                    sums.setdefault((name, int(is_changed), apart), []).append(float(of_part[video]))
+    for (name, is_changed, apart), found_shares in sorted(sums.items()):
+        mean, number = float(np.mean(found_shares)), len(found_shares)
+        yield {"part": name, "changed": is_changed, "chunks": apart, "share": mean, "visits": number}

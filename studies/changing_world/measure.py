@@ -13,22 +13,17 @@ from adastate_jax.errors import UserError
 from adastate_jax.evaluation import small_world
 from adastate_jax.generation.loading import load
 from adastate_jax.media import contact_sheet, write_image
-from studies.changing_world import (
-    ABSENCE,
-    HORIZONS,
-    LENGTH,
-    NOISE_SEEDS,
-    UNTRAINED,
-    workdir_of,
-)
+from studies.changing_world import ABSENCE, HORIZONS, LENGTH, NOISE_SEEDS, UNTRAINED, workdir_of
 from studies.changing_world.contents import measure_cache
+from studies.changing_world.windows import measure_windows
 from studies.changing_world.worlds import colours_of, worlds_of_each_caption
 from studies.rollouts import glimpses, roll_out, roll_out_teacher
 from studies.rows import read_rows, write_rows
 from studies.runs import done_file, measure_all
+from studies.statistics import mean_of_told
 
 LARGEST_PAN = 6.0  # pixels a frame, twice the true pan
-KINDS = ("videos", "visits", "contents", "attention")  # of rows, a file each
+KINDS = ("videos", "visits", "contents", "attention", "windows")  # of rows, a file each
 Run = tuple[str, int]  # arm and training seed
 
 
@@ -56,6 +51,8 @@ def measure(folder: Path, jobs: int, results: Path, runs: list[Run], final: list
         (results / f"{kind}.csv.gz").unlink(missing_ok=True)
         if rows:
             write_rows(results / f"{kind}.csv.gz", rows)
+    if decision_file(folder).exists():
+        write_rows(results / decision_file(folder).name, read_rows(decision_file(folder)))
     write_rows(results / "seconds.csv.gz", [_seconds(folder, *run) for run in measured if run[0] != "truth"])
     shown = [
         (arm, np.load(_part_file(folder, arm, seed, "0", "npy")))
@@ -63,6 +60,11 @@ def measure(folder: Path, jobs: int, results: Path, runs: list[Run], final: list
         if seed == 0 and ((arm, seed) in final or arm in UNTRAINED)
     ]
     write_image(results / "frames.png", contact_sheet(shown, scale=3, columns=len(shown[0][1])))
+
+
+def decision_file(folder: Path) -> Path:
+    """What the screening left: rows of an arm and what it is kept for."""
+    return folder / "decision.csv.gz"
 
 
 def _seconds(folder: Path, arm: str, seed: int) -> dict[str, object]:
@@ -124,6 +126,8 @@ def measure_run(folder: Path, arm: str, seed: int, part: str) -> str:
             videos = np.stack([truth.video for truth in worlds])
         elif arm == "teacher":
             videos = roll_out_teacher(workdir, prompts, noise)
+            if noise == NOISE_SEEDS[0]:
+                write("windows", measure_windows(workdir, worlds))
         else:
             videos = roll_out(load(workdir), prompts, noise, len(worlds[0].video))
         config = load_config(folder / "teacher" / "config.json").data.worlds
@@ -150,6 +154,8 @@ def measure_videos(
 ) -> Iterator[dict[str, object]]:
     """Rows of one video and one horizon each; a horizon's numbers are of its last training length of frames.
 
+    How the landscape looks is told from frames without a ball: who loses balls has not lost contrast.
+
     videos: uint8 [V, F, H, W, 3], each for the caption of one of the `worlds`.
     found: of `colours_of`.
     """
@@ -157,22 +163,32 @@ def measure_videos(
     hue_truth = np.array([world.hue_turn for world in worlds]) / config.fps
     landscapes = np.array([world.palette for world in worlds])
     names = sorted(set(landscapes))
-    true_means = np.array([np.mean([x.video.mean() for x in worlds if x.palette == name]) for name in names])
+    truths = np.stack([world.video for world in worlds])
+    bare = _means_without_balls(truths.mean(axis=(2, 3, 4)), colours_of(truths, config))
+    true_means = np.array([mean_of_told(bare[landscapes == name]) for name in names])
     hues = small_world.hue(videos)
     for horizon in HORIZONS:
         end = round(horizon * LENGTH)
         if end > videos.shape[1]:
             return
         shown, turned = videos[:, end - LENGTH : end], hues[:, end - LENGTH : end]
-        look = {name: values.mean(axis=1) for name, values in small_world.look(shown).items()}
+        seen = found[:, end - LENGTH : end]
+        look = {name: _means_without_balls(values, seen) for name, values in small_world.look(shown).items()}
         nearest = np.abs(look["brightness"][:, None] - true_means).argmin(axis=1)
         means = {
             "pan": small_world.pan_per_frame(shown, LARGEST_PAN).mean(axis=1) / pan_truth,
             "hue": small_world.hue_per_frame(turned).mean(axis=1) / hue_truth,
             "landscape": (np.array(names)[nearest] == landscapes).astype(float),
             **look,
-            "seen": (found[:, end - LENGTH : end] >= 0).mean(axis=1),
+            "seen": (seen >= 0).mean(axis=1),
         }
         for index in range(len(videos)):
             row = {name: float(values[index]) for name, values in means.items()}
             yield {"video": index, "horizon": horizon, **row}
+
+
+def _means_without_balls(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Means over a video's frames that show no ball: [V, F], [V, F] → [V], NaN where each of them shows one."""
+    bare = found < 0
+    with np.errstate(invalid="ignore"):
+        return np.where(bare, values, 0.0).sum(axis=1) / bare.sum(axis=1)

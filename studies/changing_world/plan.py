@@ -19,9 +19,10 @@ SCREENING = (
 )
 
 # What the paper compares, from the start that it takes: these decide claims, whatever the screening says of them.
-CLAIMED = ("anchored/none", "anchored/static", "anchored/adaptive")
-LEAST = {"pan": 0.8, "hue": 0.8}  # of the truth at 6×; who moves less has lost the scene
+CLAIMED = {"none": "anchored/none", "static": "anchored/static", "adaptive": "anchored/adaptive"}
+LEAST = {"pan": 0.8, "hue": 0.8, "seen": 0.5}  # of the truth at 6×; who has less has lost the scene
 MOST_COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at 1×
+_CROSSING = {"window", "straight_through", "state_1", "state_2", "state_4"}  # gradients that cross chunks
 
 
 def is_adaptive(arm: str) -> bool:
@@ -29,25 +30,29 @@ def is_adaptive(arm: str) -> bool:
     return arm.split("/")[1] == "adaptive"
 
 
-def kept(memory: Mapping[str, float], motion: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
-    """The arms that are trained with all seeds, given what the screening found.
+def kept(memory: Mapping[str, float], shown: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The arms that are trained with all seeds, given what the screening found, by what they are kept for.
 
-    The arms of `CLAIMED`; and of those that neither collapsed nor stand still, the one that remembers best of each of
-    three kinds: with a state, with another anchor, and without any (the long window). Who remembers best is who most
-    often shows a ball that comes back between 2.5 and 6 training lengths as it was seen last, chance taken off.
+    The arms of `CLAIMED`; and of those that neither collapsed nor lost the scene, the one that remembers best of each
+    kind: with a state, with another anchor, and without any (the long window); further, of those whose gradient crosses
+    chunks, and what is that one but for its gradient (`stopped`). Who remembers best is who has the highest
+    `memory.held` between 2.5 and 6 training lengths.
 
     Args:
-        memory: by arm, what decides; NaN where no ball came back.
-        motion: by arm, `pan` and `hue` at 6×, and `brightness`, `saturation` and `contrast` at 1×, of the truth.
+        memory: by arm, what decides; NaN where it is not told.
+        shown: by arm, `pan`, `hue` and `seen` at 6×, and `brightness`, `saturation` and `contrast` at 1×, of the truth.
     """
-    alive = [arm for arm in SCREENING if arm in memory and memory[arm] == memory[arm] and _is_sound(motion[arm])]
+    alive = [arm for arm in SCREENING if arm in memory and memory[arm] == memory[arm] and _is_sound(shown[arm])]
     kinds = {
-        "state": [arm for arm in alive if is_adaptive(arm)],
-        "anchor": [arm for arm in alive if not is_adaptive(arm) and not arm.split("/")[1].startswith("none")],
-        "none": [arm for arm in alive if arm.split("/")[1].startswith("none")],
+        "best state": [arm for arm in alive if is_adaptive(arm)],
+        "best anchor": [arm for arm in alive if not is_adaptive(arm) and not arm.split("/")[1].startswith("none")],
+        "best without": [arm for arm in alive if arm.split("/")[1].startswith("none")],
+        "crossing": [arm for arm in alive if _CROSSING & set(arm.split("/"))],
     }
-    best = [max(arms, key=memory.__getitem__) for arms in kinds.values() if arms]
-    return tuple(dict.fromkeys([*CLAIMED, *best]))
+    found = {**CLAIMED, **{kind: max(arms, key=memory.__getitem__) for kind, arms in kinds.items() if arms}}
+    if "crossing" in found:
+        found["stopped"] = "/".join(part for part in found["crossing"].split("/") if part not in _CROSSING)
+    return found
 
 
 def _is_sound(of_truth: Mapping[str, float]) -> bool:
@@ -55,15 +60,14 @@ def _is_sound(of_truth: Mapping[str, float]) -> bool:
     return moves and all(abs(of_truth[x] - 1) <= MOST_COLLAPSE for x in ("brightness", "saturation", "contrast"))
 
 
-def longer(final: tuple[str, ...]) -> tuple[str, ...]:
+def longer(roles: Mapping[str, str]) -> tuple[str, ...]:
     """What is trained longer, with one seed, of the arms that are `kept`.
 
     With 1,000 updates of the student the paper's static and adaptive anchor, and the best recipe with a state; with
     3,000 the paper's adaptive one, of which a claim is.
     """
-    best = [arm for arm in final if is_adaptive(arm)][-1]
-    thousand = dict.fromkeys(f"{arm}/updates_1000" for arm in (CLAIMED[1], CLAIMED[2], best))
-    return (*thousand, f"{CLAIMED[2]}/updates_3000")
+    thousand = dict.fromkeys(f"{roles[x]}/updates_1000" for x in ("static", "adaptive", "best state") if x in roles)
+    return (*thousand, f"{roles['adaptive']}/updates_3000")
 
 
 def shorter(arm: str) -> str | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from adastate_jax.config.files import parse_config
-from adastate_jax.data.worlds import captions
-from studies.changing_world import CONFIG, HORIZONS, LENGTH, PER_CAPTION, PERIOD, STARTS, UNTRAINED, once
-from studies.changing_world.memory import half_life, returns
+from studies.changing_world import HORIZONS, PERIOD, STARTS, UNTRAINED, once
+from studies.changing_world.claims import MOST_REPLACED, Measured, claims_table
+from studies.changing_world.contents import LONGEST
+from studies.changing_world.memory import first_returns, half_life, half_life_interval, held, returns, strata, until
+from studies.changing_world.worlds import with_withheld
 from studies.rows import read_columns, require_rows, rows_where
-from studies.statistics import holm, significance, summarize, summary_of
+from studies.statistics import mean_of_told, summarize, summary_of
 from studies.tables import cell, head, row
 
 matplotlib.use("Agg")
@@ -34,15 +35,8 @@ MEASURES = {
 _OF_TRUTH = ("brightness", "saturation", "contrast", "seen")
 OVERVIEW = ("pan", "hue", "reversed", "landscape", "saturation", "contrast", "seen")
 COLLAPSE = 0.2  # of the truth's brightness, saturation or contrast at the first horizon
-MOST_REPLACED = 3  # and more
 BASELINE = "anchored/adaptive"  # the paper's own, which the others are compared with
-# What is compared: a measure at a horizon, or of the balls that come back until then, see `span_until`.
-COMPARED = {
-    "memory, 2.5×": ("memory_last", 2.5),
-    "memory, 6×": ("memory_last", 6.0),
-    "memory, 20×": ("memory_last", 20.0),
-    **{f"{name}, 20×": (name, 20.0) for name in ("pan", "hue", "saturation", "contrast")},
-}
+COMPARED = ("pan", "hue", "saturation", "contrast")  # at the last horizon, beside what is held until each
 
 
 def report(results: Path) -> None:
@@ -52,61 +46,60 @@ def report(results: Path) -> None:
         UserError: there are no rows.
     """
     require_rows(results / "videos.csv.gz")
-    videos, gone = _read_videos(results)
-    visits = _without(read_columns(results / "visits.csv.gz"), gone)
-    back = returns(visits)
+    videos = _read_videos(results)
+    visits = read_columns(results / "visits.csv.gz")
+    back, contents = returns(visits), read_columns(results / "contents.csv.gz")
     names = list(dict.fromkeys(videos["arm"]))
-    left_out = "; ".join(f"{arm}, seed {seed} ({why})" for (arm, seed), why in gone.items()) or "none"
-    lines = [f"Collapsed and left out: {left_out}.", "", *_memory_table(back, names)]
-    lines += ["", *_replacement_table(back, names), "", *_half_life_table(back, visits, names)]
+    collapsed = "; ".join(f"{arm}, seed {seed} ({why})" for (arm, seed), why in _collapsed(videos).items()) or "none"
+    lines = [f"Collapsed at 1×: {collapsed}. They are in the tables like the others."]
+    decision = read_columns(results / "decision.csv.gz")
+    if decision:
+        roles = dict(zip(decision["part"], decision["arm"], strict=True))
+        lines += ["", *_decision_table(roles), "", *claims_table(Measured(videos, back, contents), roles)]
+    lines += ["", *_held_table(back, names), "", *_memory_table(back, names), "", *_replacement_table(back, names)]
+    lines += ["", *_half_life_table(back, names), "", *_own_replacements_table(visits, back, names)]
     for horizon in HORIZONS:
         lines += ["", *_overview_table(videos, names, horizon)]
     lines += ["", *_caption_table(videos, names), "", *_comparison_table(videos, back, names)]
-    for kind, table in (("contents", _contents_table), ("attention", _attention_table), ("seconds", _seconds_table)):
+    more = (("contents", _contents_table), ("attention", _attention_table), ("windows", _windows_table))
+    for kind, table in (*more, ("seconds", _seconds_table)):
         columns = read_columns(results / f"{kind}.csv.gz")
         if columns:
             lines += ["", *table(columns)]
     with tempfile.TemporaryDirectory(dir=results) as partial:
         (Path(partial) / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
-        _draw(back, read_columns(results / "contents.csv.gz"), names, Path(partial) / "memory.png")
+        _draw(back, contents, names, Path(partial) / "memory.png")
         for path in Path(partial).iterdir():
             path.replace(results / path.name)
 
 
-def _read_videos(results: Path) -> tuple[Columns, dict[tuple[str, int], str]]:
-    """Columns of the videos as `MEASURES` describes them, without collapsed runs, and these."""
-    columns = read_columns(results / "videos.csv.gz")
+def _read_videos(results: Path) -> Columns:
+    """Columns of the videos as `MEASURES` describes them."""
+    columns = with_withheld(read_columns(results / "videos.csv.gz"))
     columns["reversed"] = (columns["hue"] < 0).astype(float)
-    worlds = parse_config([f"--config={CONFIG}:teacher"]).data.worlds
-    withheld = np.isin(captions(worlds), worlds.withheld)
-    columns["withheld"] = withheld[(columns["video"] // PER_CAPTION).astype(int)]
     for name, horizon in itertools.product(_OF_TRUTH, HORIZONS):
         here = columns["horizon"] == horizon
         true = here & (columns["arm"] == "truth")
         if true.any():
-            columns[name][here] /= columns[name][true].mean()
-    gone = {}
-    for arm, seed in dict.fromkeys(zip(columns["arm"], columns["seed"].astype(int), strict=True)):
-        if once(arm):
-            continue
-        here = rows_where(columns, arm=arm, seed=seed, horizon=HORIZONS[0])
-        for name in ("brightness", "saturation", "contrast"):
-            mean = columns[name][here].mean()
+            columns[name][here] /= mean_of_told(columns[name][true])
+    return columns
+
+
+def _collapsed(videos: Columns) -> dict[tuple[str, int], str]:
+    """The runs whose look at the first horizon is not the truth's, and in what."""
+    found = {}
+    for arm, seed in dict.fromkeys(zip(videos["arm"], videos["seed"].astype(int), strict=True)):
+        here = rows_where(videos, arm=arm, seed=seed, horizon=HORIZONS[0], withheld=False)
+        for name in () if once(arm) else ("brightness", "saturation", "contrast"):
+            mean = mean_of_told(videos[name][here])
             if abs(mean - 1) > COLLAPSE:
-                gone.setdefault((arm, seed), f"{name} {mean:.2f} of the truth's")
-    return _without(columns, gone), gone
+                found.setdefault((arm, seed), f"{name} {mean:.2f} of the truth's")
+    return found
 
 
-def _without(columns: Columns, gone: dict[tuple[str, int], str]) -> Columns:
-    """The columns without the rows of some runs."""
-    keep = np.array([(arm, int(seed)) not in gone for arm, seed in zip(columns["arm"], columns["seed"], strict=True)])
-    return {name: values[keep] for name, values in columns.items()}
-
-
-def span_until(back: Columns, horizon: float) -> np.ndarray:
-    """Which rows are of balls that come back between the horizon before (or the beginning) and this one."""
-    before = max((x for x in HORIZONS if x < horizon), default=0.0)
-    return (back["frame"] >= before * LENGTH) & (back["frame"] < horizon * LENGTH)
+def _decision_table(roles: dict[str, str]) -> list[str]:
+    lines = ["**What the screening left**", "", *head("kept as", "arm")]
+    return lines + [row(role, f"`{arm}`") for role, arm in roles.items()]
 
 
 def _table(title: str, first: str, names: list[str], columns: dict[str, Callable[[str], str]]) -> list[str]:
@@ -119,28 +112,39 @@ def _table(title: str, first: str, names: list[str], columns: dict[str, Callable
     return lines
 
 
-def _memory_table(back: Columns, names: list[str]) -> list[str]:
-    def of(name: str, horizon: float) -> Callable[[str], str]:
-        return lambda arm: cell(*summary_of(back, name, (back["arm"] == arm) & span_until(back, horizon)))
+def _held_table(back: Columns, names: list[str]) -> list[str]:
+    def of(stratum: np.ndarray, horizon: float) -> Callable[[str], str]:
+        def of_arm(arm: str) -> str:
+            here = (back["arm"] == arm) & stratum & until(back, horizon)
+            return f"{cell(*summary_of(back, 'memory_origin', here)[:2])} of {here.sum()}" if here.any() else ""
 
-    columns = {f"{x}, {n:g}×": of(f"memory_{x}", n) for x in ("last", "first") for n in HORIZONS}
+        return of_arm
+
+    kinds = zip(("kept", "renewed"), strata(back), strict=True)
+    columns = {f"{kind}, {n:g}×": of(stratum, n) for kind, stratum in kinds for n in HORIZONS}
     title = (
-        "Memory of the colour seen last, and of the video's first: of balls that come back until a horizon, from the "
-        "one before on; 0 is chance"
+        "What is held: memory of the colour in which a ball last left after it was replaced in view (renewed), or the "
+        "first ball, where none was replaced (kept); of how many balls; 0 is chance"
     )
     return _table(title, "arm", names, columns)
 
 
-def told_apart(back: Columns, replaced: int) -> np.ndarray:
-    """Which rows have so many replacements before them, and a last colour that is not the first if there was one."""
-    here = np.minimum(back["replaced"], MOST_REPLACED) == replaced
-    return here & (back["last"] != back["first"]) if replaced else here
+def _memory_table(back: Columns, names: list[str]) -> list[str]:
+    def of(name: str, horizon: float) -> Callable[[str], str]:
+        return lambda arm: cell(*summary_of(back, name, (back["arm"] == arm) & until(back, horizon)))
+
+    columns = {f"{x}, {n:g}×": of(f"memory_{x}", n) for x in ("last", "first") for n in HORIZONS}
+    title = (
+        "Memory of the colour of the ball before, a stale one too, and of the video's first: of balls that come back "
+        "until a horizon, from the one before on; 0 is chance"
+    )
+    return _table(title, "arm", names, columns)
 
 
 def _replacement_table(back: Columns, names: list[str]) -> list[str]:
     def shares(replaced: int) -> Callable[[str], str]:
         def of_arm(arm: str) -> str:
-            here = (back["arm"] == arm) & told_apart(back, replaced)
+            here = (back["arm"] == arm) & first_returns(back, replaced, MOST_REPLACED)
             kinds = ("last", "first") if replaced else ("last",)
             found = [summarize(back[f"was_{x}"][here], back["seed"][here], back["video"][here]) for x in kinds]
             return " / ".join(cell(*x[:2]) for x in found) + f" of {here.sum()}" if here.any() else ""
@@ -148,28 +152,47 @@ def _replacement_table(back: Columns, names: list[str]) -> list[str]:
         return of_arm
 
     title = (
-        "Share of balls that come back as they were seen last / as the first one was, by how often a colour was "
-        "replaced in view before; where these differ"
+        "Share of balls that come back as they were seen last / as the first one was, at the first return after a "
+        "replacement in view, by their number; where these colours differ"
     )
     ends = [*map(str, range(MOST_REPLACED)), f"{MOST_REPLACED} or more"]
     return _table(title, "arm", names, {f"after {text}": shares(number) for number, text in enumerate(ends)})
 
 
-def _half_life_table(back: Columns, visits: Columns, names: list[str]) -> list[str]:
-    def life(arm: str) -> str:
-        returned, is_gone = half_life(back, back["arm"] == arm)
-        return "" if np.isnan(returned) else f"{'' if is_gone else 'more than '}{returned * PERIOD:.0f}"
-
-    def changed(first: bool) -> Callable[[str], str]:
+def _half_life_table(back: Columns, names: list[str]) -> list[str]:
+    def life(stratum: np.ndarray) -> Callable[[str], str]:
         def of_arm(arm: str) -> str:
-            here = (visits["arm"] == arm) & ((visits["number"] == 0) == first)
-            values = (visits["entry"] != visits["exit"]).astype(float)
-            return cell(*summarize(values[here], visits["seed"][here], visits["video"][here]))
+            here = (back["arm"] == arm) & stratum
+            periods, is_gone = half_life(back, here)
+            if np.isnan(periods):
+                return ""
+            low, high = (x * PERIOD for x in half_life_interval(back, here))
+            return f"{'' if is_gone else 'more than '}{periods * PERIOD:.1f} [{low:.1f}, {high:.1f}]"
 
         return of_arm
 
-    columns = {"half-life, chunks": life, "first ball replaced": changed(True), "later ones": changed(False)}
-    return _table("How long a colour is held, and how often one is replaced in view", "arm", names, columns)
+    kept, renewed = map(life, strata(back))
+    title = "Half-life in chunks of a colour that is not replaced, and of one that replaced another in view"
+    return _table(title, "arm", names, {"kept": kept, "renewed": renewed})
+
+
+def _own_replacements_table(visits: Columns, back: Columns, names: list[str]) -> list[str]:
+    def share(columns: Columns, rows: np.ndarray) -> Callable[[str], str]:
+        values = (columns["entry"] != columns["exit"]).astype(float)
+
+        def of_arm(arm: str) -> str:
+            here = (columns["arm"] == arm) & rows
+            return cell(*summarize(values[here], columns["seed"][here], columns["video"][here])) if here.any() else ""
+
+        return of_arm
+
+    columns = {
+        "first ball": share(visits, visits["number"] == 0),
+        "later ones": share(visits, visits["number"] > 0),
+        "the second, if the first was not": share(back, (back["number"] == 1) & (back["replaced"] == 0)),
+        "the second, if the first was": share(back, (back["number"] == 1) & (back["replaced"] > 0)),
+    }
+    return _table("How often a ball takes another colour in view", "arm", names, columns)
 
 
 def _overview_table(videos: Columns, names: list[str], horizon: float) -> list[str]:
@@ -196,35 +219,31 @@ def _caption_table(videos: Columns, names: list[str]) -> list[str]:
 
 
 def _comparison_table(videos: Columns, back: Columns, names: list[str]) -> list[str]:
-    """Each arm with several seeds minus `BASELINE`, with p over training seeds, corrected for all of them (Holm)."""
+    """Each arm with several seeds minus `BASELINE`, seed by seed."""
     several = [x for x in names if not once(x) and len(np.unique(videos["seed"][videos["arm"] == x])) > 1]
-    found = {}
-    for arm, (title, (name, horizon)) in itertools.product(several, COMPARED.items()):
-        if arm == BASELINE or BASELINE not in several:
-            continue
-        of_memory = name.startswith("memory")
-        columns, here = (back, span_until(back, horizon)) if of_memory else (videos, videos["horizon"] == horizon)
-        both = [here & (columns["arm"] == x) for x in (arm, BASELINE)]
-        seeds = np.intersect1d(*(columns["seed"][x] for x in both))
-        means = [[summary_of(columns, name, x & (columns["seed"] == seed))[0] for seed in seeds] for x in both]
-        found[arm, title] = np.subtract(*means)
-    corrected = dict(zip(found, holm(np.array([significance(apart) for apart in found.values()])), strict=True))
 
-    def of(title: str) -> Callable[[str], str]:
+    def apart(number: Callable[[Columns, np.ndarray], float], columns: Columns) -> Callable[[str], str]:
         def of_arm(arm: str) -> str:
-            if (arm, title) not in found:
+            if arm == BASELINE or BASELINE not in several:
                 return ""
-            apart, p = found[arm, title], corrected[arm, title]
-            mean = cell(apart.mean(), apart.std(ddof=1) / np.sqrt(len(apart)), signed=True)
-            return f"{mean}, p {p:.3f}" if np.isfinite(p) else mean
+            of_both = [columns["arm"] == x for x in (arm, BASELINE)]
+            seeds = np.intersect1d(*(columns["seed"][x] for x in of_both))
+            found = np.subtract(*([number(columns, x & (columns["seed"] == seed)) for seed in seeds] for x in of_both))
+            return cell(found.mean(), found.std(ddof=1) / np.sqrt(len(found)), signed=True)
 
         return of_arm
 
-    title = (
-        f"Minus `{BASELINE}` of the same training seed: mean ± standard error; p is of Student's t over the seeds, "
-        f"corrected for {len(found)} comparisons (Holm)"
-    )
-    return _table(title, "arm", several, {title: of(title) for title in COMPARED})
+    def held_until(horizon: float) -> Callable[[Columns, np.ndarray], float]:
+        return lambda columns, here: held(columns, here & until(columns, horizon))
+
+    def look(name: str) -> Callable[[Columns, np.ndarray], float]:
+        last = rows_where(videos, horizon=HORIZONS[-1], withheld=False)
+        return lambda columns, here: mean_of_told(columns[name][here & last])
+
+    columns = {f"held, {x:g}×": apart(held_until(x), back) for x in HORIZONS[1:]}
+    columns |= {f"{name}, {HORIZONS[-1]:g}×": apart(look(name), videos) for name in COMPARED}
+    title = f"Minus `{BASELINE}` of the same training seed: mean ± standard error over training seeds"
+    return _table(title, "arm", several, columns)
 
 
 def _contents_table(columns: Columns) -> list[str]:
@@ -255,14 +274,37 @@ def _attention_table(columns: Columns) -> list[str]:
     def of(chunks: float) -> Callable[[str], str]:
         def of_key(key: str) -> str:
             arm, part = key.split(", ")
-            shares = columns["share"][rows_where(columns, arm=arm, part=part, chunks=chunks)]
-            return cell(*summarize(shares, np.arange(len(shares)), np.zeros(len(shares)))[:2]) if len(shares) else ""
+            shares = [
+                columns["share"][rows_where(columns, arm=arm, part=part, chunks=chunks, changed=changed)].mean()
+                for changed in (1, 0)
+                if rows_where(columns, arm=arm, part=part, chunks=chunks, changed=changed).any()
+            ]
+            return " / ".join(f"{x:.3f}" for x in shares)
 
         return of_key
 
-    title = "Share of a content frame's attention outside itself that a part gets, by chunks from a change in view"
+    title = (
+        "Share of a content frame's attention outside itself that a part gets, by chunks from a ball's replacement in "
+        "view / from a ball that is not replaced"
+    )
     apart = sorted(set(columns["chunks"]))
     return _table(title, "arm, part", [f"{arm}, {part}" for arm, part in keys], {f"{x:+g}": of(x) for x in apart})
+
+
+def _windows_table(columns: Columns) -> list[str]:
+    def of(sigma: float) -> Callable[[str], str]:
+        def of_start(start: str) -> str:
+            here = rows_where(columns, sigma=sigma, start=float(start))
+            return f"{columns['right'][here].mean():.2f}, {columns['error'][here].mean():.2f}"
+
+        return of_start
+
+    title = (
+        "What the teacher makes of true windows under noise, by their first frame: share of balls in the right colour, "
+        "mean square error"
+    )
+    starts = [f"{x:g}" for x in sorted(set(columns["start"]))]
+    return _table(title, "from frame", starts, {f"noise {x:g}": of(x) for x in sorted(set(columns["sigma"]))})
 
 
 def _seconds_table(columns: Columns) -> list[str]:
@@ -281,16 +323,15 @@ def _draw(back: Columns, contents: Columns, names: list[str], path: Path) -> Non
     for number, arm in enumerate(["truth", *shown]):
         style = {"marker": "o", "color": "black" if arm == "truth" else f"C{number - 1}", "label": arm}
         of_arm = back["arm"] == arm
-        memory = [summary_of(back, "memory_last", of_arm & span_until(back, x))[0] for x in HORIZONS]
-        panels[0].plot(HORIZONS, memory, **style)
-        shares = [back["was_last"][of_arm & told_apart(back, x)] for x in range(MOST_REPLACED + 1)]
+        panels[0].plot(HORIZONS, [held(back, of_arm & until(back, x)) for x in HORIZONS], **style)
+        shares = [back["was_last"][of_arm & first_returns(back, x, MOST_REPLACED)] for x in range(MOST_REPLACED + 1)]
         panels[1].plot([x.mean() if len(x) else np.nan for x in shares], **style)
         if contents and arm in contents["arm"]:
-            rows = [rows_where(contents, arm=arm, part="anchor", since=x) for x in range(9)]
+            rows = [rows_where(contents, arm=arm, part="anchor", since=x) for x in range(LONGEST + 1)]
             panels[2].plot([contents["last"][x].mean() if x.any() else np.nan for x in rows], **style)
     titles = (
-        "memory of the colour seen last, until a horizon",
-        "share that comes back as seen last, by replacements before",
+        "memory of what was seen last, kept and renewed, until a horizon",
+        "share that comes back as seen last, after so many replacements",
         "share read from the anchor, by chunks since a change",
     )
     for panel, title in zip(panels, titles, strict=True):

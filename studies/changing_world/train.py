@@ -7,13 +7,15 @@ import threading
 from pathlib import Path
 
 from adastate_jax.files import whole_folder
-from studies.changing_world import CONFIG, FINAL_SEEDS, LENGTH, SCREENING_SEED, STARTS, once, start_of, workdir_of
+from studies.changing_world import CONFIG, FINAL_SEEDS, SCREENING_SEED, STARTS, once, start_of, workdir_of
 from studies.changing_world.gates import check_teacher
-from studies.changing_world.measure import Run, screen
-from studies.changing_world.memory import mean_memory, returns
+from studies.changing_world.measure import Run, decision_file, screen
+from studies.changing_world.memory import held, returns, until
 from studies.changing_world.plan import SCREENING, kept, longer, shorter
-from studies.rows import columns_of
+from studies.changing_world.worlds import with_withheld
+from studies.rows import columns_of, read_rows, rows_where, write_rows
 from studies.runs import done_file, train_all, train_one
+from studies.statistics import mean_of_told
 
 
 def train(folder: Path, jobs: int) -> None:
@@ -23,8 +25,7 @@ def train(folder: Path, jobs: int) -> None:
         UserError: the teacher does not pass its gates, or a run failed or was stopped.
     """
     train_runs(folder, [(arm, SCREENING_SEED) for arm in SCREENING], jobs)
-    final, longest = decide(folder, jobs)
-    train_runs(folder, [*final, *longest], jobs)
+    train_runs(folder, final_runs(decide(folder, jobs)), jobs)
 
 
 def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
@@ -64,38 +65,46 @@ def is_screened(folder: Path) -> bool:
     return all(done_file(workdir_of(folder, arm, SCREENING_SEED)).exists() for arm in SCREENING)
 
 
-def decide(folder: Path, jobs: int) -> tuple[list[Run], list[Run]]:
-    """The runs that the screening leaves: of all seeds, and the longer ones of one seed.
+def decide(folder: Path, jobs: int) -> dict[str, str]:
+    """The arms that the screening leaves, by what they are kept for, see `plan.kept`.
 
     What it found is kept: a decision does not change when an instrument does.
     """
-    path = folder / "decision"
+    path = decision_file(folder)
     if not path.exists():
-        final = kept(*screened(screen(folder, jobs, [(arm, SCREENING_SEED) for arm in SCREENING])))
-        path.write_text("\n".join(final) + "\n")
-        print(f"kept: {', '.join(final)}", flush=True)
-    final = tuple(path.read_text().split())
-    return [(arm, seed) for seed in FINAL_SEEDS for arm in final], [(arm, SCREENING_SEED) for arm in longer(final)]
+        roles = kept(*screened(screen(folder, jobs, [(arm, SCREENING_SEED) for arm in SCREENING])))
+        write_rows(path, [{"part": role, "arm": arm} for role, arm in roles.items()])
+        print("; ".join(f"{role}: {arm}" for role, arm in roles.items()), flush=True)
+    return {row["part"]: row["arm"] for row in read_rows(path)}
+
+
+def final_runs(roles: dict[str, str]) -> list[Run]:
+    """The runs of all seeds, and the longer ones of one seed."""
+    arms = dict.fromkeys(roles.values())
+    return [(arm, seed) for seed in FINAL_SEEDS for arm in arms] + [(arm, SCREENING_SEED) for arm in longer(roles)]
 
 
 def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """What `kept` asks: memory of the colour seen last between 2.5 and 6 training lengths, and motion and look."""
-    videos, back = columns_of(rows["videos"]), returns(columns_of(rows["visits"]))
-    span = (back["frame"] >= 2.5 * LENGTH) & (back["frame"] < 6 * LENGTH)
+    """What `kept` asks: what is held between 2.5 and 6 training lengths, and motion and look of known captions."""
+    videos, back = with_withheld(columns_of(rows["videos"])), returns(columns_of(rows["visits"]))
     arms = [arm for arm in dict.fromkeys(videos["arm"]) if arm != "truth"]
-    memory = {arm: mean_memory(back, "last", span & (back["arm"] == arm)) for arm in arms}
+    memory = {arm: held(back, (back["arm"] == arm) & until(back, 6.0)) for arm in arms}
 
     def mean(arm: str, name: str, horizon: float) -> float:
-        return float(videos[name][(videos["arm"] == arm) & (videos["horizon"] == horizon)].mean())
+        return mean_of_told(videos[name][rows_where(videos, arm=arm, horizon=horizon, withheld=False)])
 
-    motion = {
+    def of_truth(arm: str, name: str, horizon: float) -> float:
+        return mean(arm, name, horizon) / mean("truth", name, horizon)
+
+    shown = {
         arm: {
             **{name: mean(arm, name, 6.0) for name in ("pan", "hue")},
-            **{x: mean(arm, x, 1.0) / mean("truth", x, 1.0) for x in ("brightness", "saturation", "contrast")},
+            "seen": of_truth(arm, "seen", 6.0),
+            **{name: of_truth(arm, name, 1.0) for name in ("brightness", "saturation", "contrast")},
         }
         for arm in arms
     }
-    return memory, motion
+    return memory, shown
 
 
 def _needed(arm: str) -> list[str]:
