@@ -335,6 +335,10 @@ def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_pa
     ordered = training.starts_ahead([(arm, 0) for arm in plan.SCREENING])
     assert len(ordered) == len(plan.SCREENING) + len(STARTS) == len(set(ordered))
     assert ordered[:2] == [("anchored", 0), ("anchored/none", 0)]
+    assert plan.recipe("anchored_tenth/adaptive") == {"anchored_tenth/adaptive", "anchored_tenth", "anchored"}
+    assert plan.recipe("anchored/adaptive/updates_1000") == {
+        *("anchored/adaptive/updates_1000", "anchored/adaptive", "anchored")
+    }
     assert ordered.index(("unanchored", 0)) == ordered.index(("unanchored/none", 0)) - 4
 
 
@@ -393,9 +397,13 @@ def test_tables_are_made_of_any_arms(config, truth, tmp_path):
     for kind, rows in kinds.items():
         rows = [{"arm": arm, "seed": seed, "noise": 0, **row} for arm, seed in trained for row in rows]
         write_rows(tmp_path / f"{kind}.csv.gz", rows)
+    took = {"teacher": 600, "anchored": 60, "anchored/static": 120, "anchored/adaptive": 90}
+    seconds = [{"arm": arm, "seed": 0, "seconds": x, "processor": x} for arm, x in took.items()]
+    write_rows(tmp_path / "seconds.csv.gz", seconds)
     report(tmp_path)
     tables = (tmp_path / "tables.md").read_text()
     assert "| anchored/static | 1.0" in tables
+    assert "| anchored/adaptive | 2.5 |" in tables  # minutes, with the start and without the teacher
     assert "| contents" not in tables
     assert (tmp_path / "memory.png").exists()
     dark = {row["landscape"] for row in measure_videos(videos[:1] // 2, found, worlds, config)}

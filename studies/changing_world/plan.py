@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from studies.changing_world import STARTS
+from studies.changing_world import STARTS, start_of
 
 _CAUSAL = STARTS[:3]  # initialised in full
 _ANCHORS = ("none", "none_long", "static", "ema", "memory", "ping_pong", "adaptive")
@@ -74,3 +74,16 @@ def shorter(arm: str) -> str | None:
     """The arm that one which is trained longer goes on from: the same with fewer updates."""
     name, _, updates = arm.rpartition("/")
     return {"updates_1000": name, "updates_3000": f"{name}/updates_1000"}.get(updates)
+
+
+def needed(arm: str) -> list[str]:
+    """What is trained before an arm, each behind what it needs itself."""
+    if arm == "teacher":
+        return []
+    before = ["anchored"] if arm == "anchored_tenth" else []
+    return [*before, start_of(arm), *filter(None, [shorter(arm)])]
+
+
+def recipe(arm: str) -> set[str]:
+    """All that is trained for an arm, itself too; but the teacher, which all have."""
+    return {arm}.union(*(recipe(x) for x in needed(arm))) - {"teacher"}

@@ -12,6 +12,7 @@ from studies.changing_world import HORIZONS, PERIOD, STARTS, UNTRAINED, once
 from studies.changing_world.claims import MOST_REPLACED, Measured, claims_table
 from studies.changing_world.contents import LONGEST
 from studies.changing_world.memory import first_returns, half_life, half_life_interval, held, returns, strata, until
+from studies.changing_world.plan import is_adaptive, recipe
 from studies.changing_world.worlds import with_withheld
 from studies.rows import read_columns, require_rows, rows_where
 from studies.statistics import mean_of_told, summarize, summary_of
@@ -61,11 +62,14 @@ def report(results: Path) -> None:
     for horizon in HORIZONS:
         lines += ["", *_overview_table(videos, names, horizon)]
     lines += ["", *_caption_table(videos, names), "", *_comparison_table(videos, back, names)]
+    seconds = read_columns(results / "seconds.csv.gz")
+    lines += ["", *_recipes_table(back, seconds, names)]
     more = (("contents", _contents_table), ("attention", _attention_table), ("windows", _windows_table))
-    for kind, table in (*more, ("seconds", _seconds_table)):
+    for kind, table in more:
         columns = read_columns(results / f"{kind}.csv.gz")
         if columns:
             lines += ["", *table(columns)]
+    lines += ["", *_seconds_table(seconds)]
     with tempfile.TemporaryDirectory(dir=results) as partial:
         (Path(partial) / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
         _draw(back, contents, names, Path(partial) / "memory.png")
@@ -305,6 +309,20 @@ def _windows_table(columns: Columns) -> list[str]:
     )
     starts = [f"{x:g}" for x in sorted(set(columns["start"]))]
     return _table(title, "from frame", starts, {f"noise {x:g}": of(x) for x in sorted(set(columns["sigma"]))})
+
+
+def _recipes_table(back: Columns, seconds: Columns, names: list[str]) -> list[str]:
+    """The recipes with a state, the cheapest first."""
+    trained = {arm: seconds["processor"][seconds["arm"] == arm].mean() for arm in dict.fromkeys(seconds["arm"])}
+    recipes = [arm for arm in names if not once(arm) and is_adaptive(arm) and recipe(arm) <= set(trained)]
+    costs = {arm: sum(trained[x] for x in recipe(arm)) / 60 for arm in recipes}
+
+    def held_until(horizon: float) -> Callable[[str], str]:
+        return lambda arm: cell(held(back, (back["arm"] == arm) & until(back, horizon)), np.nan)
+
+    columns = {"minutes": lambda arm: f"{costs[arm]:.1f}", **{f"held, {x:g}×": held_until(x) for x in HORIZONS}}
+    title = "Recipes with a state, the cheapest first: minutes of a processor behind the teacher, and what is held"
+    return _table(title, "arm", sorted(recipes, key=costs.__getitem__), columns)
 
 
 def _seconds_table(columns: Columns) -> list[str]:

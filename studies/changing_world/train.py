@@ -11,7 +11,7 @@ from studies.changing_world import CONFIG, FINAL_SEEDS, SCREENING_SEED, STARTS, 
 from studies.changing_world.gates import check_teacher
 from studies.changing_world.measure import Run, decision_file, screen
 from studies.changing_world.memory import held, returns, until
-from studies.changing_world.plan import SCREENING, kept, longer, shorter
+from studies.changing_world.plan import SCREENING, kept, longer, needed, shorter
 from studies.changing_world.worlds import with_withheld
 from studies.rows import columns_of, read_rows, rows_where, write_rows
 from studies.runs import done_file, train_all, train_one
@@ -34,8 +34,8 @@ def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
     locks = collections.defaultdict(threading.Lock)
 
     def train_run(run: Run) -> None:
-        for needed in _needed(run[0]):
-            train_run((needed, 0))
+        for before in needed(run[0]):
+            train_run((before, 0))
         with locks[run]:  # others may need it, too
             _train_run(folder, *run)
 
@@ -105,14 +105,6 @@ def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], d
         for arm in arms
     }
     return memory, shown
-
-
-def _needed(arm: str) -> list[str]:
-    """What is trained before an arm."""
-    if arm == "teacher":
-        return []
-    before = ["anchored"] if arm == "anchored_tenth" else []
-    return [*before, start_of(arm), *filter(None, [shorter(arm)])]
 
 
 def _train_run(folder: Path, arm: str, seed: int) -> None:
