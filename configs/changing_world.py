@@ -67,6 +67,8 @@ FACTORS = {
         for chunks in (1, 2, 4)
     },
     **{f"rollout_{n}": {"distill.rollout_frames": 21 * n, "distill.scored_frames": 21} for n in (2, 4)},
+    # Windows that begin two periods from ball to ball apart, where the scene is as when a training video begins.
+    "aligned_4": {"distill.rollout_frames": 87, "distill.scored_frames": 21, "distill.scored_every": 33},
     **{f"updates_{n}": {"distill.steps": CRITIC_RATIO * n} for n in (1000, 3000)},
 }
 

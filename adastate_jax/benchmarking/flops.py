@@ -8,6 +8,7 @@ Of adapters (`lora`; None, or of rank 0, trains all weights) both narrow product
 import math
 from typing import Any, NamedTuple
 
+from adastate_jax.config.rollouts import window_starts
 from adastate_jax.config.stages import DistillConfig, num_chunks, stream_of_clips
 from adastate_jax.models.adapters import LoRAConfig, adapted_shapes
 from adastate_jax.models.dit import DiTConfig
@@ -277,7 +278,7 @@ def _part_flops(
         one_pass = _share(_sum(*passes), settings.segments)
         return _rolled_out(one_pass, stream), one_pass
     clip = settings.clip_frames // stream.chunk_frames
-    starts = range(chunks - clip + 1)
+    starts = window_starts(settings, stream)
     rolled = [each for start in starts for each in passes[: start + clip]]
     scored = [each for start in starts for each in passes[start : start + clip]]
     return _rolled_out(_share(_sum(*rolled), len(starts)), stream), _share(_sum(*scored), len(starts))

@@ -13,7 +13,7 @@ def require_parts(config: DistillConfig, stream: StreamConfig) -> None:
     if not config.scored_frames and not config.continue_rollout:
         return
     size = stream.chunk_frames
-    for field in ("scored_frames", "overlap_frames"):
+    for field in ("scored_frames", "scored_every", "overlap_frames"):
         frames = getattr(config, field)
         if frames % size:
             raise ValueError(f"distill.{field} {frames} are no whole number of chunks of {size} frames")
@@ -34,3 +34,9 @@ def require_parts(config: DistillConfig, stream: StreamConfig) -> None:
                 f"distill.prompt_change {config.prompt_change} leaves {plan.phase.window_frames} frames of the window; "
                 "choose another one"
             )
+
+
+def window_starts(config: DistillConfig, stream: StreamConfig) -> range:
+    """The chunks with which a scored window may begin, see `DistillConfig.scored_every`."""
+    size = stream.chunk_frames
+    return range(0, (config.rollout_frames - config.clip_frames) // size + 1, max(config.scored_every // size, 1))

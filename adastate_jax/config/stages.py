@@ -227,6 +227,8 @@ class DistillConfig:
         scored_frames: how many of them critic and teacher score at once, a whole number of chunks: what the teacher
             was trained on. Fewer than N are a window that is drawn for every update, and the gradient is that of its
             chunks (Self-Forcing++); 0 is all of them.
+        scored_every: such windows begin at multiples of so many frames, a whole number of chunks: where a scene is
+            periodic, and the teacher knows clips alone that begin as a period does. 0 is any chunk.
         continue_rollout: every update, the student's or the critic's, generates and scores the next segment of one
             rollout, which begins anew after N frames (LongLive's streaming long tuning). The first segment is of
             `scored_frames`, each later one shorter by the overlap.
@@ -260,6 +262,7 @@ class DistillConfig:
     accumulate: int = 1
     rollout_frames: int = 21
     scored_frames: int = 0
+    scored_every: int = 0
     continue_rollout: bool = False
     overlap_frames: int = 0
     prompt_change: str = ""
@@ -293,8 +296,10 @@ class DistillConfig:
 
     def _require_parts(self) -> None:
         """Raises ValueError if the rollout has no such parts."""
-        if min(self.scored_frames, self.overlap_frames) < 0:
-            raise ValueError("scored_frames and overlap_frames must not be negative")
+        if min(self.scored_frames, self.scored_every, self.overlap_frames) < 0:
+            raise ValueError("scored_frames, scored_every and overlap_frames must not be negative")
+        if self.scored_every and (self.continue_rollout or not self.scored_frames):
+            raise ValueError(f"scored_every {self.scored_every} is for windows: set scored_frames, or leave it")
         if self.scored_frames > self.rollout_frames:
             raise ValueError(
                 f"scored_frames {self.scored_frames} are more than rollout_frames {self.rollout_frames}: lengthen the "

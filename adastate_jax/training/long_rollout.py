@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adastate_jax.config.rollouts import window_starts
 from adastate_jax.config.stages import DistillConfig
 from adastate_jax.models.attention import KeyValues
 from adastate_jax.models.context_parallel import kept_axes
@@ -88,7 +89,7 @@ class Start:
 def place_of(number: int, config: DistillConfig, stream: StreamConfig, seed: int) -> Place | None:
     """What update `number` of the stage scores; None is the whole of a rollout of its own.
 
-    Windows begin with any chunk from which they fit into the rollout, all equally often. Segments take turns, and the
+    Windows begin with each of `window_starts` equally often. Segments take turns, and the
     prompt of a rollout changes, if at all, before one of them but the first, all equally often.
     """
     size, fill = stream.chunk_frames, stream.num_fill_chunks
@@ -96,7 +97,8 @@ def place_of(number: int, config: DistillConfig, stream: StreamConfig, seed: int
     if not config.continue_rollout:
         if config.clip_frames == config.rollout_frames:
             return None
-        chunk = int(np.random.default_rng((seed, number)).integers(config.rollout_frames // size - clip + 1))
+        starts = window_starts(config, stream)
+        chunk = starts[np.random.default_rng((seed, number)).integers(len(starts))]
         return Place(Part(min(chunk, fill), clip), chunk, number, number)
     rollout, segment = divmod(number, config.segments)
     kept = recent_frames(config, stream)

@@ -15,6 +15,8 @@ SCREENING = (
     *(f"{start}/adaptive/state_{chunks}" for start in ("anchored", "recurrent") for chunks in (1, 2, 4)),
     *(f"{start}/adaptive/rollout_{length}" for start in ("anchored", "recurrent") for length in (2, 4)),
     *("recurrent/static/rollout_4", "recurrent/adaptive/state_2/rollout_4"),
+    # Added before any student was measured, as the teacher does not know most windows of the arms above, see `windows`.
+    *("anchored/adaptive/aligned_4", "recurrent/adaptive/aligned_4", "recurrent/static/aligned_4"),
     *(f"{start}/{arm}" for start in STARTS[3:] for arm in ("adaptive", "adaptive/state_2")),
 )
 

@@ -127,6 +127,17 @@ def test_windows_are_drawn_from_everywhere_and_again():
     assert places != [place_of(number, config, StreamConfig(), seed=4) for number in range(200)]
 
 
+def test_windows_may_begin_at_multiples_alone():
+    config = DistillConfig(rollout_frames=30, scored_frames=6, scored_every=9)
+    chunks = [place_of(number, config, StreamConfig(), seed=3).chunk for number in range(200)]
+    assert set(chunks) == {0, 3, 6}
+    assert np.bincount(chunks)[[0, 3, 6]].min() > 40
+    any_chunk = DistillConfig(rollout_frames=30, scored_frames=6, scored_every=3)
+    unsaid = DistillConfig(rollout_frames=30, scored_frames=6)
+    for number in range(20):
+        assert place_of(number, any_chunk, StreamConfig(), 0) == place_of(number, unsaid, StreamConfig(), 0)
+
+
 def test_a_window_of_all_is_the_whole_rollout():
     """The same program, and the same draws."""
     whole, window = (DistillConfig(rollout_frames=9, scored_frames=frames) for frames in (0, 9))
@@ -356,7 +367,12 @@ def test_a_segment_on_eight_devices():
     ("fields", "message"),
     [
         ({"rollout_frames": 21, "scored_frames": 24}, "scored_frames 24 are more than rollout_frames 21"),
-        ({"scored_frames": -3}, "scored_frames and overlap_frames must not be negative"),
+        ({"scored_frames": -3}, "scored_frames, scored_every and overlap_frames must not be negative"),
+        ({"scored_every": 3}, "scored_every 3 is for windows: set scored_frames, or leave it"),
+        (
+            {"continue_rollout": True, "rollout_frames": 39, "scored_frames": 21, "scored_every": 3},
+            "scored_every 3 is for windows",
+        ),
         ({"overlap_frames": 3}, "overlap_frames 3 is for rollouts that go on: set continue_rollout"),
         ({"prompt_change": "recache"}, "prompt_change recache is for rollouts that go on"),
         (
@@ -383,6 +399,10 @@ def test_parts_that_a_rollout_has_not_are_refused(fields, message):
     ("stream", "fields", "message"),
     [
         (StreamConfig(), {"scored_frames": 7}, r"distill\.scored_frames 7 are no whole number of chunks of 3 frames"),
+        (
+            *(StreamConfig(), {"scored_frames": 6, "scored_every": 4}),
+            r"distill\.scored_every 4 are no whole number of chunks of 3 frames",
+        ),
         (
             StreamConfig(),
             {"scored_frames": 15, "overlap_frames": 9, "continue_rollout": True, "rollout_frames": 21},
