@@ -329,9 +329,11 @@ def test_runs_are_trained_after_what_they_start_from_and_behind_the_gates(tmp_pa
     monkeypatch.setattr(training, "check_teacher", lambda folder: trained.append("gates"))
     training.train_runs(tmp_path, [("anchored_tenth/adaptive", 0), ("recurrent/adaptive", 1)], jobs=1)
     assert list(dict.fromkeys(trained)) == [
-        *("teacher", "gates", "anchored", "anchored_tenth", "recurrent"),
+        *("teacher", "gates", "anchored", "anchored_tenth", "recurrent-1"),
         *("recurrent.adaptive-1", "anchored_tenth.adaptive-0"),
     ]
+    final = training.starts_ahead([(arm, seed) for seed in (0, 1) for arm in ("anchored/static", "anchored/none")])
+    assert final[:2] == [("anchored", 0), ("anchored", 1)]
     ordered = training.starts_ahead([(arm, 0) for arm in plan.SCREENING])
     assert len(ordered) == len(plan.SCREENING) + len(STARTS) == len(set(ordered))
     assert ordered[:2] == [("anchored", 0), ("anchored/none", 0)]

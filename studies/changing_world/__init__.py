@@ -43,7 +43,7 @@ UNTRAINED = ("truth", "teacher")  # what is no student
 
 
 def once(arm: str) -> bool:
-    """Whether the arm has no training seed: the truth, the teacher, and what is not distilled."""
+    """Whether the arm is measured with one training seed alone: the truth, the teacher, and what is not distilled."""
     return "/" not in arm
 
 
@@ -54,4 +54,4 @@ def start_of(arm: str) -> str:
 
 def workdir_of(folder: Path, arm: str, seed: int) -> Path:
     """Where a run of an arm is trained."""
-    return folder / (arm if once(arm) else f"{arm.replace('/', '.')}-{seed}")
+    return folder / (arm if once(arm) and not seed else f"{arm.replace('/', '.')}-{seed}")

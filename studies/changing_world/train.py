@@ -29,13 +29,13 @@ def train(folder: Path, jobs: int) -> None:
 
 
 def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
-    """Trains some runs, and before them what they start from."""
+    """Trains some runs, and before each what it starts from, with its own seed: there is one teacher alone."""
     folder.mkdir(parents=True, exist_ok=True)
     locks = collections.defaultdict(threading.Lock)
 
     def train_run(run: Run) -> None:
         for before in needed(run[0]):
-            train_run((before, 0))
+            train_run(_run_before(before, run[1]))
         with locks[run]:  # others may need it, too
             _train_run(folder, *run)
 
@@ -44,13 +44,18 @@ def train_runs(folder: Path, runs: list[Run], jobs: int) -> None:
     train_all(starts_ahead(runs), train_run, jobs)
 
 
+def _run_before(arm: str, seed: int) -> Run:
+    return arm, 0 if arm == "teacher" else seed
+
+
 def starts_ahead(runs: list[Run], ahead: int = 3) -> list[Run]:
     """The runs by what they start from, each start before the last runs of the one before: no core need wait long."""
     ordered: list[Run] = []
     for start, group in itertools.groupby(sorted(runs, key=_place), key=_place):
+        group = list(group)
         if start:
             at = max(len(ordered) - ahead, 0)
-            ordered[at:at] = [(STARTS[start - 1], 0)]
+            ordered[at:at] = [(STARTS[start - 1], seed) for seed in dict.fromkeys(seed for _, seed in group)]
         ordered += group
     return ordered
 
@@ -110,9 +115,10 @@ def screened(rows: dict[str, list[dict[str, str]]]) -> tuple[dict[str, float], d
 def _train_run(folder: Path, arm: str, seed: int) -> None:
     overrides = []
     if arm != "teacher":
-        overrides = [f"--config.seed={seed}", f"--config.start_from={folder / start_of(arm)}"]
+        start = workdir_of(folder, *_run_before(start_of(arm), seed))
+        overrides = [f"--config.seed={seed}", f"--config.start_from={start}"]
     if arm == "anchored_tenth":
-        overrides.append(f"--config.initialize.weights={folder / 'anchored' / 'initialize'}")
+        overrides.append(f"--config.initialize.weights={workdir_of(folder, 'anchored', seed) / 'initialize'}")
     workdir = workdir_of(folder, arm, seed)
     if (before := shorter(arm)) and not workdir.exists():
         with whole_folder(workdir) as copy:
