@@ -300,6 +300,11 @@ class DistillConfig:
             raise ValueError("scored_frames, scored_every and overlap_frames must not be negative")
         if self.scored_every and (self.continue_rollout or not self.scored_frames):
             raise ValueError(f"scored_every {self.scored_every} is for windows: set scored_frames, or leave it")
+        if self.scored_every > max(self.rollout_frames - self.scored_frames, 0):
+            raise ValueError(
+                f"scored_every {self.scored_every} leaves the first window alone of rollout_frames "
+                f"{self.rollout_frames}: lengthen the rollout, or set it to less"
+            )
         if self.scored_frames > self.rollout_frames:
             raise ValueError(
                 f"scored_frames {self.scored_frames} are more than rollout_frames {self.rollout_frames}: lengthen the "

@@ -89,8 +89,8 @@ class Start:
 def place_of(number: int, config: DistillConfig, stream: StreamConfig, seed: int) -> Place | None:
     """What update `number` of the stage scores; None is the whole of a rollout of its own.
 
-    Windows begin with each of `window_starts` equally often. Segments take turns, and the
-    prompt of a rollout changes, if at all, before one of them but the first, all equally often.
+    Windows begin with each of `window_starts` equally often. Segments take turns, and the prompt of a rollout changes,
+    if at all, before one of them but the first, all equally often.
     """
     size, fill = stream.chunk_frames, stream.num_fill_chunks
     clip = config.clip_frames // size

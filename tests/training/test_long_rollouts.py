@@ -373,6 +373,10 @@ def test_a_segment_on_eight_devices():
             {"continue_rollout": True, "rollout_frames": 39, "scored_frames": 21, "scored_every": 3},
             "scored_every 3 is for windows",
         ),
+        (
+            {"rollout_frames": 30, "scored_frames": 21, "scored_every": 12},
+            "scored_every 12 leaves the first window alone of rollout_frames 30",
+        ),
         ({"overlap_frames": 3}, "overlap_frames 3 is for rollouts that go on: set continue_rollout"),
         ({"prompt_change": "recache"}, "prompt_change recache is for rollouts that go on"),
         (
