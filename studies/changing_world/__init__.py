@@ -7,8 +7,9 @@ python -m studies.changing_world report                                  # table
 `train` trains the teacher and looks at it (`gates.py`), then the starts and the arms of the screening with one seed,
 measures what decides about them, and trains what the rule of `plan.py` leaves with two more seeds. `measure` writes
 rows into docs/changing_world: videos.csv.gz, one per video and horizon; visits.csv.gz, one for each time that a ball is
-in view; contents.csv.gz, what can be read from the cache; attention.csv.gz, what looks at it; seconds.csv.gz, what each
-run took. `report` reads nothing else.
+in view; contents.csv.gz, what can be read from the cache; attention.csv.gz, what looks at it; windows.csv.gz, what the
+teacher makes of windows of long videos; seconds.csv.gz, what each run took; decision.csv.gz, which arms the screening
+left. `report` reads nothing else.
 """
 
 import importlib.util

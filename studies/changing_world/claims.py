@@ -19,8 +19,7 @@ from studies.tables import cell, head, row
 
 Columns = dict[str, np.ndarray]
 MOST_REPLACED = 3  # and more
-ANY = range(1, MOST_REPLACED + 1)  # numbers of replacements
-LONGEST_TURN = 3  # chunks from a replacement within which contents should have followed
+FOLLOWED = 3  # chunks after a replacement; by then contents should have followed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,7 @@ def renewed(measured: Measured, arm: str, seed: int) -> float:
 
 
 def _renewals(measured: Measured, arm: str, seed: int) -> np.ndarray:
-    of_run = rows_where(measured.back, arm=arm, seed=seed)
-    return of_run & np.any([first_returns(measured.back, number, MOST_REPLACED) for number in ANY], axis=0)
+    return rows_where(measured.back, arm=arm, seed=seed) & first_returns(measured.back, 1, most=1)
 
 
 def held_until(horizon: float) -> Callable[[Measured, str, int], float]:
@@ -92,13 +90,13 @@ def _look(measured: Measured, arm: str, seed: int, name: str) -> float:
 
 
 def follows(measured: Measured, arm: str, seed: int) -> float:
-    """By how much more often than the replaced colour the new one is read from the anchor, `LONGEST_TURN` chunks on.
+    """By how much more often than the replaced colour the new one is read from the anchor, `FOLLOWED` chunks on.
 
     Less the same of what only knows the caption: where replacements favour a colour, that says the new one more often.
     """
     columns, found = measured.contents, []
     for part in ("anchor", "caption") if columns else ():
-        here = rows_where(columns, arm=arm, seed=seed, part=part, since=LONGEST_TURN)
+        here = rows_where(columns, arm=arm, seed=seed, part=part, since=FOLLOWED)
         if here.any():
             apart = columns["last"][here] - columns["before"][here]
             found.append(np.average(apart, weights=columns["answers"][here]))

@@ -114,7 +114,7 @@ def _shares(masses: np.ndarray, chunk: int, model: Model) -> dict[str, np.ndarra
 
 
 def _look(found: np.ndarray, shares: dict[int, dict[str, np.ndarray]]) -> Iterator[dict[str, object]]:
-    """Share of the attention that content gives to each part, by chunks until or since a visit's middle: a row each.
+    """Share of the attention that content gives to each part, by chunks until or since a visit: a row each.
 
     Of visits that have all of `AROUND` probed, so that each row is of the same ones; `changed` tells those in which a
     colour is replaced, by chunks from the replacement, from the others, by chunks from the visit's second frame.

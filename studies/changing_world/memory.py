@@ -125,7 +125,7 @@ def half_life(columns: Columns, here: np.ndarray, fewest: int = FEWEST) -> tuple
 
 
 def half_life_interval(columns: Columns, here: np.ndarray, draws: int = 100) -> tuple[float, float]:
-    """Between which periods half of the value is gone in 95 of 100 bootstraps over captions' videos; NaN if none tells.
+    """Between which periods half of the value is gone in 95 of 100 bootstraps over videos; NaN if none tells.
 
     Where half is never gone, the periods that were seen stand for it.
     """
